@@ -1,0 +1,59 @@
+# `make help` lists the commands. The environment is made in .venv, once, and again when its requirements change.
+SHELL := /bin/bash
+.SHELLFLAGS := -eu -o pipefail -c
+.DELETE_ON_ERROR:
+.DEFAULT_GOAL := help
+.PHONY: help demo test test-all lint bench clean
+
+BIN := .venv/bin
+REQUIREMENTS := setup.cfg pyproject.toml $(wildcard constraints/*.txt)
+# The first Python of these that is 3.11 or 3.12 and can make a virtual environment. Or: make PYTHON=/path/to/python
+USABLE := -c 'import ensurepip, sys; sys.exit(sys.version_info[:2] not in [(3, 11), (3, 12)])' >/dev/null 2>&1
+PYTHON ?= $(shell for python in python3 python3.11 python3.12 /usr/bin/python3.11 /usr/bin/python3.12; do \
+	$$python $(USABLE) && command -v $$python && break; done)
+# pip under the pins of the environment's own Python.
+PIP = $(BIN)/python -m pip install -q \
+	-c constraints/$$($(BIN)/python -c 'import sys; print("py%d%d" % sys.version_info[:2])').txt
+
+help: ## list the commands
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-10s%s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+demo: .venv/.demo ## train a small model on this machine, ask it questions, write a report
+	$(BIN)/k25 demo
+
+test: .venv/.test ## the tests that take minutes, not hours, on a CPU
+	JAX_PLATFORMS=cpu $(BIN)/python -m pytest -q -m "not slow"
+
+test-all: .venv/.test ## every test
+	JAX_PLATFORMS=cpu $(BIN)/python -m pytest -q
+
+lint: .venv/.test ## style, format, and which layer imports which
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/lint-imports
+
+bench: ## a benchmark: make bench NAME=<file of benchmarks/, without .py>
+	@if [ ! -f "benchmarks/$(NAME).py" ]; then \
+	  echo "make bench NAME=<name>, where <name> is one of:" >&2; ls benchmarks | sed -n 's/\.py$$//p' >&2; exit 2; fi
+	@$(MAKE) --no-print-directory .venv/.demo
+	$(BIN)/python -m benchmarks.$(NAME)
+
+clean: ## remove .venv, caches and build outputs
+	rm -rf .venv build dist *.egg-info .pytest_cache .ruff_cache .import_linter_cache
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+.venv/.made:
+	@if ! "$(PYTHON)" $(USABLE); then \
+	  echo "$(or $(PYTHON),no python) will not do: k25_jax needs Python 3.11 or 3.12 that can make a virtual environment" >&2; \
+	  echo "(Debian, Ubuntu: apt install python3.11-venv). If it is not on the PATH: make PYTHON=/path/to/python3.11" >&2; \
+	  exit 1; fi
+	$(PYTHON) -m venv .venv
+	touch $@
+
+.venv/.demo: $(REQUIREMENTS) | .venv/.made
+	$(PIP) -e ".[demo]"
+	touch $@
+
+.venv/.test: $(REQUIREMENTS) | .venv/.made
+	$(PIP) -e ".[demo,test]"
+	touch $@ .venv/.demo

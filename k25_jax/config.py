@@ -1,0 +1,402 @@
+"""Configuration: frozen dataclasses, strict parsing, presets, experiment files.
+
+Experiment files hold `get_config(arg)` and return an `ml_collections.ConfigDict`; `load_experiment` turns it into the
+dataclasses below. Nothing else in the package sees a ConfigDict.
+"""
+
+import ast
+import dataclasses
+import difflib
+import importlib.util
+import pathlib
+import types
+import typing
+from dataclasses import dataclass, field
+
+import ml_collections
+
+
+class ConfigError(ValueError):
+    """A configuration that cannot be used; the message names the field and the remedy."""
+
+
+# ---------------------------------------------------------------------------------------------------------------- model
+@dataclass(frozen=True)
+class VisionConfig:
+    """MoonViT-3D (K2.5 §3.2)."""
+
+    layers: int = 27
+    width: int = 1152
+    heads: int = 16
+    mlp_dim: int = 4304
+    patch_size: int = 14
+    merge: tuple[int, int] = (2, 2)  # patches (rows, columns) that become one token
+    pos_height: int = 64  # learned position table, resampled to each grid
+    pos_width: int = 64
+    pos_time: int = 4  # frames in a chunk, at most
+    rope_theta: float = 10000.0
+    norm_eps: float = 1e-5
+
+    def __post_init__(self):
+        _require_positive(self, "layers width heads mlp_dim patch_size pos_height pos_width pos_time".split())
+        if self.width % self.heads or (self.width // self.heads) % 4:
+            raise ConfigError(
+                f"vision.width={self.width} must be heads={self.heads} times a multiple of 4 (axial RoPE turns pairs of "
+                "dimensions for each of two axes)"
+            )
+
+    @property
+    def head_dim(self) -> int:
+        return self.width // self.heads
+
+    @property
+    def patch_dim(self) -> int:
+        return 3 * self.patch_size**2
+
+    @property
+    def group(self) -> int:
+        """Patches in one token."""
+        return self.merge[0] * self.merge[1]
+
+
+@dataclass(frozen=True)
+class RopeConfig:
+    """Rotary embedding; YaRN when `factor` > 1 (K2.5 §3.1, §3.3)."""
+
+    theta: float = 50000.0
+    factor: float = 1.0
+    original_length: int = 4096
+    beta_fast: float = 32.0
+    beta_slow: float = 1.0
+    mscale: float = 1.0
+    mscale_all_dim: float = 1.0
+    yarn: bool = False
+
+    def __post_init__(self):
+        if self.factor < 1.0:
+            raise ConfigError(f"rope.factor={self.factor} must be at least 1")
+        if self.factor > 1.0 and not self.yarn:
+            raise ConfigError("rope.factor > 1 needs rope.yarn=True")
+
+
+@dataclass(frozen=True)
+class MoEConfig:
+    """Routed and shared experts (K2.5 §3.1)."""
+
+    experts: int = 384
+    top_k: int = 8
+    ffn_dim: int = 2048
+    shared_experts: int = 1
+    groups: int = 1  # experts are chosen inside the best `top_groups` groups
+    top_groups: int = 1
+    normalise: bool = True
+    scale: float = 2.827
+    bias_rate: float = 1e-3  # step of the sign rule that balances the load
+    grouped_matmul: str = "auto"  # auto | blocked | ragged | reference
+
+    def __post_init__(self):
+        if not 1 <= self.top_k <= self.experts:
+            raise ConfigError(f"moe.top_k={self.top_k} must lie between 1 and moe.experts={self.experts}")
+        if self.experts % self.groups or not 1 <= self.top_groups <= self.groups:
+            raise ConfigError(
+                f"moe.groups={self.groups} must divide moe.experts={self.experts} and be at least top_groups"
+            )
+        if self.top_k > self.top_groups * (self.experts // self.groups):
+            raise ConfigError(f"moe.top_k={self.top_k} exceeds the experts of moe.top_groups={self.top_groups} groups")
+        if self.groups > 1 and self.experts // self.groups < 2:
+            raise ConfigError("moe.groups needs at least 2 experts a group")
+        _one_of(self, "grouped_matmul", ("auto", "blocked", "ragged", "reference"))
+
+
+@dataclass(frozen=True)
+class TextConfig:
+    """The language model: Kimi K2, a DeepSeek-V3 layout with MLA and MoE (K2.5 §3.1)."""
+
+    vocab_size: int = 163840
+    d_model: int = 7168
+    layers: int = 61
+    dense_layers: int = 1  # the first layers have a dense feed-forward
+    ffn_dim: int = 18432
+    heads: int = 64
+    q_lora_rank: int = 1536  # 0: queries straight from the residual stream (Moonlight)
+    kv_lora_rank: int = 512
+    qk_nope_dim: int = 128
+    qk_rope_dim: int = 64
+    v_dim: int = 128
+    attention_bias: bool = False
+    norm_eps: float = 1e-6
+    init_std: float = 0.02
+    max_length: int = 262144
+    tie_embeddings: bool = False
+    moe: MoEConfig = field(default_factory=MoEConfig)
+    rope: RopeConfig = field(
+        default_factory=lambda: RopeConfig(factor=64.0, original_length=4096, beta_fast=1.0, yarn=True)
+    )
+
+    def __post_init__(self):
+        _require_positive(
+            self,
+            "vocab_size d_model layers ffn_dim heads kv_lora_rank qk_nope_dim qk_rope_dim v_dim max_length".split(),
+        )
+        if not 0 <= self.dense_layers <= self.layers:
+            raise ConfigError(f"text.dense_layers={self.dense_layers} must lie between 0 and layers={self.layers}")
+        if self.qk_rope_dim % 2:
+            raise ConfigError(f"text.qk_rope_dim={self.qk_rope_dim} must be even")
+
+    @property
+    def qk_dim(self) -> int:
+        return self.qk_nope_dim + self.qk_rope_dim
+
+    @property
+    def moe_layers(self) -> int:
+        return self.layers - self.dense_layers
+
+
+@dataclass(frozen=True)
+class K25Config:
+    """The whole model. Token ids of the media markers belong to it, as in the public `config.json`."""
+
+    vision: VisionConfig = field(default_factory=VisionConfig)
+    text: TextConfig = field(default_factory=TextConfig)
+    projector_eps: float = 1e-5
+    media_pad_id: int = 163605
+    media_begin_id: int = 163602
+    media_end_id: int = 163604
+    bos_id: int = 163584
+    eos_id: int = 163586
+    pad_id: int = 163839
+
+    def __post_init__(self):
+        if not 0 <= self.media_pad_id:
+            raise ConfigError(f"media_pad_id={self.media_pad_id} must not be negative")
+
+
+# ------------------------------------------------------------------------------------------------------------- training
+@dataclass(frozen=True)
+class SourceConfig:
+    """One source of records: a folder, a JSONL file, ArrayRecord shards, or a rendered task."""
+
+    path: str = ""
+    kind: str = "auto"  # auto | folder | jsonl | arrayrecord | task
+    weight: float = 1.0
+
+    def __post_init__(self):
+        _one_of(self, "kind", ("auto", "folder", "jsonl", "arrayrecord", "task"))
+        if not self.path:
+            raise ConfigError("data.sources: every source needs a path")
+        if self.weight <= 0:
+            raise ConfigError(f"data.sources: weight={self.weight} of {self.path} must be positive")
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """Packed batches: `batch_size` rows of `seq_len` tokens and `packs` vision packs of `pack_patches` patches."""
+
+    sources: tuple[SourceConfig, ...] = ()
+    batch_size: int = 8
+    seq_len: int = 512
+    packs: int = 1
+    pack_patches: int = 1024
+    max_image_patches: int = 16384
+    max_frame_patches: int = 4096
+    video_fps: float = 2.0
+    tokenizer: str = ""  # a directory with tiktoken.model; empty: byte-level
+    shuffle: bool = True
+    seed: int = 0
+
+    def __post_init__(self):
+        _require_positive(self, "batch_size seq_len pack_patches max_image_patches max_frame_patches".split())
+
+
+@dataclass(frozen=True)
+class OptimConfig:
+    """AdamW with a warm-up, constant, cosine-decay schedule."""
+
+    peak_lr: float = 2e-4
+    end_lr: float = 2e-5
+    warmup_steps: int = 500
+    decay_steps: int = 0  # the last steps, over which the rate falls to end_lr; 0: none
+    b1: float = 0.9
+    b2: float = 0.95
+    eps: float = 1e-8
+    weight_decay: float = 0.1
+    clip_norm: float = 1.0
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """The loop: length, logging, checkpoints, precision."""
+
+    steps: int = 1000
+    seed: int = 0
+    log_every: int = 10
+    checkpoint_every: int = 200
+    keep: int = 3
+    max_bad_steps: int = 5  # NaN/inf steps in a row before the run stops
+    remat: str = "none"  # none | full | dots
+    compute_dtype: str = "float32"
+    init_from: str = ""  # a checkpoint to start from
+
+    def __post_init__(self):
+        _one_of(self, "remat", ("none", "full", "dots"))
+        _one_of(self, "compute_dtype", ("float32", "bfloat16"))
+        _require_positive(self, "steps log_every checkpoint_every keep max_bad_steps".split())
+
+
+@dataclass(frozen=True)
+class Experiment:
+    """Everything that a run needs; saved with it as `config.json`."""
+
+    name: str = "run"
+    model: K25Config = field(default_factory=K25Config)
+    data: DataConfig = field(default_factory=DataConfig)
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
+
+
+# -------------------------------------------------------------------------------------------------------------- presets
+# Byte-level models: 256 bytes, then the special tokens of text/tokenizer.py.
+BYTE_IDS = dict(media_begin_id=261, media_end_id=263, media_pad_id=264, bos_id=256, eos_id=258, pad_id=276)
+
+
+def preset(name: str) -> K25Config:
+    """A model by name: k25_1t, moonlight_16b, 1b, 100m, tiny."""
+    if name == "k25_1t":
+        return K25Config()
+    if name == "moonlight_16b":  # the layout of Moonlight-16B-A3B behind the real vision encoder
+        moe = MoEConfig(experts=64, top_k=6, ffn_dim=1408, shared_experts=2, scale=2.446)
+        text = TextConfig(
+            d_model=2048, layers=27, ffn_dim=11264, heads=16, q_lora_rank=0, norm_eps=1e-5, max_length=8192, moe=moe,
+            rope=RopeConfig(original_length=8192),
+        )  # fmt: skip
+        return K25Config(text=text)
+    if name == "1b":
+        moe = MoEConfig(experts=32, top_k=4, ffn_dim=512, scale=2.0)
+        text = TextConfig(
+            d_model=1024, layers=14, ffn_dim=4096, heads=16, q_lora_rank=512, kv_lora_rank=256, qk_nope_dim=64,
+            qk_rope_dim=32, v_dim=64, max_length=8192, moe=moe, rope=RopeConfig(original_length=8192),
+        )  # fmt: skip
+        return K25Config(text=text, vision=VisionConfig(layers=12, width=768, heads=12, mlp_dim=3072))
+    if name == "100m":
+        moe = MoEConfig(experts=32, top_k=4, ffn_dim=256, scale=2.0)
+        text = TextConfig(
+            vocab_size=512, d_model=512, layers=8, ffn_dim=2048, heads=8, q_lora_rank=256, kv_lora_rank=128,
+            qk_nope_dim=64, qk_rope_dim=32, v_dim=64, max_length=4096, moe=moe, rope=RopeConfig(original_length=4096),
+        )  # fmt: skip
+        return K25Config(text=text, vision=VisionConfig(layers=6, width=256, heads=4, mlp_dim=1024), **BYTE_IDS)
+    if name == "tiny":
+        moe = MoEConfig(experts=8, top_k=2, ffn_dim=64, scale=2.0)
+        text = TextConfig(
+            vocab_size=288, d_model=96, layers=3, ffn_dim=256, heads=4, q_lora_rank=48, kv_lora_rank=32,
+            qk_nope_dim=16, qk_rope_dim=8, v_dim=16, max_length=1024, moe=moe, rope=RopeConfig(original_length=1024),
+        )  # fmt: skip
+        return K25Config(text=text, vision=VisionConfig(layers=2, width=64, heads=4, mlp_dim=128), **BYTE_IDS)
+    raise ConfigError(f"no preset {name!r}{_nearest(name, PRESETS)}; there are: {', '.join(PRESETS)}")
+
+
+PRESETS = ("k25_1t", "moonlight_16b", "1b", "100m", "tiny")
+
+
+# -------------------------------------------------------------------------------------------------------------- parsing
+def from_dict(cls: type, values: typing.Mapping, where: str = ""):
+    """Build dataclass `cls` from nested mappings; unknown or ill-typed keys raise `ConfigError`."""
+    hints = typing.get_type_hints(cls)
+    names = [f.name for f in dataclasses.fields(cls)]
+    for key in values:
+        if key not in names:
+            raise ConfigError(f"{where or cls.__name__}: unknown key {key!r}{_nearest(str(key), names)}")
+    prefix = f"{where}." if where else ""
+    return cls(**{key: _coerce(hints[key], value, prefix + key) for key, value in values.items()})
+
+
+def to_dict(config) -> dict:
+    """The inverse of `from_dict`: nested dictionaries, lists and scalars, ready for JSON."""
+    if dataclasses.is_dataclass(config):
+        return {f.name: to_dict(getattr(config, f.name)) for f in dataclasses.fields(config)}
+    return [to_dict(v) for v in config] if isinstance(config, tuple) else config
+
+
+def _coerce(hint, value, where: str):
+    if dataclasses.is_dataclass(hint):
+        if hint is K25Config and isinstance(value, str):
+            return preset(value)
+        if isinstance(value, hint):
+            return value
+        if not isinstance(value, typing.Mapping):
+            raise ConfigError(f"{where} must be a mapping with the fields of {hint.__name__}, not {value!r}")
+        return from_dict(hint, value, where)
+    if typing.get_origin(hint) is tuple:
+        if not isinstance(value, (list, tuple)):
+            raise ConfigError(f"{where} must be a list, not {value!r}")
+        args = typing.get_args(hint)
+        if args[-1] is Ellipsis:
+            return tuple(_coerce(args[0], v, f"{where}[{i}]") for i, v in enumerate(value))
+        if len(value) != len(args):
+            raise ConfigError(f"{where} must have {len(args)} entries, not {len(value)}")
+        return tuple(_coerce(a, v, f"{where}[{i}]") for i, (a, v) in enumerate(zip(args, value)))
+    if hint is float and isinstance(value, int) and not isinstance(value, bool):
+        return float(value)
+    if not isinstance(value, hint) or (hint is int and isinstance(value, bool)):
+        raise ConfigError(f"{where} must be {hint.__name__}, not {value!r} ({type(value).__name__})")
+    return value
+
+
+def _nearest(word: str, options) -> str:
+    match = difflib.get_close_matches(word, list(options), n=1, cutoff=0.0)
+    return f"; did you mean {match[0]!r}?" if match else ""
+
+
+def _require_positive(config, names):
+    for name in names:
+        if getattr(config, name) <= 0:
+            raise ConfigError(f"{type(config).__name__}.{name}={getattr(config, name)} must be positive")
+
+
+def _one_of(config, name, options):
+    value = getattr(config, name)
+    if value not in options:
+        raise ConfigError(f"{type(config).__name__}.{name}={value!r}{_nearest(str(value), options)} (one of {options})")
+
+
+# ----------------------------------------------------------------------------------------------------- experiment files
+def load_experiment(spec: str, overrides: typing.Sequence[str] = ()) -> Experiment:
+    """Read `path/to/file.py[:arg]`, apply `section.key=value` overrides, return the dataclasses."""
+    path, _, arg = spec.partition(":")
+    module = _import_file(path)
+    config = module.get_config(arg) if arg else module.get_config()
+    if not isinstance(config, ml_collections.ConfigDict):
+        raise ConfigError(f"{path}: get_config must return an ml_collections.ConfigDict, not {type(config).__name__}")
+    values = config.to_dict()
+    if isinstance(values.get("model"), str):
+        values["model"] = to_dict(preset(values["model"]))
+    for item in overrides:
+        _override(values, item)
+    return from_dict(Experiment, values)
+
+
+def _import_file(path: str) -> types.ModuleType:
+    file = pathlib.Path(path)
+    if not file.is_file():
+        siblings = [str(p) for p in sorted(file.parent.glob("*.py"))] if file.parent.is_dir() else []
+        raise ConfigError(f"no experiment file {path}{_nearest(path, siblings)}")
+    module_spec = importlib.util.spec_from_file_location(f"experiment_{file.stem}", file)
+    module = importlib.util.module_from_spec(module_spec)
+    module_spec.loader.exec_module(module)
+    if not hasattr(module, "get_config"):
+        raise ConfigError(f"{path} has no get_config(arg)")
+    return module
+
+
+def _override(values: dict, item: str):
+    dotted, sep, text = item.partition("=")
+    if not sep:
+        raise ConfigError(f"override {item!r} must read section.key=value")
+    *parents, last = dotted.split(".")
+    for name in parents:
+        values = values.setdefault(name, {})
+        if not isinstance(values, dict):
+            raise ConfigError(f"override {item!r}: {name} is not a section")
+    try:
+        values[last] = ast.literal_eval(text)
+    except (ValueError, SyntaxError):
+        values[last] = text

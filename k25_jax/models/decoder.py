@@ -1,0 +1,138 @@
+"""The decoder stack: dense layers first, then MoE layers, each kind stacked (K2.5 §3.1)."""
+
+import functools
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from k25_jax.config import TextConfig
+from k25_jax.models.layers import SwiGLU, declare, ones, rms_norm, swiglu
+from k25_jax.models.mla import MLA, latents, mla_decode, mla_with_latents
+from k25_jax.models.moe import MoE, moe
+from k25_jax.models.rope import rope_tables
+
+
+class Stack(nn.Module):
+    """Weights of a stack of decoder layers of one kind."""
+
+    config: TextConfig
+    layers: int
+    dense: bool
+
+    @nn.compact
+    def __call__(self):
+        c = self.config
+        declare(self, "attention_norm", (self.layers, c.d_model), ("layers", "norm"), ones)
+        declare(self, "mlp_norm", (self.layers, c.d_model), ("layers", "norm"), ones)
+        MLA(c, self.layers, name="attention")()
+        if self.dense:
+            SwiGLU(c.d_model, c.ffn_dim, self.layers, c.init_std, name="mlp")()
+        else:
+            MoE(c, self.layers, name="moe")()
+
+
+class Decoder(nn.Module):
+    """Weights of the language model."""
+
+    config: TextConfig
+
+    @nn.compact
+    def __call__(self):
+        c = self.config
+        init = nn.initializers.normal(c.init_std)
+        declare(self, "embed", (c.vocab_size, c.d_model), ("vocab", "embed"), init)
+        if c.dense_layers:
+            Stack(c, c.dense_layers, True, name="dense")()
+        if c.moe_layers:
+            Stack(c, c.moe_layers, False, name="moe")()
+        declare(self, "final_norm", (c.d_model,), ("norm",), ones)
+        if not c.tie_embeddings:
+            declare(self, "head", (c.d_model, c.vocab_size), ("embed", "vocab"), init)
+
+
+REMAT = {
+    "full": jax.checkpoint_policies.nothing_saveable,
+    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+}
+
+
+def feed_forward(p, x_BLD, valid_BL, config: TextConfig):
+    """Dense or MoE, by what the layer holds: (y_BLD, load_E or None)."""
+    if "mlp" in p:
+        return swiglu(p["mlp"], x_BLD), None
+    return moe(p["moe"], x_BLD, valid_BL, config.moe)
+
+
+def block(p, x_BLD, rope, segments_BL, config: TextConfig):
+    """One decoder layer, training form: (x_BLD, load_E or None, latents for a cache)."""
+    h_BLD = rms_norm(x_BLD, p["attention_norm"], config.norm_eps)
+    attended, cache = mla_with_latents(p["attention"], h_BLD, rope, segments_BL, config)
+    x_BLD = x_BLD + attended
+    h_BLD = rms_norm(x_BLD, p["mlp_norm"], config.norm_eps)
+    y_BLD, load_E = feed_forward(p, h_BLD, segments_BL > 0, config)
+    return x_BLD + y_BLD, load_E, cache
+
+
+def decode(params, x_BLD, segments_BL, positions_BL, config: TextConfig, remat: str = "none"):
+    """All layers, training form: (x_BLD after the final norm, load_YE of the MoE layers)."""
+    rope = rope_tables(config.rope, config.qk_rope_dim, positions_BL)
+
+    def step(x_BLD, layer):
+        x_BLD, load_E, _ = block(layer, x_BLD, rope, segments_BL, config)
+        return x_BLD, load_E
+
+    if remat != "none":
+        step = jax.checkpoint(step, policy=REMAT[remat], prevent_cse=False)
+    load_YE = jnp.zeros((0, config.moe.experts), jnp.int32)
+    if "dense" in params:
+        x_BLD, _ = jax.lax.scan(step, x_BLD, params["dense"])
+    if "moe" in params:
+        x_BLD, load_YE = jax.lax.scan(step, x_BLD, params["moe"])
+    return rms_norm(x_BLD, params["final_norm"], config.norm_eps), load_YE
+
+
+def logits(params, x_BLD):
+    """Scores of the vocabulary in float32; the head is the embedding when they are tied."""
+    head_DV = params["head"] if "head" in params else params["embed"].T
+    return (x_BLD @ head_DV).astype(jnp.float32)
+
+
+# ------------------------------------------------------------------------------------------------ with a cache
+def unstack(params):
+    """The same weights with each layer on its own: a list under "layers", so that decoding copies no stack."""
+    layers = []
+    for name in ("dense", "moe"):
+        if name in params:
+            count = jax.tree.leaves(params[name])[0].shape[0]
+            layers += [jax.tree.map(lambda a, i=i: a[i], params[name]) for i in range(count)]
+    return {k: v for k, v in params.items() if k not in ("dense", "moe")} | {"layers": layers}
+
+
+def prefill(params, x_BLD, segments_BL, positions_BL, config: TextConfig):
+    """All layers of unstacked `params` over prompts: (x_BLD after the final norm, [(c_BLR, r_BLK)] a layer)."""
+    rope = rope_tables(config.rope, config.qk_rope_dim, positions_BL)
+    cache = []
+    for layer in params["layers"]:
+        x_BLD, _, kept = block(layer, x_BLD, rope, segments_BL, config)
+        cache.append(kept)
+    return rms_norm(x_BLD, params["final_norm"], config.norm_eps), cache
+
+
+def decode_step(params, x_B1D, cache, positions_B, config: TextConfig):
+    """One token a row: writes its latents at `positions_B`, attends to what came before: (x_B1D, cache)."""
+    rope = rope_tables(config.rope, config.qk_rope_dim, positions_B[:, None])
+    slots = cache[0][0].shape[1]
+    valid_B1S = (jnp.arange(slots)[None, :] <= positions_B[:, None])[:, None]
+    write = jax.vmap(functools.partial(jax.lax.dynamic_update_slice_in_dim, axis=0))
+    valid_B1 = jnp.ones(x_B1D.shape[:2], bool)
+    new_cache = []
+    for layer, (c_BSR, r_BSK) in zip(params["layers"], cache):
+        h_B1D = rms_norm(x_B1D, layer["attention_norm"], config.norm_eps)
+        c_B1R, r_B1K = latents(layer["attention"], h_B1D, rope, config)
+        kept = write(c_BSR, c_B1R, positions_B), write(r_BSK, r_B1K, positions_B)
+        x_B1D = x_B1D + mla_decode(layer["attention"], h_B1D, rope, kept, valid_B1S, config)
+        h_B1D = rms_norm(x_B1D, layer["mlp_norm"], config.norm_eps)
+        x_B1D = x_B1D + feed_forward(layer, h_B1D, valid_B1, config)[0]
+        new_cache.append(kept)
+    return rms_norm(x_B1D, params["final_norm"], config.norm_eps), new_cache

@@ -1,0 +1,86 @@
+"""Kimi K2.5: vision features spliced into the token stream of the language model (K2.5 §3.1)."""
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from k25_jax.config import K25Config
+from k25_jax.data.packing import Batch
+from k25_jax.models import decoder
+from k25_jax.models.decoder import Decoder
+from k25_jax.models.moonvit3d import MoonViT3D, encode
+from k25_jax.models.projector import Projector, project
+from k25_jax.vision.patchpack import VisionPack
+
+
+class K25(nn.Module):
+    """Declares every parameter of the model; `init_params` and `abstract_params` give the plain tree."""
+
+    config: K25Config
+
+    @nn.compact
+    def __call__(self):
+        Decoder(self.config.text, name="text")()
+        MoonViT3D(self.config.vision, name="vision")()
+        Projector(self.config, name="projector")()
+
+
+def _declared(config: K25Config, key):
+    tree = K25(config).init(key)["params"]
+    return {**tree["text"], "vision": tree["vision"], "projector": tree["projector"]}
+
+
+def init_params(config: K25Config, key):
+    """A fresh parameter tree, float32."""
+    return nn.unbox(_declared(config, key))
+
+
+def abstract_params(config: K25Config):
+    """The parameter tree as shapes and dtypes; allocates nothing."""
+    return nn.unbox(jax.eval_shape(lambda: _declared(config, jax.random.key(0))))
+
+
+def logical_axes(config: K25Config):
+    """The parameter tree as PartitionSpecs of logical axis names (sharding/rules.py maps them to mesh axes)."""
+    return nn.get_partition_spec(jax.eval_shape(lambda: _declared(config, jax.random.key(0))))
+
+
+def vision_features(params, packs: VisionPack, config: K25Config, dtype=jnp.float32):
+    """Encoder and projector: one row per token of every pack, [P * M, D]."""
+    pooled = encode(params["vision"], packs, config.vision, dtype)
+    features = project(params["projector"], pooled, config)
+    return features.reshape(-1, features.shape[-1])
+
+
+def splice(params, tokens_BL, media_BL, features_MD):
+    """Token embeddings, with vision feature media_BL[b, l] in its place where that is not -1."""
+    embedded = params["embed"][jnp.where(media_BL >= 0, 0, tokens_BL)]
+    if features_MD is None:
+        return embedded
+    return jnp.where(media_BL[..., None] >= 0, features_MD[jnp.maximum(media_BL, 0)].astype(embedded.dtype), embedded)
+
+
+def hidden_states(params, batch: Batch, config: K25Config, remat: str = "none", dtype=jnp.float32):
+    """The model up to its last norm: (x_BLD, load_YE). `params` are used in `dtype`."""
+    params = cast(params, dtype)
+    features_MD = None
+    if batch.vision.patches_PNC.shape[0]:
+        features_MD = vision_features(params, batch.vision, config, dtype)
+    x_BLD = splice(params, batch.tokens_BL, batch.media_BL, features_MD)
+    return decoder.decode(params, x_BLD, batch.segments_BL, batch.positions_BL, config.text, remat)
+
+
+def forward(params, batch: Batch, config: K25Config):
+    """Logits of every position, [B, L, V] float32."""
+    return decoder.logits(params, hidden_states(params, batch, config)[0])
+
+
+def cast(params, dtype):
+    """Weights in the compute dtype; the router stays in float32."""
+    if dtype == jnp.float32:
+        return params
+
+    def leaf(path, a):
+        return a if any("router" in str(key) for key in path) else a.astype(dtype)
+
+    return jax.tree_util.tree_map_with_path(leaf, params)

@@ -1,0 +1,101 @@
+"""Multi-head latent attention, training form and absorbed-latent decoding form (K2.5 §3.1)."""
+
+import flax.linen as nn
+import jax.numpy as jnp
+
+from k25_jax.config import TextConfig
+from k25_jax.kernels.attention import attention
+from k25_jax.models.layers import declare, ones, rms_norm, zeros
+from k25_jax.models.rope import rotate, softmax_scale
+
+LATENT_EPS = 1e-6  # of the norms on the two latents, whatever text.norm_eps is (as in the public model)
+
+
+class MLA(nn.Module):
+    """Weights of a stack of MLA layers."""
+
+    config: TextConfig
+    layers: int
+
+    @nn.compact
+    def __call__(self):
+        c, y = self.config, self.layers
+        init = nn.initializers.normal(c.init_std)
+        if c.q_lora_rank:
+            declare(self, "q_a", (y, c.d_model, c.q_lora_rank), ("layers", "embed", "latent"), init)
+            declare(self, "q_a_norm", (y, c.q_lora_rank), ("layers", "norm"), ones)
+            declare(self, "q_b", (y, c.q_lora_rank, c.heads, c.qk_dim), ("layers", "latent", "heads", "head_dim"), init)
+        else:
+            declare(self, "q", (y, c.d_model, c.heads, c.qk_dim), ("layers", "embed", "heads", "head_dim"), init)
+        declare(self, "kv_a", (y, c.d_model, c.kv_lora_rank + c.qk_rope_dim), ("layers", "embed", "latent"), init)
+        declare(self, "kv_a_norm", (y, c.kv_lora_rank), ("layers", "norm"), ones)
+        for name, dim in (("k_b", c.qk_nope_dim), ("v_b", c.v_dim)):
+            declare(self, name, (y, c.kv_lora_rank, c.heads, dim), ("layers", "latent", "heads", "head_dim"), init)
+        declare(self, "o", (y, c.heads, c.v_dim, c.d_model), ("layers", "heads", "head_dim", "embed"), init)
+        if c.attention_bias:
+            if c.q_lora_rank:
+                declare(self, "q_a_bias", (y, c.q_lora_rank), ("layers", "norm"), zeros)
+            declare(self, "kv_a_bias", (y, c.kv_lora_rank + c.qk_rope_dim), ("layers", "norm"), zeros)
+            declare(self, "o_bias", (y, c.d_model), ("layers", "norm"), zeros)
+
+
+def queries(p, x_BLD, rope, config: TextConfig):
+    """Queries, their rotary part turned: (q_nope_BLHK, q_rope_BLHK)."""
+    if config.q_lora_rank:
+        latent_BLR = x_BLD @ p["q_a"]
+        if "q_a_bias" in p:
+            latent_BLR = latent_BLR + p["q_a_bias"]
+        q_BLHK = jnp.einsum("blr,rhk->blhk", rms_norm(latent_BLR, p["q_a_norm"], LATENT_EPS), p["q_b"])
+    else:
+        q_BLHK = jnp.einsum("bld,dhk->blhk", x_BLD, p["q"])
+    q_nope, q_rope = jnp.split(q_BLHK, [config.qk_nope_dim], axis=-1)
+    cos, sin = rope
+    return q_nope, rotate(q_rope, cos[:, :, None], sin[:, :, None])
+
+
+def latents(p, x_BLD, rope, config: TextConfig):
+    """What a cache holds of each token: the normed latent c_BLR and the shared rotary key r_BLK, turned."""
+    kv_BLR = x_BLD @ p["kv_a"]
+    if "kv_a_bias" in p:
+        kv_BLR = kv_BLR + p["kv_a_bias"]
+    c_BLR, r_BLK = jnp.split(kv_BLR, [config.kv_lora_rank], axis=-1)
+    return rms_norm(c_BLR, p["kv_a_norm"], LATENT_EPS), rotate(r_BLK, *rope)
+
+
+def mla(p, x_BLD, rope, segments_BL, config: TextConfig):
+    """Training form: keys and values are expanded from the latent; causal inside each segment."""
+    return mla_with_latents(p, x_BLD, rope, segments_BL, config)[0]
+
+
+def mla_with_latents(p, x_BLD, rope, segments_BL, config: TextConfig):
+    """As `mla`; also returns the latents (c_BLR, r_BLK) for a cache."""
+    q_nope, q_rope = queries(p, x_BLD, rope, config)
+    c_BLR, r_BLK = latents(p, x_BLD, rope, config)
+    k_nope = jnp.einsum("blr,rhk->blhk", c_BLR, p["k_b"])
+    v_BLHK = jnp.einsum("blr,rhk->blhk", c_BLR, p["v_b"])
+    r_BLHK = jnp.broadcast_to(r_BLK[:, :, None], (*k_nope.shape[:3], config.qk_rope_dim))
+    q_BLHK = jnp.concatenate([q_nope, q_rope], axis=-1)
+    k_BLHK = jnp.concatenate([k_nope, r_BLHK], axis=-1)
+    out = attention(q_BLHK, k_BLHK, v_BLHK, segments_BL, scale=softmax_scale(config), causal=True)
+    return _output(p, out), (c_BLR, r_BLK)
+
+
+def mla_decode(p, x_BLD, rope, cache, valid_BLS, config: TextConfig):
+    """Decoding form: keys and values are never expanded; queries and outputs pass through the latent instead.
+
+    `cache` is (c_BSR, r_BSK) with the new tokens already written; `valid_BLS` says which slots each query may see.
+    """
+    c_BSR, r_BSK = cache
+    q_nope, q_rope = queries(p, x_BLD, rope, config)
+    q_latent = jnp.einsum("blhk,rhk->blhr", q_nope, p["k_b"])
+    scores = jnp.einsum("blhr,bsr->bhls", q_latent, c_BSR) + jnp.einsum("blhk,bsk->bhls", q_rope, r_BSK)
+    scores = jnp.where(valid_BLS[:, None], scores.astype(jnp.float32) * softmax_scale(config), -jnp.inf)
+    weights = jnp.exp(scores - scores.max(axis=-1, keepdims=True))
+    weights = (weights / weights.sum(axis=-1, keepdims=True)).astype(x_BLD.dtype)
+    out_latent = jnp.einsum("bhls,bsr->blhr", weights, c_BSR)
+    return _output(p, jnp.einsum("blhr,rhk->blhk", out_latent, p["v_b"]))
+
+
+def _output(p, out_BLHK):
+    y_BLD = jnp.einsum("blhk,hkd->bld", out_BLHK, p["o"])
+    return y_BLD + p["o_bias"] if "o_bias" in p else y_BLD

@@ -1,0 +1,99 @@
+"""Mixture of experts: sigmoid router with an aux-loss-free bias, dropless routed experts, a shared expert (K2.5 §3.1)."""
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from k25_jax.config import MoEConfig, TextConfig
+from k25_jax.kernels.grouped_matmul import grouped_matmul, permute_rows
+from k25_jax.models.layers import SwiGLU, declare, swiglu, zeros
+
+
+class Experts(nn.Module):
+    """Weights of a stack of expert sets."""
+
+    config: TextConfig
+    layers: int
+
+    @nn.compact
+    def __call__(self):
+        c, m = self.config, self.config.moe
+        init = nn.initializers.normal(c.init_std)
+        for name in ("gate", "up"):
+            shape = (self.layers, m.experts, c.d_model, m.ffn_dim)
+            declare(self, name, shape, ("layers", "expert", "expert_embed", "expert_mlp"), init)
+        shape = (self.layers, m.experts, m.ffn_dim, c.d_model)
+        declare(self, "down", shape, ("layers", "expert", "expert_mlp", "expert_embed"), init)
+
+
+class MoE(nn.Module):
+    """Weights of a stack of MoE feed-forwards. `router_bias` is moved by the sign rule, never by a gradient."""
+
+    config: TextConfig
+    layers: int
+
+    @nn.compact
+    def __call__(self):
+        c, m = self.config, self.config.moe
+        router_init = nn.initializers.normal(c.init_std)
+        declare(self, "router", (self.layers, c.d_model, m.experts), ("layers", "router_in", "router_out"), router_init)
+        declare(self, "router_bias", (self.layers, m.experts), ("layers", "norm"), zeros)
+        Experts(c, self.layers, name="experts")()
+        if m.shared_experts:
+            SwiGLU(c.d_model, m.ffn_dim * m.shared_experts, self.layers, c.init_std, name="shared")()
+
+
+def route(router_DE, bias_E, x_TD, config: MoEConfig):
+    """Choose experts by score plus bias, weigh them by the score alone: (weights_TK, experts_TK), float32."""
+    scores_TE = jax.nn.sigmoid(jnp.dot(x_TD.astype(jnp.float32), router_DE.astype(jnp.float32)))
+    choice_TE = jax.lax.stop_gradient(scores_TE + bias_E)
+    if config.groups > 1:
+        choice_TE = _keep_best_groups(choice_TE, config)
+    _, experts_TK = jax.lax.top_k(choice_TE, config.top_k)
+    weights_TK = jnp.take_along_axis(scores_TE, experts_TK, axis=-1)
+    if config.normalise:
+        weights_TK = weights_TK / (weights_TK.sum(axis=-1, keepdims=True) + 1e-20)
+    return weights_TK * config.scale, experts_TK
+
+
+def _keep_best_groups(choice_TE, config: MoEConfig):
+    """A group's worth is the sum of its two best experts; experts of the other groups cannot be chosen."""
+    grouped_TGE = choice_TE.reshape(choice_TE.shape[0], config.groups, -1)
+    worth_TG = jax.lax.top_k(grouped_TGE, 2)[0].sum(axis=-1)
+    _, best_TG = jax.lax.top_k(worth_TG, config.top_groups)
+    kept_TG = jax.nn.one_hot(best_TG, config.groups, dtype=bool).any(axis=1)
+    return jnp.where(kept_TG[:, :, None], grouped_TGE, -jnp.inf).reshape(choice_TE.shape)
+
+
+def moe(p, x_BLD, valid_BL, config: MoEConfig):
+    """Dropless MoE feed-forward: (y_BLD, load_E). Padding (valid False) is neither computed nor counted."""
+    x_TD, valid_T = x_BLD.reshape(-1, x_BLD.shape[-1]), valid_BL.reshape(-1)
+    weights_TK, experts_TK = route(p["router"], p["router_bias"], x_TD, config)
+    weights_TK = jnp.where(valid_T[:, None], weights_TK, 0.0)
+    experts_TK = jnp.where(valid_T[:, None], experts_TK, config.experts)
+    load_E = jnp.bincount(experts_TK.reshape(-1), length=config.experts)  # padding's number falls outside
+    y_TD = routed(p["experts"], x_TD, weights_TK, experts_TK, load_E, config.grouped_matmul).reshape(x_BLD.shape)
+    if "shared" in p:
+        y_TD = y_TD + swiglu(p["shared"], x_BLD)
+    return y_TD, load_E
+
+
+def routed(p, x_TD, weights_TK, experts_TK, load_E, implementation: str):
+    """Sort token copies by expert, run the experts' SwiGLU, sort back and add up."""
+    tokens, top_k = experts_TK.shape
+    order_N = jnp.argsort(experts_TK.reshape(-1), stable=True)
+    inverse_N = jnp.argsort(order_N)
+    copies_ND = jnp.broadcast_to(x_TD[:, None], (tokens, top_k, x_TD.shape[-1])).reshape(tokens * top_k, -1)
+    rows_ND = permute_rows(copies_ND, order_N, inverse_N)
+    gate_NF = grouped_matmul(rows_ND, p["gate"], load_E, implementation)
+    up_NF = grouped_matmul(rows_ND, p["up"], load_E, implementation)
+    out_ND = grouped_matmul(jax.nn.silu(gate_NF) * up_NF, p["down"], load_E, implementation)
+    out_TKD = permute_rows(out_ND, inverse_N, order_N).reshape(tokens, top_k, -1)
+    out_TKD = jnp.where(weights_TK[..., None] != 0, out_TKD, 0)  # padding rows hold no defined value
+    return jnp.einsum("tkd,tk->td", out_TKD, weights_TK.astype(out_TKD.dtype))
+
+
+def balanced_bias(bias_YE, load_YE, rate: float):
+    """The sign rule: raise the bias of experts below the mean load, lower it above (aux-loss-free balancing)."""
+    load_YE = load_YE.astype(jnp.float32)
+    return bias_YE + rate * jnp.sign(load_YE.mean(axis=-1, keepdims=True) - load_YE)

@@ -1,0 +1,60 @@
+"""ONE table: logical axis of a parameter or batch -> mesh axes (K2.5 §3.8). Change the layout of the whole model here."""
+
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+import jax
+
+RULES: dict[str | None, str | tuple[str, ...] | None] = {
+    # parameters of the language model
+    "layers": None,
+    "vocab": ("fsdp", "expert"),
+    "embed": ("fsdp", "expert"),
+    "mlp": None,
+    "latent": None,
+    "heads": None,
+    "head_dim": None,
+    "expert": "expert",
+    "expert_embed": "fsdp",
+    "expert_mlp": None,
+    "router_in": None,
+    "router_out": None,
+    "norm": None,
+    # the vision encoder and the projector are replicated
+    "vision": None,
+    "vision_heads": None,
+    "vision_mlp": None,
+    # activations
+    "batch": ("fsdp", "expert"),
+    "packs": ("pipe", "fsdp", "expert"),
+}
+
+
+def spec(axes: PartitionSpec, shape: tuple[int, ...], mesh: Mesh) -> PartitionSpec:
+    """Mesh axes of one array. An axis that does not divide its dimension, or is taken already, is left out."""
+    taken: set[str] = set()
+    out = []
+    for axis, size in zip(tuple(axes) + (None,) * (len(shape) - len(axes)), shape):
+        if axis is not None and axis not in RULES:
+            raise ValueError(f"logical axis {axis!r} has no rule in sharding/rules.py")
+        rule = RULES[axis] if axis is not None else None
+        names = (rule,) if isinstance(rule, str) else tuple(rule or ())
+        names = tuple(n for n in names if n in mesh.shape and n not in taken)
+        while names and size % _product(mesh.shape[n] for n in names):
+            names = names[:-1]
+        taken.update(names)
+        out.append(names if len(names) > 1 else names[0] if names else None)
+    return PartitionSpec(*out)
+
+
+def shardings(axes_tree, shapes_tree, mesh: Mesh):
+    """NamedShardings of a parameter tree from its logical axes and shapes."""
+    is_spec = lambda x: isinstance(x, PartitionSpec)  # noqa: E731
+    return jax.tree.map(
+        lambda axes, a: NamedSharding(mesh, spec(axes, a.shape, mesh)), axes_tree, shapes_tree, is_leaf=is_spec
+    )
+
+
+def _product(numbers) -> int:
+    out = 1
+    for n in numbers:
+        out *= n
+    return out

@@ -1,0 +1,257 @@
+"""Text to token ids and back: Kimi's byte-pair vocabulary, or plain bytes for small models (K2.5 §3.1).
+
+Text that merely looks like a special token is ordinary text unless the caller allows it. So nothing that a user or a file
+says can open a turn, close one, or stand for an image.
+"""
+
+import base64
+import binascii
+import codecs
+import json
+import logging
+import re
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from pathlib import Path
+
+import tiktoken
+
+logger = logging.getLogger(__name__)
+
+PUBLIC_SPECIAL = {
+    "[BOS]": 163584,
+    "[EOS]": 163585,
+    "<|im_end|>": 163586,
+    "<|im_user|>": 163587,
+    "<|im_assistant|>": 163588,
+    "[EOT]": 163593,
+    "<|im_system|>": 163594,
+    "<|tool_calls_section_begin|>": 163595,
+    "<|tool_calls_section_end|>": 163596,
+    "<|tool_call_begin|>": 163597,
+    "<|tool_call_argument_begin|>": 163598,
+    "<|tool_call_end|>": 163599,
+    "<|im_middle|>": 163601,
+    "<|media_begin|>": 163602,
+    "<|media_content|>": 163603,
+    "<|media_end|>": 163604,
+    "<|media_pad|>": 163605,
+    "<think>": 163606,
+    "</think>": 163607,
+    "[UNK]": 163838,
+    "[PAD]": 163839,
+}
+BYTE_SPECIAL = {
+    "[BOS]": 256,
+    "[EOS]": 257,
+    "<|im_end|>": 258,
+    "<|im_user|>": 259,
+    "<|im_assistant|>": 260,
+    "<|media_begin|>": 261,
+    "<|media_content|>": 262,
+    "<|media_end|>": 263,
+    "<|media_pad|>": 264,
+    "<|im_system|>": 265,
+    "<|im_middle|>": 266,
+    "<think>": 267,
+    "</think>": 268,
+    "<|tool_calls_section_begin|>": 269,
+    "<|tool_calls_section_end|>": 270,
+    "<|tool_call_begin|>": 271,
+    "<|tool_call_argument_begin|>": 272,
+    "<|tool_call_end|>": 273,
+    "[EOT]": 274,
+    "[UNK]": 275,
+    "[PAD]": 276,
+}
+REQUIRED = [
+    name for name in PUBLIC_SPECIAL if name.startswith(("<|im_", "<|media_")) or name in ("[BOS]", "[EOS]", "[PAD]")
+]
+RESERVED = 256  # ids after the ranks that are special, named or not
+
+# How Kimi cuts text before merging bytes: Han runs by themselves; words (capitals, then small letters) with one leading
+# mark and an English contraction; up to three digits; marks; line ends; other spaces.
+_UPPER = r"[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}&&[^\p{Han}]]"
+_LOWER = r"[\p{Ll}\p{Lm}\p{Lo}\p{M}&&[^\p{Han}]]"
+_LEAD = r"[^\r\n\p{L}\p{N}]?"
+_SHORT = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)?"
+SPLIT_PATTERN = "|".join(
+    (
+        r"[\p{Han}]+",
+        f"{_LEAD}{_UPPER}*{_LOWER}+{_SHORT}",
+        f"{_LEAD}{_UPPER}+{_LOWER}*{_SHORT}",
+        r"\p{N}{1,3}",
+        r" ?[^\s\p{L}\p{N}]+[\r\n]*",
+        r"\s*[\r\n]+",
+        r"\s+(?!\S)",
+        r"\s+",
+    )
+)
+MAX_CHARS = 400_000  # tiktoken's regex engine fails on longer strings,
+MAX_RUN = 25_000  # and on longer runs of only spaces or of none
+_RUN = re.compile(r"\s+|\S+")
+
+
+class TokenizerError(ValueError):
+    """A vocabulary that cannot be used; the message names the file, the line or field, and the remedy."""
+
+
+class Tokenizer:
+    """Special tokens around an encoder of ordinary text. `token_bytes[id]` is what an ordinary token stands for."""
+
+    def __init__(self, special: Mapping[str, int], token_bytes: Mapping[int, bytes], ordinary: Callable):
+        self.special = dict(special)
+        self.vocab_size = 1 + max(max(self.special.values()), max(token_bytes))
+        self._special_ids = frozenset(self.special.values())
+        self._bytes = dict(token_bytes) | {id_: name.encode() for name, id_ in self.special.items()}
+        self._ordinary = ordinary
+
+    def encode(self, text: str, allow_special: bool | Collection[str] = False) -> list[int]:
+        """Token ids. `allow_special`: True, or the names that may become special tokens; the rest stays ordinary text."""
+        text = _whole_characters(text)
+        names = self.special if allow_special is True else (allow_special or ())
+        if not names:
+            return self._ordinary(text)
+        pattern = "|".join(re.escape(name) for name in sorted(names, key=len, reverse=True))
+        ids = []
+        for part in re.split(f"({pattern})", text):
+            ids += [self.special[part]] if part in names else self._ordinary(part)
+        return ids
+
+    def decode(self, ids: Iterable[int], skip_special: bool = False) -> str:
+        """Text; never raises: an unknown id or a byte that is not UTF-8 becomes U+FFFD."""
+        return b"".join(self.bytes_of(id_, skip_special) for id_ in ids).decode("utf-8", "replace")
+
+    def bytes_of(self, id_: int, skip_special: bool = False) -> bytes:
+        """The bytes that one token stands for."""
+        id_ = int(id_)
+        if skip_special and id_ in self._special_ids:
+            return b""
+        return self._bytes.get(id_, "\ufffd".encode())
+
+
+class StreamDecoder:
+    """Decodes token by token: holds back the bytes of a character until it is whole. All pushes + flush == `decode`."""
+
+    def __init__(self, tokenizer: Tokenizer, skip_special: bool = False):
+        self._tokenizer = tokenizer
+        self._skip_special = skip_special
+        self._utf8 = codecs.getincrementaldecoder("utf-8")("replace")
+
+    def push(self, id_: int) -> str:
+        """The characters that this token completes."""
+        return self._utf8.decode(self._tokenizer.bytes_of(id_, self._skip_special))
+
+    def flush(self) -> str:
+        """What is left at the end: U+FFFD for a broken character, or nothing."""
+        return self._utf8.decode(b"", final=True)
+
+
+def load_tokenizer(directory: str = "") -> Tokenizer:
+    """The vocabulary in `directory`/tiktoken.model; bytes when there is no such file or no directory is given.
+
+    Special tokens come from `tokenizer_config.json` there; the public table fills the ids that it leaves free. Raises
+    TokenizerError.
+    """
+    folder = Path(directory)
+    if directory and not folder.is_dir():
+        raise TokenizerError(f"{directory}: no such directory; give one with tiktoken.model, or '' for bytes")
+    model = folder / "tiktoken.model"
+    if directory and model.is_file():
+        return _load_tiktoken(model)
+    if directory:
+        logger.warning("%s holds no tiktoken.model: text is read as bytes", directory)
+    return Tokenizer(BYTE_SPECIAL, {i: bytes([i]) for i in range(256)}, _encode_bytes)
+
+
+def _encode_bytes(text: str) -> list[int]:
+    return list(text.encode())
+
+
+def _load_tiktoken(path: Path) -> Tokenizer:
+    ranks = _read_ranks(path)
+    special = _read_special(path.parent / "tokenizer_config.json", ranks)
+    encoding = tiktoken.Encoding(path.name, pat_str=SPLIT_PATTERN, mergeable_ranks=ranks, special_tokens={})
+
+    def ordinary(text: str) -> list[int]:
+        return [id_ for piece in pieces(text) for id_ in encoding.encode_ordinary(piece)]
+
+    return Tokenizer(special, {rank: token for token, rank in ranks.items()}, ordinary)
+
+
+def _read_ranks(path: Path) -> dict[bytes, int]:
+    """Token bytes -> rank, from lines of base64 and a decimal rank."""
+    ranks, seen = {}, set()
+    for number, line in enumerate(path.read_bytes().splitlines(), 1):
+        if not line.strip():
+            continue
+        try:
+            text, rank_text = line.split()
+            token, rank = base64.b64decode(text, validate=True), int(rank_text)
+        except (ValueError, binascii.Error):
+            raise TokenizerError(f"{path}:{number}: not 'base64 rank' ({line[:40]!r}); fetch the file again") from None
+        if not token or rank < 0 or token in ranks or rank in seen:
+            raise TokenizerError(f"{path}:{number}: empty, negative or repeated ({line[:40]!r}); fetch the file again")
+        ranks[token] = rank
+        seen.add(rank)
+    missing = [i for i in range(256) if bytes([i]) not in ranks]
+    if missing:
+        raise TokenizerError(
+            f"{path}: byte {missing[0]:#04x} has no token ({len(missing)} of 256 are missing); fetch the file again"
+        )
+    return ranks
+
+
+def _read_special(path: Path, ranks: Mapping[bytes, int]) -> dict[str, int]:
+    """Special tokens: those of `tokenizer_config.json`, the public ones where they are free, and reserved names."""
+    special, taken = {}, set(ranks.values())
+    for name, id_ in _configured(path):
+        if name in special or id_ in taken:
+            raise TokenizerError(f"{path}: added_tokens_decoder[{id_}] = {name!r} is taken already; correct the file")
+        special[name] = id_
+        taken.add(id_)
+    for name, id_ in PUBLIC_SPECIAL.items():
+        if name not in special and id_ not in taken:
+            special[name] = id_
+            taken.add(id_)
+    missing = [name for name in REQUIRED if name not in special]
+    if missing:
+        raise TokenizerError(f"{path}: no id for {', '.join(missing)}; add them to added_tokens_decoder")
+    reserved = (id_ for id_ in range(len(ranks), len(ranks) + RESERVED) if id_ not in taken)
+    return special | {f"<|reserved_token_{id_}|>": id_ for id_ in reserved}
+
+
+def _configured(path: Path) -> list[tuple[str, int]]:
+    if not path.is_file():
+        return []
+    try:
+        table = json.loads(path.read_text(encoding="utf-8")).get("added_tokens_decoder", {})
+        pairs = [(entry["content"], int(id_)) for id_, entry in table.items()]
+    except (ValueError, KeyError, TypeError, AttributeError) as problem:
+        raise TokenizerError(
+            f"{path}: added_tokens_decoder must map ids to {{'content': name}} ({type(problem).__name__}: {problem})"
+        ) from None
+    for name, id_ in pairs:
+        if not isinstance(name, str) or not name or id_ < 0:
+            raise TokenizerError(f"{path}: added_tokens_decoder[{id_}]: {name!r} cannot be a special token")
+    return pairs
+
+
+def pieces(text: str) -> Iterator[str]:
+    """Cut text that is too long for tiktoken, just where Kimi's own tokenizer cuts it; they join to `text`."""
+    for begin in range(0, len(text), MAX_CHARS):
+        window, start = text[begin : begin + MAX_CHARS], 0
+        runs = _RUN.finditer(window) if len(window) > MAX_RUN else ()
+        for run in runs:
+            for cut in range(run.start() + MAX_RUN, run.end(), MAX_RUN):
+                yield window[start:cut]
+                start = cut
+        yield window[start:]
+
+
+def _whole_characters(text: str) -> str:
+    """Join surrogate pairs, and replace lone surrogates, which have no UTF-8 form, by U+FFFD."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+    return text

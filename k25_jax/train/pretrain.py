@@ -1,0 +1,18 @@
+"""The loss of pre-training: next-token cross-entropy over packed text and vision (K2.5 §3.3)."""
+
+import jax.numpy as jnp
+
+from k25_jax.config import Experiment
+from k25_jax.losses.lm import cross_entropy
+from k25_jax.models.decoder import logits
+from k25_jax.models.k25 import hidden_states
+
+
+def loss_fn(params, batch, experiment: Experiment):
+    """(loss, (metrics, load_YE)); `load_YE` counts the tokens that each expert got."""
+    dtype = jnp.dtype(experiment.train.compute_dtype)
+    x_BLD, load_YE = hidden_states(params, batch, experiment.model, experiment.train.remat, dtype)
+    head = {name: params[name] for name in ("head", "embed") if name in params}
+    scores_BLV = logits({k: v.astype(dtype) for k, v in head.items()}, x_BLD)
+    loss, metrics = cross_entropy(scores_BLV, batch.targets_BL, batch.loss_weights_BL)
+    return loss, (metrics, load_YE)

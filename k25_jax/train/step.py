@@ -1,0 +1,52 @@
+"""One training step: gradients, clipping, update, the router's sign rule, and the guard against NaN and infinity."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from k25_jax.config import Experiment
+from k25_jax.models.moe import balanced_bias
+from k25_jax.train.state import TrainState, make_optimizer
+
+
+def make_step(experiment: Experiment, loss_fn):
+    """A jitted (state, batch) -> (state, metrics). The state is donated: use the returned one.
+
+    A step whose loss or gradient is not finite changes nothing but the step number and reports `bad` = 1.
+    """
+    optimizer = make_optimizer(experiment.optim, experiment.train.steps)
+
+    @functools.partial(jax.jit, donate_argnums=0)
+    def step(state: TrainState, batch):
+        grad_fn = jax.value_and_grad(loss_fn, has_aux=True)
+        (loss, (metrics, load_YE)), grads = grad_fn(state.params, batch, experiment)
+        grad_norm = optax.global_norm(grads)
+        finite = jnp.isfinite(loss) & jnp.isfinite(grad_norm)
+        updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
+        params = with_balanced_router(optax.apply_updates(state.params, updates), load_YE, experiment)
+        params, opt_state = jax.tree.map(
+            lambda new, old: jnp.where(finite, new, old), (params, opt_state), (state.params, state.opt_state)
+        )
+        metrics = metrics | {"grad_norm": grad_norm, "bad": 1 - finite.astype(jnp.int32)} | router_metrics(load_YE)
+        return state.replace(step=state.step + 1, params=params, opt_state=opt_state), metrics
+
+    return step
+
+
+def with_balanced_router(params, load_YE, experiment: Experiment):
+    """`params` with the router biases moved by the sign rule."""
+    if "moe" not in params:
+        return params
+    moe = params["moe"]["moe"]
+    bias_YE = balanced_bias(moe["router_bias"], load_YE, experiment.model.text.moe.bias_rate)
+    return params | {"moe": params["moe"] | {"moe": moe | {"router_bias": bias_YE}}}
+
+
+def router_metrics(load_YE) -> dict:
+    """The worst ratio of the busiest expert's load to the mean, over the layers."""
+    if not load_YE.shape[0]:
+        return {}
+    load_YE = load_YE.astype(jnp.float32)
+    return {"router_max_over_mean": (load_YE.max(axis=-1) / jnp.maximum(load_YE.mean(axis=-1), 1e-9)).max()}

@@ -1,0 +1,187 @@
+"""Vision packs: clips of any size laid one after another in fixed-size rows of patches (K2.5 §3.2, §3.8).
+
+Placement is first-fit in order of arrival. The sequence packer asks a `PackPlan` whether the clips of another example
+still fit, and `pack_clips` replays the same rule. So whatever a plan accepted can be packed, when given in the order in
+which the plan accepted it.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import flax.struct
+import numpy as np
+
+from k25_jax.config import VisionConfig
+
+
+class PackError(ValueError):
+    """Clips that cannot be packed; the message names the clip, the sizes and the remedy."""
+
+
+@flax.struct.dataclass
+class VisionPack:
+    """P packs of N patch slots: numpy on the host, a pytree for jit (K2.5 §3.2).
+
+    Padding has segment 0, slot N, weight 0, and the coordinates of a 1x1 grid, so that dividing by a grid is safe.
+    """
+
+    patches_PNC: np.ndarray  # uint8 pixels, normalised on the device; or float32, normalised already
+    segments_PN: np.ndarray  # int32: 1, 2, .. number of the clip inside its pack; 0 on padding
+    coords_PN5: (
+        np.ndarray
+    )  # int32: frame, row, column, grid height, grid width. Frame is 0 for a clip of one, else from 1
+    slots_PN: np.ndarray  # int32: token inside the pack * group + place inside the token's group; N on padding
+    weights_PN: np.ndarray  # float32: 1 / frames of the clip
+
+
+@dataclass(frozen=True, eq=False)
+class Clip:
+    """An image, or up to four consecutive frames of one size, cut into patches.
+
+    `patches` is [t*h*w, C] in raster order frame by frame, `grid` is (t, h, w) in patches, `source` names the clip in
+    errors. The frames are pooled, so a clip is h*w / (merge rows * merge columns) tokens whatever t is. Raises
+    PackError.
+    """
+
+    patches: np.ndarray
+    grid: tuple[int, int, int]
+    source: str = ""
+    merge: tuple[int, int] = (2, 2)
+
+    def __post_init__(self):
+        frames, rows, columns = self.grid
+        if min(self.grid) < 1 or rows % self.merge[0] or columns % self.merge[1]:
+            raise PackError(
+                f"{self.source}: a grid (t, h, w) of {self.grid} does not split into groups of {self.merge} patches; "
+                "pad the image to whole groups"
+            )
+        if self.patches.ndim != 2 or len(self.patches) != frames * rows * columns:
+            raise PackError(
+                f"{self.source}: patches {self.patches.shape} do not match the grid {self.grid}; "
+                f"give an array of [{frames * rows * columns}, C]"
+            )
+
+    @property
+    def tokens(self) -> int:
+        return self.grid[1] * self.grid[2] // (self.merge[0] * self.merge[1])
+
+
+class PackPlan:
+    """First-fit, in order of arrival, of clip sizes (in patches) into `packs` packs of `pack_patches` slots."""
+
+    def __init__(self, packs: int, pack_patches: int):
+        self.pack_patches = pack_patches
+        self.used = [0] * packs
+
+    def add(self, sizes: Sequence[int]) -> bool:
+        """Place all of `sizes`, or none of them; says which. A size above `pack_patches` never fits."""
+        used = list(self.used)
+        for size in sizes:
+            if _first_fit(used, size, self.pack_patches) is None:
+                return False
+        self.used = used
+        return True
+
+
+def fits(sizes: Sequence[int], packs: int, pack_patches: int) -> bool:
+    """Whether clips of these sizes (in patches), in this order, go into `packs` packs."""
+    return PackPlan(packs, pack_patches).add(sizes)
+
+
+def _first_fit(used: list[int], size: int, pack_patches: int) -> int | None:
+    for index, count in enumerate(used):
+        if count + size <= pack_patches:
+            used[index] += size
+            return index
+    return None
+
+
+def _blank(packs: int, pack_patches: int, patch_dim: int, dtype) -> VisionPack:
+    coords = np.zeros((packs, pack_patches, 5), np.int32)
+    coords[..., 3:] = 1
+    return VisionPack(
+        patches_PNC=np.zeros((packs, pack_patches, patch_dim), dtype),
+        segments_PN=np.zeros((packs, pack_patches), np.int32),
+        coords_PN5=coords,
+        slots_PN=np.full((packs, pack_patches), pack_patches, np.int32),
+        weights_PN=np.zeros((packs, pack_patches), np.float32),
+    )
+
+
+def empty_pack(packs: int, pack_patches: int, config: VisionConfig) -> VisionPack:
+    """Packs that hold padding only; `packs=0` for text-only batches."""
+    return _blank(packs, pack_patches, config.patch_dim, np.uint8)
+
+
+def waste(pack: VisionPack) -> float:
+    """Fraction of the patch slots that is padding; 0 when there are no packs."""
+    return float(np.mean(pack.segments_PN == 0)) if pack.segments_PN.size else 0.0
+
+
+def pack_clips(
+    clips: Sequence[Clip], packs: int, pack_patches: int, merge: tuple[int, int] = (2, 2), patch_dim: int = 588
+) -> tuple[VisionPack, np.ndarray]:
+    """Lay the clips into packs, first-fit in the order given (K2.5 §3.2).
+
+    Returns the pack and `starts` int32: `starts[i]` is the index of clip i's first token in the features flattened to
+    [P * M], M = pack_patches / group. The tokens of a clip are contiguous there, in raster order of the merged grid.
+    Raises PackError when a clip is larger than a pack, when the packs are too few, or when a clip has other patches.
+    """
+    group = merge[0] * merge[1]
+    if pack_patches % group:
+        raise PackError(f"data.pack_patches={pack_patches} must be a multiple of the {group} patches of a token")
+    dtype = clips[0].patches.dtype if clips else np.uint8
+    for clip in clips:
+        _check(clip, pack_patches, merge, patch_dim, dtype)
+    pack = _blank(packs, pack_patches, patch_dim, dtype)
+    used, tokens, count = [0] * packs, [0] * packs, [0] * packs
+    starts = np.zeros(len(clips), np.int32)
+    for i, clip in enumerate(clips):
+        index = _first_fit(used, len(clip.patches), pack_patches)
+        if index is None:
+            raise PackError(_too_few(clips, i, packs, pack_patches))
+        count[index] += 1
+        _write(pack, index, used[index] - len(clip.patches), count[index], tokens[index], clip)
+        starts[i] = index * (pack_patches // group) + tokens[index]
+        tokens[index] += clip.tokens
+    return pack, starts
+
+
+def _check(clip: Clip, pack_patches: int, merge: tuple[int, int], patch_dim: int, dtype):
+    size = len(clip.patches)
+    if size > pack_patches:
+        raise PackError(
+            f"{clip.source}: its {size} patches (t, h, w = {clip.grid}) exceed a pack of {pack_patches}; raise "
+            "data.pack_patches, or lower data.max_image_patches (data.max_frame_patches for video)"
+        )
+    if clip.patches.shape[1] != patch_dim or clip.patches.dtype != dtype or tuple(clip.merge) != tuple(merge):
+        raise PackError(
+            f"{clip.source}: patches of {clip.patches.shape[1]} {clip.patches.dtype} values merged by {clip.merge} do "
+            f"not go with a pack of {patch_dim} {dtype} values merged by {merge}; prepare all with one VisionConfig"
+        )
+
+
+def _too_few(clips: Sequence[Clip], index: int, packs: int, pack_patches: int) -> str:
+    total = sum(len(clip.patches) for clip in clips)
+    return (
+        f"{clips[index].source}: no room for its {len(clips[index].patches)} patches; {len(clips)} clips of {total} "
+        f"patches in all do not fit {packs} packs of {pack_patches} ({packs * pack_patches} slots); raise data.packs "
+        "or data.pack_patches, or give fewer clips"
+    )
+
+
+def _write(pack: VisionPack, index: int, start: int, segment: int, first_token: int, clip: Clip):
+    """Fill one clip's slots in place."""
+    (frames, rows, columns), (merge_rows, merge_columns) = clip.grid, clip.merge
+    where = (index, slice(start, start + len(clip.patches)))
+    frame, row, column = np.ogrid[:frames, :rows, :columns]
+    coords = pack.coords_PN5[where].reshape(frames, rows, columns, 5)
+    coords[..., 0] = frame + 1 if frames > 1 else 0
+    coords[..., 1], coords[..., 2], coords[..., 3], coords[..., 4] = row, column, rows, columns
+    token = first_token + (row // merge_rows) * (columns // merge_columns) + column // merge_columns
+    place = (row % merge_rows) * merge_columns + column % merge_columns
+    slots = token * (merge_rows * merge_columns) + place
+    pack.patches_PNC[where] = clip.patches
+    pack.segments_PN[where] = segment
+    pack.slots_PN[where] = np.broadcast_to(slots, clip.grid).reshape(-1)
+    pack.weights_PN[where] = 1.0 / frames
