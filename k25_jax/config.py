@@ -281,14 +281,14 @@ def preset(name: str) -> K25Config:
         moe = MoEConfig(experts=32, top_k=4, ffn_dim=256, scale=2.0)
         text = TextConfig(
             vocab_size=512, d_model=512, layers=8, ffn_dim=2048, heads=8, q_lora_rank=256, kv_lora_rank=128,
-            qk_nope_dim=64, qk_rope_dim=32, v_dim=64, max_length=4096, moe=moe, rope=RopeConfig(original_length=4096),
+            qk_nope_dim=64, qk_rope_dim=32, v_dim=64, init_std=0.04, max_length=4096, moe=moe, rope=RopeConfig(original_length=4096),
         )  # fmt: skip
         return K25Config(text=text, vision=VisionConfig(layers=6, width=256, heads=4, mlp_dim=1024), **BYTE_IDS)
     if name == "tiny":
         moe = MoEConfig(experts=8, top_k=2, ffn_dim=64, scale=2.0)
         text = TextConfig(
             vocab_size=288, d_model=96, layers=3, ffn_dim=256, heads=4, q_lora_rank=48, kv_lora_rank=32,
-            qk_nope_dim=16, qk_rope_dim=8, v_dim=16, max_length=1024, moe=moe, rope=RopeConfig(original_length=1024),
+            qk_nope_dim=16, qk_rope_dim=8, v_dim=16, init_std=0.08, max_length=1024, moe=moe, rope=RopeConfig(original_length=1024),
         )  # fmt: skip
         return K25Config(text=text, vision=VisionConfig(layers=2, width=64, heads=4, mlp_dim=128), **BYTE_IDS)
     raise ConfigError(f"no preset {name!r}{_nearest(name, PRESETS)}; there are: {', '.join(PRESETS)}")

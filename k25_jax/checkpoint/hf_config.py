@@ -312,3 +312,5 @@ def _check_writable(config: K25Config):
         raise CheckpointError(
             f"vision.norm_eps={config.vision.norm_eps} has no field in config.json: it is always 1e-5"
         )
+    if config.pad_id >= config.text.vocab_size:
+        raise CheckpointError(f"pad_id={config.pad_id} lies outside text.vocab_size={config.text.vocab_size}")

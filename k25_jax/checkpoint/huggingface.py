@@ -315,6 +315,9 @@ def save_params(
     names = {kind: name for name, kind in DTYPES.items() if name in quantised.FLOATS}
     if np.dtype(dtype) not in names or (quantise or "") not in quantised.ENCODINGS:
         raise CheckpointError(f"{directory}: cannot write dtype={np.dtype(dtype)}, quantise={quantise!r}")
+    contents = write_config(config) | {"dtype": np.dtype(dtype).name}
+    if quantise:
+        contents["text_config"]["quantization_config"] = quantised.describe(quantise)
     flat = flatten_dict(params, sep="/")
     rows = bind(config)
     _check_tree(directory, flat, rows)
@@ -328,9 +331,6 @@ def save_params(
             total += sum(entry.size for entry in shard)
             if progress:
                 progress(file, number, len(shards))
-        contents = write_config(config) | {"dtype": np.dtype(dtype).name}
-        if quantise:
-            contents["text_config"]["quantization_config"] = quantised.describe(quantise)
         index = {"metadata": {"total_size": total}, "weight_map": weight_map}
         for file, values in ((INDEX, index), ("config.json", contents)):
             (folder / file).write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")

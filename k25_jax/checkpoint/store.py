@@ -43,7 +43,7 @@ class Store:
         step = self._manager.latest_step() if step is None else step
         if step is None or step not in self.steps():
             raise CheckpointError(f"{self.directory}: no checkpoint of step {step}; there are {self.steps()}")
-        args = ocp.args.Composite(state=ocp.args.StandardRestore(abstract_state), data=ocp.args.JsonRestore())
+        args = ocp.args.Composite(state=ocp.args.StandardRestore(placed(abstract_state)), data=ocp.args.JsonRestore())
         try:
             restored = self._manager.restore(step, args=args)
         except (OSError, ValueError, KeyError) as error:
@@ -59,6 +59,14 @@ class Store:
         self._manager.close()
 
 
+def placed(abstract_tree):
+    """Shapes with a sharding each: their own, else the first device."""
+    device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    return jax.tree.map(
+        lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=a.sharding or device), abstract_tree
+    )
+
+
 def restore_params(directory: str | pathlib.Path, abstract_params) -> dict:
     """Only the parameters of the newest checkpoint under `directory`."""
     directory = pathlib.Path(directory).resolve()
@@ -66,6 +74,7 @@ def restore_params(directory: str | pathlib.Path, abstract_params) -> dict:
         step = manager.latest_step()
         if step is None:
             raise CheckpointError(f"{directory}: no complete checkpoint")
-        target = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype), abstract_params)
-        restore = ocp.args.PyTreeRestore(item={"params": target}, partial_restore=True)
+        target = {"params": placed(abstract_params)}
+        restore_args = ocp.checkpoint_utils.construct_restore_args(target)
+        restore = ocp.args.PyTreeRestore(item=target, restore_args=restore_args, partial_restore=True)
         return manager.restore(step, args=ocp.args.Composite(state=restore))["state"]["params"]

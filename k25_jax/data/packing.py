@@ -1,7 +1,7 @@
 """Examples to packed batches: several documents in each row, their clips in vision packs (K2.5 §3.2, §3.3).
 
-Rows and packs are both filled first-fit, in order of arrival. Documents in a row do not see each other: segments differ and
-positions restart. A media_pad token stands where one vision token goes; it is never a target.
+Rows and packs are both filled first-fit, in order of arrival. Documents in a row do not see each other: segments differ
+and positions restart. A media_pad token stands where one vision token goes; it is never a target.
 """
 
 from collections.abc import Sequence
@@ -72,8 +72,9 @@ def _repeats(tokens: Sequence[int], counts: Sequence[int], media_pad_id: int) ->
 def split(example: Example, seq_len: int, model: K25Config) -> list[Example]:
     """Pieces of at most `seq_len` tokens.
 
-    Text is cut into consecutive pieces that share one token: the last of a piece is the first of the next, so every token
-    after the first is predicted once. A document with media loses its end instead, cut where no media block is torn.
+    Text is cut into consecutive pieces that share one token: the last of a piece is the first of the next, so every
+    token after the first is predicted once. A document with media loses its end instead, cut where no media block is
+    torn.
     """
     if len(example) <= seq_len:
         return [example]
@@ -163,10 +164,11 @@ def pack_examples(examples: Sequence[Example], data: DataConfig, model: K25Confi
     builder = BatchBuilder(data, model)
     for index, example in enumerate(examples):
         if not builder.add(example):
+            patches = sum(len(clip.patches) for clip in example.clips)
             raise PackingError(
-                f"examples[{index}] ({len(example)} tokens, {sum(len(c.patches) for c in example.clips)} patches) does not "
-                f"fit {data.batch_size} rows of {data.seq_len} tokens and {data.packs} packs of {data.pack_patches} patches; "
-                "raise one of these, or give fewer examples"
+                f"examples[{index}] ({len(example)} tokens, {patches} patches) finds no room "
+                f"in {data.batch_size} rows of {data.seq_len} tokens and {data.packs} packs of "
+                f"{data.pack_patches} patches; raise one of these, or give fewer examples"
             )
     return builder.build()
 

@@ -1,8 +1,8 @@
 """Records to an endless stream of packed batches that can be saved and resumed exactly (K2.5 §3.3, §3.8).
 
-Every source is shuffled anew each epoch and cut into one part for each process; the sources are mixed by weight; records
-become examples in threads; examples fill batches first-fit. The state of the iterator is small and JSON: where the stream
-is, and which examples already read are still waiting. They are read again on restoring.
+Every source is shuffled anew each epoch and cut into one part for each process; the sources are mixed by weight;
+records become examples in threads; examples fill batches first-fit. The state of the iterator is small and JSON: where
+the stream is, and which examples already read are still waiting. They are read again on restoring.
 """
 
 import collections
@@ -26,6 +26,7 @@ LOOKAHEAD = 8  # a batch is closed when so many examples are waiting for room
 LOGGED = 20  # skipped records of one reason that are named in the log; after that every thousandth
 READ_OPTIONS = grain.ReadOptions(num_threads=4, prefetch_buffer_size=16)  # decoded images are large: a short buffer
 BATCHES_AHEAD = 2
+_CHANGED = RecordError("changed", "has fewer pieces than when the state was saved")
 
 
 def make_pipeline(
@@ -48,15 +49,14 @@ def check(data: DataConfig, model: K25Config, tokenizer: Tokenizer):
     """Raise DataError when data, model and tokenizer cannot go together."""
     if not data.sources:
         raise DataError("data.sources is empty; name at least one source")
-    if data.seq_len < 2 or data.seed < 0 or data.packs < 0:
-        raise DataError(
-            f"data.seq_len={data.seq_len} must be at least 2, data.seed={data.seed} and data.packs={data.packs} not negative"
-        )
+    for name, least in (("seq_len", 2), ("seed", 0), ("packs", 0)):
+        if getattr(data, name) < least:
+            raise DataError(f"data.{name}={getattr(data, name)} must be at least {least}")
     if data.packs and data.pack_patches % model.vision.group:
         raise DataError(f"data.pack_patches={data.pack_patches} must be a multiple of {model.vision.group}")
     if tokenizer.vocab_size > model.text.vocab_size:
         raise DataError(
-            f"data.tokenizer has {tokenizer.vocab_size} tokens, model.text.vocab_size is {model.text.vocab_size}; raise it"
+            f"data.tokenizer has {tokenizer.vocab_size} tokens, model.text.vocab_size={model.text.vocab_size}; raise it"
         )
     names = {"media_begin_id": "<|media_begin|>", "media_end_id": "<|media_end|>", "media_pad_id": "<|media_pad|>"}
     for field, name in names.items():
@@ -144,7 +144,7 @@ def mix(sources: Sequence[Source], data: DataConfig, shard_index: int, shard_cou
     for number, (source, config) in enumerate(zip(sources, data.sources, strict=True)):
         if len(source) < shard_count:
             raise DataError(
-                f"data.sources: {config.path} has {len(source)} records for {shard_count} processes; every process needs one"
+                f"data.sources: {config.path} has {len(source)} records for {shard_count} processes; give each one"
             )
         stream = grain.MapDataset.source(source)
         if data.shuffle:
@@ -158,12 +158,11 @@ class PackedIterator(grain.DatasetIterator[Batch]):
     """Fills batches first-fit. Waiting examples are tried first in the next batch, in the order in which they came."""
 
     def __init__(self, dataset: PackedDataset):
-        super().__init__()
+        super().__init__(iter(dataset.records.to_iter_dataset(read_options=READ_OPTIONS)))
         self._dataset = dataset
-        self._stream = iter(dataset.records.to_iter_dataset(read_options=READ_OPTIONS))
         self._restart(next_index=0, next_piece=0)
         self._waiting: list[_Waiting] = []
-        self._counts: collections.Counter[str] = collections.Counter()
+        self._counts = collections.Counter(batches=0, records=0, truncated=0)
 
     def __next__(self) -> Batch:
         builder = BatchBuilder(self._dataset.preparer.data, self._dataset.preparer.model)
@@ -190,8 +189,8 @@ class PackedIterator(grain.DatasetIterator[Batch]):
         """Continue after the batch that `state` belongs to; raises DataError when the data is not the same."""
         if state["identity"] != self._dataset.identity:
             raise DataError(
-                f"the saved data state is of {state['identity']}, the data is now {self._dataset.identity}; restore the "
-                "sources, seed and number of processes, or start without the data state"
+                f"the saved data state is of {state['identity']}, the data is now {self._dataset.identity}; restore "
+                "the sources, seed and number of processes, or start without the data state"
             )
         self._restart(state["next_index"], state["next_piece"])
         self._counts = collections.Counter(state["counts"])
@@ -201,17 +200,10 @@ class PackedIterator(grain.DatasetIterator[Batch]):
             if piece < len(prepared.examples):
                 self._waiting.append(_Waiting(index, piece, prepared.examples[piece]))
             else:
-                self._skip(
-                    prepared.name, prepared.problem or RecordError("changed", "is shorter than when it was read")
-                )
-
-    def close(self):
-        """Stop the threads that read ahead."""
-        super().close()
-        self._stream.close()
+                self._skip(prepared.name, prepared.problem or _CHANGED)
 
     def _restart(self, next_index: int, next_piece: int):
-        self._stream.set_state({"next_index": next_index})
+        self._parent.set_state({"next_index": next_index})
         self._index, self._piece = next_index, next_piece  # of the next example
         self._record: Prepared | None = None  # the record at _index, once it was read
 
@@ -219,16 +211,16 @@ class PackedIterator(grain.DatasetIterator[Batch]):
         """The next example of the stream."""
         for _ in range(self._dataset.patience):
             if self._record is None:
-                self._record = next(self._stream)
+                self._record = next(self._parent)
             record, index, piece = self._record, self._index, self._piece
             if piece < len(record.examples):
                 self._counts["truncated"] += record.examples[piece].truncated
                 self._advance(record, piece + 1)
                 return _Waiting(index, piece, record.examples[piece])
-            self._skip(record.name, record.problem or RecordError("changed", "is shorter than when it was read"))
+            self._skip(record.name, record.problem or _CHANGED)
             self._advance(record, piece)
         raise DataError(
-            f"the last {self._dataset.patience} records, all there are, were skipped ({dict(self._counts)}); see the log"
+            f"all of the last {self._dataset.patience} records were skipped ({dict(self._counts)}); the log says why"
         )
 
     def _advance(self, record: Prepared, piece: int):

@@ -6,8 +6,8 @@ A record is a mapping of one of these forms; a media value is a path, or base64 
     {"parts": [{"text": "..."}, {"image": "cat.png"}, {"video": "dog.mp4"}]}
     {"messages": [{"role": "user", "content": "..." or a list of parts}, ..]}
 
-Two ways of failing: a record that cannot be used is a `RecordError`, which the pipeline skips, counts and logs; a source
-that cannot be read raises `DataError`, which stops the run.
+Two ways of failing: a record that cannot be used is a `RecordError`, which the pipeline skips, counts and logs; a
+source that cannot be read raises `DataError`, which stops the run.
 """
 
 import base64
@@ -15,7 +15,6 @@ import collections
 import glob
 import json
 import logging
-import mmap
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -26,7 +25,7 @@ from array_record.python.array_record_data_source import ArrayRecordDataSource
 
 from k25_jax.config import DataConfig, K25Config, SourceConfig
 from k25_jax.data.packing import Example, make_example
-from k25_jax.text.chat import KINDS, ChatError, Rendered, Writer, part_kind, render
+from k25_jax.text.chat import ChatError, Rendered, Writer, part_kind, render
 from k25_jax.text.tokenizer import Tokenizer
 from k25_jax.vision.image import ImageError, load_image, preprocess
 from k25_jax.vision.patchpack import Clip
@@ -51,7 +50,7 @@ class RecordError(ValueError):
     """One record that cannot be used. `reason` is the word that it is counted under."""
 
     def __init__(self, reason: str, detail: str):
-        super().__init__(detail)
+        super().__init__(detail if len(detail) <= 500 else f"{detail[:500]}...")
         self.reason = reason
 
 
@@ -65,7 +64,7 @@ class Record(NamedTuple):
 
 # -------------------------------------------------------------------------------------------------------------- sources
 class Source:
-    """Random access for Grain: `source[i]` never raises for a bad record, only when the source itself cannot be read."""
+    """Random access for Grain. `source[i]` raises DataError when the source fails, and never for a bad record."""
 
     def __init__(self):
         self.left_out: collections.Counter[str] = collections.Counter()  # files that gave no record, by reason
@@ -98,14 +97,12 @@ def open_source(config: SourceConfig) -> Source:
     path, kind = config.path, config.kind
     if kind == "auto":
         kind = _guess_kind(path)
-    if kind != "task" and not (glob.glob(path) if kind == "arrayrecord" else Path(path).exists()):
+    if kind in ("folder", "jsonl") and not Path(path).exists():
         raise DataError(f"data.sources: there is nothing at {path}; check the path")
     try:
         source = {"folder": Folder, "jsonl": Jsonl, "arrayrecord": ArrayRecords, "task": Task}[kind](path)
     except OSError as problem:
-        raise DataError(
-            f"data.sources: {path} cannot be read ({problem}); check the path and its permissions"
-        ) from problem
+        raise DataError(f"data.sources: {path} cannot be read ({problem}); check its permissions") from problem
     if not len(source):
         raise DataError(f"data.sources: {path} holds no record ({kind}; left out: {dict(source.left_out)}); remove it")
     logger.info("%s: %d records (%s), left out: %s", path, len(source), kind, dict(source.left_out))
@@ -193,19 +190,26 @@ class Jsonl(Source):
         if not self._path.is_file():
             raise DataError(f"data.sources: {path} is not a file; set kind to what it is")
         self._file = open(path, "rb")
-        self._starts, self._ends, self._numbers = _lines(self._file.fileno())
+        self._bounds = _line_bounds(self._file.fileno())  # line k is [bounds[k], bounds[k + 1] - 1)
+        self._kept = np.flatnonzero(np.diff(self._bounds) > 2)  # a record has at least two bytes
 
     def __len__(self) -> int:
-        return len(self._starts)
+        return len(self._kept)
 
     def label(self, index: int) -> str:
-        return f"{self._path}:{self._numbers[index]}"
+        return f"{self._path}:{self._kept[index] + 1}"
 
     def read(self, index: int) -> Mapping:
-        start, end = int(self._starts[index]), int(self._ends[index])
-        if end - start > MAX_RECORD_BYTES:
-            raise RecordError("too large", f"{end - start} bytes exceed {MAX_RECORD_BYTES}")
-        return parse_record(os.pread(self._file.fileno(), end - start, start))
+        line = self._kept[index]
+        start, size = int(self._bounds[line]), int(self._bounds[line + 1] - 1 - self._bounds[line])
+        if size > MAX_RECORD_BYTES:
+            raise RecordError("too large", f"{size} bytes exceed {MAX_RECORD_BYTES}")
+        try:
+            return parse_record(os.pread(self._file.fileno(), size, start))
+        except OSError as problem:
+            raise DataError(
+                f"data.sources: {self._path} can no longer be read ({problem}); check the disk"
+            ) from problem
 
     def root(self, index: int) -> Path:
         return self._path.parent
@@ -218,7 +222,9 @@ class ArrayRecords(Source):
         super().__init__()
         shards = _shards(path)
         if not shards:
-            raise DataError(f"data.sources: {path} holds no file named *{ARRAY_RECORD[0]}*; set kind to what it is")
+            raise DataError(
+                f"data.sources: there is no file *{ARRAY_RECORD[0]}* at {path}; check the path and the kind"
+            )
         self._path, self._folder = path, Path(shards[0]).parent
         try:
             self._records = ArrayRecordDataSource(shards)
@@ -262,25 +268,20 @@ class Task(Source):
 
 
 def _shards(path: str) -> list[str]:
-    pattern = os.path.join(glob.escape(path), "*") if os.path.isdir(path) else path
-    return [file for file in sorted(glob.glob(pattern)) if any(suffix in Path(file).name for suffix in ARRAY_RECORD)]
+    if os.path.isdir(path):
+        names = sorted(os.listdir(path))
+        return [os.path.join(path, name) for name in names if any(suffix in name for suffix in ARRAY_RECORD)]
+    return [path] if os.path.isfile(path) else sorted(glob.glob(path))
 
 
-def _lines(descriptor: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Start, end and number (from 1) of every line of at least two bytes."""
-    size = os.fstat(descriptor).st_size
-    if not size:
-        return (np.zeros(0, np.int64),) * 3
-    with mmap.mmap(descriptor, size, access=mmap.ACCESS_READ) as view:
-        block = 2**24
-        breaks = [
-            offset + np.flatnonzero(np.frombuffer(view[offset : offset + block], np.uint8) == 10)
-            for offset in range(0, size, block)
-        ]
-    ends = np.append(np.concatenate(breaks), size).astype(np.int64)
-    starts = np.append(0, ends[:-1] + 1)
-    kept = np.flatnonzero(ends - starts >= 2)
-    return starts[kept], ends[kept], kept + 1
+def _line_bounds(descriptor: int) -> np.ndarray:
+    """int64: where each line starts, and one past the newline that the last line ends with or lacks."""
+    size, block = os.fstat(descriptor).st_size, 2**24
+    breaks = [
+        offset + 1 + np.flatnonzero(np.frombuffer(os.pread(descriptor, block, offset), np.uint8) == 10)
+        for offset in range(0, size, block)
+    ]
+    return np.concatenate([[0], *breaks, [size + 1]]).astype(np.int64)
 
 
 def _read_text(path: Path) -> str:
@@ -311,8 +312,8 @@ def parse_record(line: bytes) -> Mapping:
 def prepare(record: Record, tokenizer: Tokenizer, data: DataConfig, model: K25Config) -> Example:
     """Read the record's media, tokenise its text (K2.5 §3.2); raises RecordError.
 
-    Text has weight 1 with [BOS] before and [EOS] after it; media tokens have weight 0; of messages only what the assistant
-    says has weight 1.
+    Text has weight 1 with [BOS] before and [EOS] after it; media tokens have weight 0; of messages only what the
+    assistant says has weight 1.
     """
     if isinstance(record.data, RecordError):
         raise record.data
@@ -367,7 +368,7 @@ def _resolve(part, root: Path | None):
     """A part whose media is a path that was checked, or bytes; anything odd is left for `part_kind` to name."""
     if not isinstance(part, Mapping):
         return part
-    for kind in set(KINDS) - {"text"}:
+    for kind in ("image", "video"):
         coded = part.get(f"{kind}_base64")
         if coded is not None:
             try:

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 
 
 def cross_entropy(logits_BLV, targets_BL, weights_BL):
-    """Weighted mean of -log p(target), and metrics: loss, accuracy, tokens (the sum of the weights).
+    """Weighted mean of -log p(target), and metrics: loss, accuracy, target_weight (the sum of the weights).
 
     Places of weight 0 never count, whatever their logits.
     """
@@ -17,4 +17,4 @@ def cross_entropy(logits_BLV, targets_BL, weights_BL):
     loss = (nll_BL * weights_BL).sum() / jnp.maximum(tokens, 1.0)
     right_BL = (logits_BLV.argmax(axis=-1) == targets_BL) & counted_BL
     accuracy = right_BL.sum() / jnp.maximum(counted_BL.sum(), 1)
-    return loss, {"loss": loss, "accuracy": accuracy, "tokens": tokens}
+    return loss, {"loss": loss, "accuracy": accuracy, "target_weight": tokens}

@@ -17,6 +17,11 @@ def declare(module: nn.Module, name: str, shape, axes, init=None) -> None:
 ones, zeros = nn.initializers.ones, nn.initializers.zeros
 
 
+def fan_in(inputs: int):
+    """Normal with a standard deviation of 1 / sqrt(inputs)."""
+    return nn.initializers.normal(inputs**-0.5)
+
+
 class LayerNorm(nn.Module):
     """Scale and bias of a stack of LayerNorms; `stack` is () or (layers,)."""
 

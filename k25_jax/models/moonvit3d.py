@@ -6,7 +6,7 @@ import jax.numpy as jnp
 
 from k25_jax.config import VisionConfig
 from k25_jax.kernels.attention import attention
-from k25_jax.models.layers import LayerNorm, declare, layer_norm, zeros
+from k25_jax.models.layers import LayerNorm, declare, fan_in, layer_norm, zeros
 from k25_jax.models.rope import axial_tables, rotate
 from k25_jax.vision.patchpack import VisionPack
 
@@ -22,13 +22,13 @@ class Blocks(nn.Module):
         y, w, f, h, k = c.layers, c.width, c.mlp_dim, c.heads, c.head_dim
         LayerNorm(w, (y,), name="norm0")()
         LayerNorm(w, (y,), name="norm1")()
-        declare(self, "qkv", (y, w, 3, h, k), ("layers", "vision", None, "vision_heads", None))
+        declare(self, "qkv", (y, w, 3, h, k), ("layers", "vision", None, "vision_heads", None), fan_in(w))
         declare(self, "qkv_bias", (y, 3, h, k), ("layers", None, "vision_heads", None), zeros)
-        declare(self, "out", (y, h, k, w), ("layers", "vision_heads", None, "vision"))
+        declare(self, "out", (y, h, k, w), ("layers", "vision_heads", None, "vision"), fan_in(w))
         declare(self, "out_bias", (y, w), ("layers", "norm"), zeros)
-        declare(self, "fc0", (y, w, f), ("layers", "vision", "vision_mlp"))
+        declare(self, "fc0", (y, w, f), ("layers", "vision", "vision_mlp"), fan_in(w))
         declare(self, "fc0_bias", (y, f), ("layers", "norm"), zeros)
-        declare(self, "fc1", (y, f, w), ("layers", "vision_mlp", "vision"))
+        declare(self, "fc1", (y, f, w), ("layers", "vision_mlp", "vision"), fan_in(f))
         declare(self, "fc1_bias", (y, w), ("layers", "norm"), zeros)
 
 
@@ -39,8 +39,9 @@ class PatchEmbed(nn.Module):
 
     @nn.compact
     def __call__(self):
-        declare(self, "kernel", (self.config.patch_dim, self.config.width), (None, "vision"))
-        declare(self, "bias", (self.config.width,), ("norm",), zeros)
+        c = self.config
+        declare(self, "kernel", (c.patch_dim, c.width), (None, "vision"), fan_in(c.patch_dim))
+        declare(self, "bias", (c.width,), ("norm",), zeros)
 
 
 class MoonViT3D(nn.Module):

@@ -4,7 +4,7 @@ import flax.linen as nn
 import jax
 
 from k25_jax.config import K25Config
-from k25_jax.models.layers import LayerNorm, declare, layer_norm, zeros
+from k25_jax.models.layers import LayerNorm, declare, fan_in, layer_norm, zeros
 
 
 class Projector(nn.Module):
@@ -17,9 +17,9 @@ class Projector(nn.Module):
         width, d_model = self.config.vision.width, self.config.text.d_model
         grouped = width * self.config.vision.group
         LayerNorm(width, name="norm")()
-        declare(self, "fc0", (grouped, grouped), ("vision", "vision_mlp"))
+        declare(self, "fc0", (grouped, grouped), ("vision", "vision_mlp"), fan_in(grouped))
         declare(self, "fc0_bias", (grouped,), ("norm",), zeros)
-        declare(self, "fc1", (grouped, d_model), ("vision_mlp", "vision"))
+        declare(self, "fc1", (grouped, d_model), ("vision_mlp", "vision"), fan_in(grouped))
         declare(self, "fc1_bias", (d_model,), ("norm",), zeros)
 
 

@@ -157,7 +157,9 @@ def _render(section: Section) -> str:
 def _table(table: Table) -> str:
     for row in table.rows:
         if len(row) != len(table.columns):
-            raise ValueError(f"table {table.title!r}: a row has {len(row)} cells under {len(table.columns)} columns: {row}")
+            raise ValueError(
+                f"table {table.title!r}: a row has {len(row)} cells under {len(table.columns)} columns: {row}"
+            )
     head = "".join(f'<th scope="col">{_escape(column)}</th>' for column in table.columns)
     rows = "\n".join(f"<tr>{''.join(map(_cell, row))}</tr>" for row in table.rows)
     caption = f"<caption>{_escape(table.caption)}</caption>" if table.caption else ""

@@ -41,7 +41,7 @@ class MetricsWriter:
         """Append one line. Values: numbers or arrays of one element; NaN and infinities become strings."""
         if self.last_step is not None and step < self.last_step:
             raise MetricsError(
-                f"{self.path}: step {step} comes after step {self.last_step}; call truncate_after(step) when a run resumes"
+                f"{self.path}: step {step} comes after step {self.last_step}; to resume, call truncate_after(step)"
             )
         numbers = {name: _number(name, value) for name, value in scalars.items()}
         record = {"step": int(step)} | {name: _to_json(value) for name, value in numbers.items()}
@@ -156,7 +156,9 @@ def _number(name: str, value) -> int | float:
     try:
         number = value.item() if hasattr(value, "item") else value
     except (TypeError, ValueError) as error:
-        raise MetricsError(f"metric {name!r} has shape {value.shape}; give its mean, or one metric an element") from error
+        raise MetricsError(
+            f"metric {name!r} has shape {value.shape}; give its mean, or one metric an element"
+        ) from error
     if not isinstance(number, (int, float)):
         raise MetricsError(f"metric {name!r} must be a number, not {value!r}")
     return number

@@ -110,7 +110,9 @@ def draw_bars(
     width = 0.8 / max(1, len(groups))
     for index, (series, heights) in enumerate(groups.items()):
         at = [categories.index(category) + (index - (len(groups) - 1) / 2) * width for category in heights]
-        bars = axes.bar(at, list(heights.values()), 0.92 * width, color=COLOURS[index % len(COLOURS)], label=plain(series))
+        bars = axes.bar(
+            at, list(heights.values()), 0.92 * width, color=COLOURS[index % len(COLOURS)], label=plain(series)
+        )
         axes.bar_label(bars, fmt=f"%.{digits}f", padding=2, fontsize=8, color=MUTED)
     crowded = sum(len(category) for category in categories) > 60
     axes.set_xticks(

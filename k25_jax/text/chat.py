@@ -29,7 +29,7 @@ class ChatError(ValueError):
 
 @dataclass
 class Rendered:
-    """Tokens with the weight of predicting each one, the media sources in order, and their clips (one media_pad each)."""
+    """Tokens with the weight of predicting each one; the media sources in order; their clips, one media_pad each."""
 
     tokens: list[int] = field(default_factory=list)
     weights: list[float] = field(default_factory=list)

@@ -1,7 +1,7 @@
 """Text to token ids and back: Kimi's byte-pair vocabulary, or plain bytes for small models (K2.5 §3.1).
 
-Text that merely looks like a special token is ordinary text unless the caller allows it. So nothing that a user or a file
-says can open a turn, close one, or stand for an image.
+Text that merely looks like a special token is ordinary text unless the caller allows it. So nothing that a user or a
+file says can open a turn, close one, or stand for an image.
 """
 
 import base64
@@ -63,9 +63,10 @@ BYTE_SPECIAL = {
     "[UNK]": 275,
     "[PAD]": 276,
 }
-REQUIRED = [
-    name for name in PUBLIC_SPECIAL if name.startswith(("<|im_", "<|media_")) or name in ("[BOS]", "[EOS]", "[PAD]")
-]
+REQUIRED = (
+    *("[BOS]", "[EOS]", "[PAD]", "<|im_end|>", "<|im_user|>", "<|im_assistant|>", "<|im_system|>", "<|im_middle|>"),
+    *("<|media_begin|>", "<|media_content|>", "<|media_end|>", "<|media_pad|>"),
+)
 RESERVED = 256  # ids after the ranks that are special, named or not
 
 # How Kimi cuts text before merging bytes: Han runs by themselves; words (capitals, then small letters) with one leading
@@ -106,7 +107,7 @@ class Tokenizer:
         self._ordinary = ordinary
 
     def encode(self, text: str, allow_special: bool | Collection[str] = False) -> list[int]:
-        """Token ids. `allow_special`: True, or the names that may become special tokens; the rest stays ordinary text."""
+        """Token ids. `allow_special`: True, or the names that may become special tokens; others stay ordinary text."""
         text = _whole_characters(text)
         names = self.special if allow_special is True else (allow_special or ())
         if not names:

@@ -8,7 +8,6 @@ import subprocess
 import time
 
 import jax
-import numpy as np
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from k25_jax.checkpoint.huggingface import load_params
@@ -41,7 +40,8 @@ def train(experiment: Experiment, directory: str | pathlib.Path, on_step=None) -
     state, start = restore_or_init(experiment, store, pipeline)
     step_fn = make_step(experiment, loss_fn)
     total, metrics, bad = experiment.train.steps, {}, 0
-    with MetricsWriter(directory, start) as writer, progress_bar() as bar:
+    with MetricsWriter(directory) as writer, progress_bar() as bar:
+        writer.truncate_after(start)
         task = bar.add_task("train", total=total, completed=start, note="compiling")
         for step in range(start + 1, total + 1):
             began = time.perf_counter()
@@ -52,10 +52,10 @@ def train(experiment: Experiment, directory: str | pathlib.Path, on_step=None) -
             seconds = time.perf_counter() - began
             bad = bad + 1 if metrics["bad"] else 0
             metrics |= {"bad_in_a_row": bad}
-            timing = {"tokens_per_second": int((np.asarray(batch.segments_BL) > 0).sum()) / seconds}
+            timing = {"tokens_per_second": metrics["tokens"] / seconds}
             timing |= {"step_seconds": seconds, "data_seconds": waited}
             if step % experiment.train.log_every == 0 or step == total or bad:
-                writer.write(step, metrics, timing)
+                writer.write(step, metrics | timing)
                 if on_step:
                     on_step(step, metrics | timing)
             note = f"loss {metrics['loss']:.4f}  {timing['tokens_per_second']:,.0f} tokens/s"
@@ -69,9 +69,9 @@ def train(experiment: Experiment, directory: str | pathlib.Path, on_step=None) -
                     "train.max_bad_steps"
                 )
             if step % experiment.train.checkpoint_every == 0 or step == total:
-                writer.flush()
                 store.save(step, state, pipeline.get_state())
     store.close()
+    pipeline.close()
     return metrics
 
 

@@ -139,7 +139,7 @@ def test_every_photograph_is_installed_and_asked_for():
 def test_pieces_of_the_two_splits_share_no_pixel():
     cut = {}
     for split in SPLITS:
-        task = make_task(f"photographs:{split}")
+        task = make_task(f"photographs:{split}:records=720")
         cut[split] = {name: np.zeros((3000, 3000), bool) for name in photographs.PHOTOGRAPHS}
         for index in range(40 * len(photographs.PHOTOGRAPHS)):
             left, top, right, bottom = task.piece(index)[0]
@@ -196,7 +196,7 @@ def test_as_many_shapes_are_drawn_as_the_answer_says():
     task = make_task("shapes:test:ask=count,size=112")
     for index in range(40):
         image = task.image(index).astype(int)
-        drawn = np.abs(image - np.array(task.scene(index).paper)).sum(2) > 150
+        drawn = np.abs(image - np.array(task.scene(index).paper)).sum(2) > 60
         assert str(ndimage.label(drawn)[1]) == task.answer(index)
     assert {task.answer(index) for index in range(100)} == set("12345")
 
@@ -210,7 +210,7 @@ def test_the_colour_is_the_one_of_the_answer():
 
 def test_the_share_of_ink_tells_shapes_apart():
     """Areas of the outlines, as shares of the square around the circle of the corners."""
-    areas = {"circle": np.pi / 4, "square": 0.5, "triangle": 0.325, "diamond": 0.275, "cross": 0.36, "star": 0.308}
+    areas = {"circle": np.pi / 4, "square": 0.5, "triangle": 0.325, "diamond": 0.275, "cross": 0.45, "star": 0.308}
     for shape, area in areas.items():
         scene = shapes.Scene("shape", shape, "red", (0, 0, 0), ((0.5, 0.5, 0.4, 0.1),))
         ink = (shapes.draw(scene, 200)[:, :, 0] > 110).mean() / 0.8**2

@@ -106,11 +106,13 @@ def test_a_broken_line_in_the_middle_is_named(tmp_path):
 def test_steps_do_not_go_back(tmp_path):
     with MetricsWriter(tmp_path) as writer:
         writer.write(3, _loss(3))
-        with pytest.raises(MetricsError, match="step 2 comes after step 3; call truncate_after"):
+        with pytest.raises(MetricsError, match="step 2 comes after step 3; to resume, call truncate_after"):
             writer.write(2, _loss(2))
 
 
-@pytest.mark.parametrize("value, message", [(np.zeros(3), r"'bad' has shape \(3,\)"), ("high", "'bad' must be a number")])
+@pytest.mark.parametrize(
+    "value, message", [(np.zeros(3), r"'bad' has shape \(3,\)"), ("high", "'bad' must be a number")]
+)
 def test_what_is_no_number_is_named_and_nothing_is_written(tmp_path, value, message):
     with MetricsWriter(tmp_path) as writer:
         with pytest.raises(MetricsError, match=message):

@@ -1,6 +1,6 @@
 """Rendered tasks with verifiable answers, made of what installed libraries ship. Nothing is downloaded.
 
-`make_task("digits:train:size=56")` gives a `Task`: records in the chat format of `text.chat`, gold answers, and a score.
+`make_task("digits:train:size=56")` gives a `Task`: records in the chat format of `text.chat`, gold answers, a score.
 Everything is a function of (spec, index). The train and test splits of a task share no picture, word or file.
 """
 
@@ -60,7 +60,7 @@ class Task:
         return float(normalise(prediction) == normalise(self.answer(index)))
 
     def validate(self, samples: int = 64):
-        """Check that gold answers score 1 and an empty answer less, over evenly spaced indices; raise `TaskError` else."""
+        """Raise `TaskError` unless gold answers score 1 and an empty answer less, at evenly spaced indices."""
         for index in np.linspace(0, len(self) - 1, min(samples, len(self))).astype(int).tolist():
             answer = self.answer(index)
             if self.score(answer, index) != 1.0:

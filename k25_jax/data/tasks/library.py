@@ -14,9 +14,9 @@ LEFT_OUT = ("test", "tests", "idlelib", "lib2to3", "ensurepip", "site-packages",
 
 @dataclass(frozen=True)
 class Library(Task):
-    """Pieces of whole lines, of about `size` bytes; the last piece of a file may be shorter. A file is in one split only.
+    """Pieces of whole lines, of about `size` bytes; the last piece of a file may be shorter.
 
-    Plain text: a record is {"text": ...}, and the answer is that text.
+    A file is in one split only. Plain text: a record is {"text": ...}, and the answer is that text.
     """
 
     size: int = 1500

@@ -86,6 +86,8 @@ def _photograph(answer: str) -> Image.Image:
     except ImportError as error:
         raise TaskError("photographs needs scikit-image and scikit-learn: pip install 'k25-jax[demo]'") from error
     if not file.is_file():
-        raise TaskError(f"photographs: the installed {package} has no {path}; install the pinned version (constraints/)")
+        raise TaskError(
+            f"photographs: the installed {package} has no {path}; install the pinned version (constraints/)"
+        )
     with file.open("rb") as stream:
         return Image.open(stream).convert("RGB")

@@ -1,0 +1,50 @@
+"""A model from a folder: one of our runs, or a checkpoint in the public format."""
+
+import json
+import pathlib
+from dataclasses import dataclass
+
+import jax.numpy as jnp
+
+from k25_jax.checkpoint.hf_config import read_config
+from k25_jax.checkpoint.huggingface import load_params
+from k25_jax.checkpoint.store import CheckpointError, restore_params
+from k25_jax.config import Experiment, K25Config, from_dict
+from k25_jax.models.k25 import abstract_params
+from k25_jax.text.tokenizer import Tokenizer, load_tokenizer
+
+
+@dataclass(frozen=True, eq=False)
+class Model:
+    """Weights with what they need to be used; `experiment` is None for public checkpoints."""
+
+    params: dict
+    config: K25Config
+    tokenizer: Tokenizer
+    experiment: Experiment | None = None
+
+
+def load_model(directory: str | pathlib.Path, dtype=jnp.float32, progress=None) -> Model:
+    """Read `directory`: a run of ours (experiment.json, checkpoints/) or public files (config.json, *.safetensors)."""
+    directory = pathlib.Path(directory)
+    if (directory / "experiment.json").is_file():
+        experiment = read_experiment(directory)
+        params = restore_params(directory / "checkpoints", abstract_params(experiment.model))
+        return Model(params, experiment.model, load_tokenizer(experiment.data.tokenizer), experiment)
+    if (directory / "config.json").is_file():
+        config = read_config(directory)
+        tokenizer = load_tokenizer(str(directory))
+        return Model(load_params(directory, config, dtype=dtype, progress=progress), config, tokenizer)
+    raise CheckpointError(
+        f"{directory} is neither a run (experiment.json) nor a public checkpoint (config.json); name the folder that "
+        "holds one of these"
+    )
+
+
+def read_experiment(directory: pathlib.Path) -> Experiment:
+    """The configuration that a run was started with."""
+    file = directory / "experiment.json"
+    try:
+        return from_dict(Experiment, json.loads(file.read_text()))
+    except (OSError, json.JSONDecodeError) as error:
+        raise CheckpointError(f"{file} cannot be read ({error}); restore it from the experiment file") from error

@@ -1,0 +1,190 @@
+"""The command `k25`: train, generate, chat, convert, params, report, demo."""
+
+import argparse
+import json
+import logging
+import pathlib
+import sys
+
+COMMANDS = "train a model, ask it questions, count its parameters, convert its weights"
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Entry point; returns the exit status. Errors that a user can mend are one line on stderr and status 2."""
+    parser = build_parser()
+    args, rest = parser.parse_known_args(argv)
+    args.overrides = [override(item, parser) for item in rest]
+    if args.overrides and args.command not in ("train", "params"):
+        parser.error(f"unknown argument {rest[0]}")
+    logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
+    try:
+        return args.run(args) or 0
+    except KeyboardInterrupt:
+        return 130
+    except BrokenPipeError:
+        return 141
+    except user_errors() as error:
+        print(f"k25 {args.command}: error: {error}", file=sys.stderr)
+        return 2
+
+
+def override(item: str, parser: argparse.ArgumentParser) -> str:
+    """`--config.train.steps=5` or `train.steps=5` to `train.steps=5`."""
+    text = item.removeprefix("--").removeprefix("config.")
+    if "=" not in text or "." not in text.split("=")[0]:
+        parser.error(f"unknown argument {item}; overrides read --config.section.key=value")
+    return text
+
+
+def user_errors() -> tuple[type[Exception], ...]:
+    """What is the input's fault, by class; anything else is a bug and shows its traceback."""
+    from k25_jax.checkpoint.store import CheckpointError
+    from k25_jax.config import ConfigError
+    from k25_jax.data.packing import PackingError
+    from k25_jax.data.sources import DataError
+    from k25_jax.report.metrics import MetricsError
+    from k25_jax.sampling.sample import PromptError
+    from k25_jax.text.chat import ChatError
+    from k25_jax.text.tokenizer import TokenizerError
+    from k25_jax.train.loop import BadSteps
+    from k25_jax.vision.image import ImageError
+    from k25_jax.vision.patchpack import PackError
+    from k25_jax.vision.video import VideoError
+
+    return (
+        CheckpointError, ConfigError, PackingError, DataError, MetricsError, PromptError, ChatError,
+        TokenizerError, BadSteps, ImageError, PackError, VideoError,
+    )  # fmt: skip
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """All commands and their flags."""
+    parser = argparse.ArgumentParser(prog="k25", description=f"Kimi K2.5 in JAX: {COMMANDS}.", allow_abbrev=False)
+    commands = parser.add_subparsers(dest="command", required=True, metavar="command")
+
+    def command(name: str, run, text: str) -> argparse.ArgumentParser:
+        added = commands.add_parser(name, help=text, description=text[0].upper() + text[1:] + ".", allow_abbrev=False)
+        added.set_defaults(run=run)
+        return added
+
+    train = command("train", run_train, "run an experiment file, or resume it")
+    train.add_argument("--config", required=True, metavar="FILE[:ARG]", help="experiment file with get_config(arg)")
+    train.add_argument("--workdir", default="", help="where the run lives; default runs/<name>")
+    train.add_argument("--json", action="store_true", help="print the last metrics as JSON")
+
+    params = command("params", run_params, "count parameters by component; allocates nothing")
+    what = params.add_mutually_exclusive_group(required=True)
+    what.add_argument("--config", metavar="FILE[:ARG]", help="experiment file")
+    what.add_argument("--preset", help="k25_1t, moonlight_16b, 1b, 100m or tiny")
+    params.add_argument("--json", action="store_true", help="print JSON")
+
+    generate = command("generate", run_generate, "continue a prompt of text, images and video")
+    add_sampling(generate)
+    text = generate.add_mutually_exclusive_group()
+    text.add_argument("--prompt", help="the user's message; default: read standard input")
+    text.add_argument("--prompt_ids", help="token ids, comma separated; media_pad once for each image or video chunk")
+    generate.add_argument("--image", action="append", default=[], help="image file; may be repeated")
+    generate.add_argument("--video", action="append", default=[], help="video file; may be repeated")
+    generate.add_argument("--raw", action="store_true", help="continue --prompt as it is, without the chat template")
+    generate.add_argument("--json", action="store_true", help='print {"tokens", "logprobs", "text"}')
+
+    chat = command("chat", run_chat, "talk to a model; /image FILE, /video FILE, /reset, /quit")
+    add_sampling(chat)
+
+    convert = command("convert", run_convert, "write a checkpoint in the public format")
+    convert.add_argument("--checkpoint", required=True, help="a run of ours or a public checkpoint")
+    convert.add_argument("--output", required=True, help="folder to write")
+    convert.add_argument("--dtype", default="bfloat16", choices=("bfloat16", "float32", "float16"))
+    convert.add_argument("--quantise", choices=("int4", "fp8"), help="int4: routed experts; fp8: the layers' matrices")
+
+    report = command("report", run_report, "write report.html of a run: curves and configuration")
+    report.add_argument("--workdir", required=True, help="the run's folder")
+
+    demo = command("demo", run_demo, "train a tiny K2.5, kill and resume it, evaluate it, write a report")
+    demo.add_argument("--workdir", default="runs/demo")
+    demo.add_argument("--steps", type=int, default=0, help="training steps; default: those of experiments/pretrain/demo.py")
+    return parser
+
+
+def add_sampling(parser: argparse.ArgumentParser) -> None:
+    """Flags shared by generate and chat."""
+    parser.add_argument("--checkpoint", required=True, help="a run of ours or a public checkpoint")
+    parser.add_argument("--system", default="", help="system message")
+    parser.add_argument("--max_tokens", "--max-tokens", "--max_new_tokens", type=int, default=256)
+    parser.add_argument("--temperature", type=float, default=1.0, help="0 is greedy; default 1.0")
+    parser.add_argument("--top_p", "--top-p", type=float, default=0.95)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--stop", action="append", default=[], help="text that ends the answer; may be repeated")
+    parser.add_argument("--ignore_eos", action="store_true", help="go on after the end token, up to --max_tokens")
+    parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16"))
+    parser.add_argument("--max_image_patches", type=int, default=16384, help="larger images are scaled down")
+    parser.add_argument("--max_frame_patches", type=int, default=4096, help="the same for frames of a video")
+    parser.add_argument("--fps", type=float, default=2.0, help="frames a second taken from a video")
+
+
+# ------------------------------------------------------------------------------------------------------------- commands
+def run_train(args) -> None:
+    """Train, print where the run lives."""
+    from k25_jax.config import load_experiment
+    from k25_jax.train.loop import train
+
+    experiment = load_experiment(args.config, args.overrides)
+    workdir = pathlib.Path(args.workdir or f"runs/{experiment.name}")
+    metrics = train(experiment, workdir)
+    print(json.dumps(metrics) if args.json else f"finished: {workdir} (k25 report --workdir={workdir})")
+
+
+def run_params(args) -> None:
+    """A table, or one JSON object."""
+    from k25_jax.config import load_experiment, preset
+    from k25_jax.models.count import count_params
+
+    config = load_experiment(args.config, args.overrides).model if args.config else preset(args.preset)
+    counts = count_params(config)
+    if args.json:
+        print(json.dumps(counts))
+        return
+    for name, number in counts.items():
+        print(f"{name:16s}{number:22,d}{100 * number / counts['total']:9.2f} %")
+
+
+def run_generate(args) -> int:
+    """Print the answer as it comes, or JSON at the end."""
+    from k25_jax.sampling.console import generate
+
+    return generate(args)
+
+
+def run_chat(args) -> int:
+    """Read a line, answer, repeat."""
+    from k25_jax.sampling.console import chat
+
+    return chat(args)
+
+
+def run_convert(args) -> None:
+    """Read a model, write it in the public format."""
+    from k25_jax.checkpoint.huggingface import save_params
+    from k25_jax.checkpoint.load import load_model
+
+    model = load_model(args.checkpoint)
+    save_params(model.params, model.config, args.output, args.dtype, args.quantise)
+    print(f"wrote {args.output}")
+
+
+def run_report(args) -> None:
+    """Curves and configuration of a run."""
+    from k25_jax.report.run import write_run_report
+
+    print(f"wrote {write_run_report(args.workdir)}")
+
+
+def run_demo(args) -> int:
+    """The whole demonstration."""
+    from k25_jax.demo import demo
+
+    return demo(pathlib.Path(args.workdir), args.steps)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

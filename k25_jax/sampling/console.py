@@ -1,0 +1,128 @@
+"""`k25 generate` and `k25 chat`: a model, a prompt, an answer on the terminal."""
+
+import json
+import sys
+from collections.abc import Callable
+
+import jax.numpy as jnp
+
+from k25_jax.checkpoint.load import Model, load_model
+from k25_jax.sampling.prompt import MediaReader, Prompt, from_ids, from_messages
+from k25_jax.sampling.sample import PromptError, SampleConfig, Sampler
+from k25_jax.text.tokenizer import StreamDecoder
+
+HELP = "/image FILE and /video FILE attach media to your next message, /reset forgets the conversation, /quit ends."
+
+
+class Console:
+    """A loaded model with the flags of the command line."""
+
+    def __init__(self, args):
+        self.args = args
+        self.dtype = jnp.dtype(args.dtype)
+        self.model: Model = load_model(args.checkpoint, self.dtype)
+        self.sampler = Sampler(self.model.params, self.model.config, self.dtype)
+        self.reader = MediaReader(self.model.config, args.max_image_patches, args.max_frame_patches, args.fps)
+
+    def prompt(self) -> Prompt:
+        """The prompt that the flags describe."""
+        args, config = self.args, self.model.config
+        if args.prompt_ids is None:
+            text = args.prompt if args.prompt is not None else sys.stdin.read()
+            if args.raw:
+                return from_ids(self.model.tokenizer.encode(text, allow_special=True), self.clips(), config)
+            parts = [{"image": path} for path in args.image] + [{"video": path} for path in args.video]
+            return from_messages(self.with_system([user(parts, text)]), self.model.tokenizer, self.reader)
+        try:
+            tokens = [int(item) for item in args.prompt_ids.split(",")]
+        except ValueError:
+            raise PromptError(f"--prompt_ids={args.prompt_ids!r} must be integers with commas between them") from None
+        return from_ids(tokens, self.clips(), config)
+
+    def clips(self) -> list:
+        """Clips of --image, then of --video."""
+        videos = [clip for path in self.args.video for _, clip in self.reader.video(path)]
+        return [self.reader.image(path) for path in self.args.image] + videos
+
+    def with_system(self, messages: list[dict]) -> list[dict]:
+        """The conversation behind --system."""
+        return [{"role": "system", "content": self.args.system}] * bool(self.args.system) + messages
+
+    def answer(self, prompt: Prompt, show: Callable[[str], None]) -> dict:
+        """Sample until the end token, a stop text or --max_tokens; `show` gets the text piece by piece."""
+        args, tokenizer = self.args, self.model.tokenizer
+        ends = () if args.ignore_eos else tuple({self.model.config.eos_id, tokenizer.special["<|im_end|>"]})
+        try:
+            how = SampleConfig(args.max_tokens, args.temperature, args.top_p, args.seed, ends)
+        except ValueError as error:
+            raise PromptError(str(error)) from None
+        stream, text, tokens, logprobs = StreamDecoder(tokenizer, skip_special=True), "", [], []
+        held = max(map(len, args.stop), default=1) - 1  # characters that may turn out to begin a stop text
+        shown = 0
+        for ((token, logprob),) in self.sampler.generate([prompt.tokens], [prompt.clips], how):
+            tokens.append(token)
+            logprobs.append(logprob)
+            if token in ends:
+                break
+            text += stream.push(token)
+            cut = min((text.find(stop) for stop in args.stop if stop in text), default=-1)
+            if cut >= 0:
+                text = text[:cut]
+                break
+            show(text[shown : max(len(text) - held, shown)])
+            shown = max(len(text) - held, shown)
+        else:
+            text += stream.flush()
+        show(text[shown:])
+        return {"tokens": tokens, "logprobs": logprobs, "text": text}
+
+
+def user(parts: list[dict], text: str) -> dict:
+    """The user's message: media first, then the text."""
+    return {"role": "user", "content": [*parts, {"text": text}]}
+
+
+def generate(args) -> int:
+    """One answer."""
+    console = Console(args)
+    out = console.answer(console.prompt(), (lambda _: None) if args.json else show)
+    print(json.dumps(out) if args.json else "")
+    return 0
+
+
+def chat(args) -> int:
+    """A conversation, line by line."""
+    console = Console(args)
+    messages, parts = [], []
+    print(HELP)
+    while True:
+        try:
+            line = input("> ").strip()
+        except EOFError:
+            return 0
+        command, _, rest = line.partition(" ")
+        if command == "/quit":
+            return 0
+        if command == "/reset":
+            messages, parts = [], []
+        elif command in ("/image", "/video"):
+            parts.append({command[1:]: rest.strip()})
+        elif line.startswith("/"):
+            print(HELP)
+        elif line:
+            turn = user(parts, line)
+            try:
+                prompt = from_messages(console.with_system([*messages, turn]), console.model.tokenizer, console.reader)
+                text = console.answer(prompt, show)["text"]
+            except ValueError as error:  # a bad file or a full context must not end the conversation
+                print(f"error: {error}")
+                parts = []
+                continue
+            print()
+            messages += [turn, {"role": "assistant", "content": text}]
+            parts = []
+
+
+def show(text: str) -> None:
+    """Print at once, without a line end."""
+    print(text, end="", flush=True)

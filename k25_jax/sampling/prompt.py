@@ -1,0 +1,72 @@
+"""From messages or token ids with media to what the sampler takes: tokens with media_pads expanded, and clips."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from k25_jax.config import K25Config
+from k25_jax.data.packing import expand_media
+from k25_jax.sampling.sample import PromptError
+from k25_jax.text.chat import render
+from k25_jax.text.tokenizer import Tokenizer
+from k25_jax.vision.image import load_image, preprocess
+from k25_jax.vision.patchpack import Clip
+from k25_jax.vision.video import chunks, format_timestamp, load_video
+
+
+@dataclass(frozen=True, eq=False)
+class Prompt:
+    """Token ids with one media_pad per vision token, and the clips in order."""
+
+    tokens: list[int]
+    clips: list[Clip]
+
+
+@dataclass(frozen=True)
+class MediaReader:
+    """Reads images and videos for one model. `max_image_patches` and `max_frame_patches` bound the tokens they take."""
+
+    config: K25Config
+    max_image_patches: int = 16384
+    max_frame_patches: int = 4096
+    fps: float = 2.0
+
+    def image(self, source) -> Clip:
+        """One image from a path, bytes or a uint8 RGB array."""
+        pixels = source if isinstance(source, np.ndarray) else load_image(source)
+        name = "image" if isinstance(source, (np.ndarray, bytes)) else str(source)
+        return preprocess(pixels, self.config.vision, self.max_image_patches, name)
+
+    def video(self, source) -> list[tuple[str, Clip]]:
+        """Chunks of up to four frames, each with its time."""
+        vision = self.config.vision
+        frames, seconds = load_video(source, self.fps, max_patches=self.max_frame_patches, config=vision)
+        return [(format_timestamp(time), clip) for time, clip in chunks(frames, seconds, vision, str(source))]
+
+    def load(self, part: Mapping) -> list[tuple[str | None, Clip]]:
+        """A part of a message, for `text.chat.render`."""
+        return self.video(part["video"]) if "video" in part else [(None, self.image(part["image"]))]
+
+
+def from_messages(messages: Sequence[Mapping], tokenizer: Tokenizer, reader: MediaReader) -> Prompt:
+    """A conversation, ready for the assistant's turn."""
+    rendered = render(messages, tokenizer, reader.load, add_generation_prompt=True)
+    pad = tokenizer.special["<|media_pad|>"]
+    if pad != reader.config.media_pad_id:
+        raise PromptError(
+            f"the tokenizer's <|media_pad|> is {pad}, the model's {reader.config.media_pad_id}: use the model's tokenizer"
+        )
+    return from_ids(rendered.tokens, rendered.clips, reader.config)
+
+
+def from_ids(tokens: Sequence[int], clips: Sequence[Clip], config: K25Config) -> Prompt:
+    """Token ids in which one media_pad stands for each clip; it is repeated once per vision token."""
+    pads = sum(token == config.media_pad_id for token in tokens)
+    if pads != len(clips):
+        raise PromptError(
+            f"the prompt has {pads} media_pad tokens (id {config.media_pad_id}) for {len(clips)} images or video chunks: "
+            "write it once for each"
+        )
+    expanded = expand_media(tokens, [clip.tokens for clip in clips], config.media_pad_id)
+    return Prompt(expanded.tolist(), list(clips))
