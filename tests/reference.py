@@ -1,9 +1,11 @@
 """Odd models drawn at random, as PyTorch modules of `transformers` and as parameter trees of ours."""
 
 import dataclasses
+import pathlib
 
 import numpy as np
 import torch
+from safetensors.torch import load_file, save_file
 from transformers import Kimi_K25Config, Kimi_K25ForConditionalGeneration
 
 from k25_jax.checkpoint.hf_config import read_config
@@ -99,6 +101,7 @@ def draw_config(seed: int) -> Kimi_K25Config:
 def torch_model(config: Kimi_K25Config, seed: int = 0) -> Kimi_K25ForConditionalGeneration:
     """A model whose every tensor is random: nothing is left at zero or one, where a mistake would not show."""
     model = Kimi_K25ForConditionalGeneration(config)
+    model.set_experts_implementation("eager")  # the default one wants sizes in multiples of 16 bytes
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for name, tensor in model.state_dict().items():
@@ -114,9 +117,23 @@ def torch_model(config: Kimi_K25Config, seed: int = 0) -> Kimi_K25ForConditional
     return model.eval()
 
 
+def save(model, folder) -> None:
+    """Write a PyTorch model with `save_pretrained`.
+
+    Version 5.23 takes the language model's q_proj for a part of the vision tower's wqkv, and cannot read back what it
+    writes; that tensor is added afterwards under its public name.
+    """
+    state = model.state_dict()
+    queries = {name: state.pop(name) for name in list(state) if name.endswith("self_attn.q_proj.weight")}
+    model.save_pretrained(folder, state_dict=state)
+    file = pathlib.Path(folder) / "model.safetensors"
+    public = {name.replace("model.language_model.", "language_model.model."): t for name, t in queries.items()}
+    save_file(load_file(file) | public, file, {"format": "pt"})
+
+
 def ours(model, folder):
     """(config, params) of a PyTorch model, through files."""
-    model.save_pretrained(folder)
+    save(model, folder)
     config = read_config(folder)
     return config, load_params(folder, config)
 

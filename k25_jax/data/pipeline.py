@@ -80,9 +80,10 @@ class Preparer:
             return Prepared(record.name, self._examples(record))
         except RecordError as problem:
             return Prepared(record.name, problem=problem)
-        except Exception as problem:  # a damaged file can break a library in ways that its documents do not name
-            logger.exception("%s: an error that is not known", record.name)
-            return Prepared(record.name, problem=RecordError("unknown", f"{type(problem).__name__}: {problem}"))
+        except Exception as cause:  # a damaged file can break a library in ways that its documents do not name
+            problem = RecordError("unknown", f"{type(cause).__name__}: {cause}")
+            problem.__cause__ = cause  # for the log
+            return Prepared(record.name, problem=problem)
 
     def _examples(self, record: Record) -> list[Example]:
         example = prepare(record, self._tokenizer, self.data, self.model)
@@ -234,7 +235,11 @@ class PackedIterator(grain.DatasetIterator[Batch]):
         key = f"skipped: {problem.reason}"
         self._counts[key] += 1
         if self._counts[key] <= LOGGED or self._counts[key] % 1000 == 0:
-            logger.warning("%s: skipped (%s, number %d): %s", name, problem.reason, self._counts[key], problem)
+            logger.warning(
+                "%s: skipped (%s, number %d): %s",
+                *(name, problem.reason, self._counts[key], problem),
+                exc_info=problem.__cause__ if problem.reason == "unknown" else None,
+            )
 
 
 def counts(iterator: grain.DatasetIterator[Batch]) -> dict[str, int]:

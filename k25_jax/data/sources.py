@@ -16,7 +16,8 @@ import glob
 import json
 import logging
 import os
-from collections.abc import Mapping, Sequence
+import re
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -117,7 +118,7 @@ def _guess_kind(path: str) -> str:
         return "arrayrecord"
     if file.suffix in (".jsonl", ".ndjson"):
         return "jsonl"
-    if not file.exists() and ":" in path:
+    if not file.exists() and re.fullmatch(r"\w+(:[\w.=+-]+)+", path):
         return "task"
     if not file.exists():
         raise DataError(f"data.sources: there is nothing at {path}; check the path")
@@ -151,7 +152,8 @@ class Folder(Source):
                 caption = next((s for s in (".json", ".txt") if f"{file.stem}{s}" in names), None)
                 if caption is None:
                     self.left_out["no caption"] += 1
-                    logger.warning("%s: left out, no caption in %s.txt or .json", file, file.stem)
+                    if self.left_out["no caption"] <= 20:
+                        logger.warning("%s: left out, no caption in %s.txt or .json", file, file.stem)
                 else:
                     captions |= {f"{file.stem}.json", f"{file.stem}.txt"}
                     self._files.append((file, folder / f"{file.stem}{caption}"))
@@ -433,7 +435,7 @@ class _Media:
         return _shrink(read, budget, budget)
 
 
-def _shrink(read, budget: int, limit: int) -> list[tuple[str | None, Clip]]:
+def _shrink(read: Callable[[int], list], budget: int, limit: int) -> list[tuple[str | None, Clip]]:
     """Clips read with `budget` patches a frame, or with less until the padded frames have at most `limit`."""
     while True:
         clips = read(budget)

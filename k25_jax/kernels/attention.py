@@ -9,7 +9,7 @@ import functools
 import jax
 import jax.numpy as jnp
 
-BLOCK = 256
+BLOCK = 128
 MASKED = -1e30  # finite: a row whose keys are all masked stays finite
 
 

@@ -179,6 +179,14 @@ def test_small_batch_by_hand():
     assert stats["waste_tokens"] == pytest.approx(0.25) and stats["waste_patches"] == 0.0
 
 
+def test_media_pad_is_never_a_target():
+    clip = Clip(np.zeros((8, MODEL.vision.patch_dim), np.uint8), (1, 2, 4))
+    example = Example(np.array([1, PAD, PAD, 2, 3], np.int32), np.ones(5, np.float32), [clip])
+    batch = pack_examples([example], DATA, MODEL)
+    assert batch.loss_weights_BL[0, :6].tolist() == [0, 0, 1, 1, 0, 0]
+    assert batch.media_BL[0, :6].tolist() == [-1, 0, 1, -1, -1, -1]
+
+
 def test_statistics_of_media():
     clips = [Clip(np.zeros((4, MODEL.vision.patch_dim), np.uint8), (1, 2, 2)) for _ in range(3)]
     batch = pack_examples([make_example([1, PAD, PAD, PAD, 2], [1] * 5, clips, PAD)], DATA, MODEL)

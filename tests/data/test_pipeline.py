@@ -12,8 +12,8 @@ from PIL import Image
 
 from k25_jax.config import DataConfig, SourceConfig, preset
 from k25_jax.data.packing import batch_stats
-from k25_jax.data.pipeline import LOGGED, LOOKAHEAD, check, counts, make_pipeline, mix
-from k25_jax.data.sources import DataError, open_source
+from k25_jax.data.pipeline import LOGGED, LOOKAHEAD, Preparer, check, counts, make_pipeline, mix
+from k25_jax.data.sources import DataError, Record, open_source
 from k25_jax.text.tokenizer import load_tokenizer
 
 MODEL = preset("tiny")
@@ -216,6 +216,13 @@ def test_shards_are_disjoint_and_together_complete_in_every_epoch(tmp_path, shar
     assert (orders[0] != orders[1]) == shuffle and (orders[1] != orders[2]) == shuffle
 
 
+def test_sources_are_shuffled_independently(tmp_path):
+    paths = write(tmp_path, "a.jsonl", texts("a", 20)), write(tmp_path, "b.jsonl", texts("b", 20))
+    order = stream(config(*paths), 0, 1, 40)
+    numbers = [[name[2:] for name in order if name[1] == letter] for letter in "ab"]
+    assert sorted(numbers[0]) == sorted(numbers[1]) and numbers[0] != numbers[1]
+
+
 def test_every_process_reads_every_source(tmp_path, pipeline):
     paths = write(tmp_path, "a.jsonl", texts("a", 8)), write(tmp_path, "b.jsonl", texts("b", 8))
     found = [names(pipeline(config(*paths, packs=0), MODEL, shard, 2), 12) for shard in range(2)]
@@ -281,6 +288,15 @@ def test_what_cannot_be_learnt_or_packed_is_skipped(tmp_path, pipeline):
     iterator = pipeline(config(write(tmp_path, "a.jsonl", records), seq_len=2000, batch_size=1))
     next(iterator)
     assert counts(iterator)["skipped: no loss"] >= 1 and counts(iterator)["skipped: patches"] >= 1
+
+
+def test_a_record_that_breaks_a_library_is_skipped():
+    broken = {"parts": [{"text": "x"}, {"image": np.zeros((28, 28, 3), np.uint8).astype(object)}]}
+    nothing = Record("nothing", None)
+    for record, reason in ((Record("broken", broken), "image"), (nothing, "unknown")):
+        prepared = Preparer(TOKENIZER, config("x"), MODEL)(record)
+        assert prepared.name == record.name and prepared.problem.reason == reason and not prepared.examples
+    assert isinstance(prepared.problem.__cause__, AttributeError)
 
 
 def test_sources_that_cannot_be_opened_stop_the_run(tmp_path, pipeline):

@@ -395,8 +395,9 @@ def test_task():
 # --------------------------------------------------------------------------------------------------------------- errors
 @pytest.mark.parametrize("kind", ["auto", "folder", "jsonl", "arrayrecord"])
 def test_missing_path(tmp_path, kind):
-    with pytest.raises(DataError, match="missing"):
-        open_source(SourceConfig(str(tmp_path / "missing"), kind=kind))
+    for path in (str(tmp_path / "missing"), str(tmp_path / "missing.jsonl"), "gs://bucket/missing"):
+        with pytest.raises(DataError, match="missing"):
+            open_source(SourceConfig(path, kind=kind))
 
 
 def test_empty_sources(tmp_path):
