@@ -32,11 +32,11 @@ lint: .venv/.test ## style, format, and which layer imports which
 	$(BIN)/ruff format --check .
 	$(BIN)/lint-imports
 
-bench: ## a benchmark: make bench NAME=<file of benchmarks/, without .py>
+bench: ## a benchmark: make bench NAME=<file of benchmarks/, without .py> [ARGS=--json]
 	@if [ ! -f "benchmarks/$(NAME).py" ]; then \
 	  echo "make bench NAME=<name>, where <name> is one of:" >&2; ls benchmarks | sed -n 's/\.py$$//p' >&2; exit 2; fi
-	@$(MAKE) --no-print-directory .venv/.demo
-	$(BIN)/python -m benchmarks.$(NAME)
+	@$(MAKE) --no-print-directory .venv/.test
+	JAX_PLATFORMS=$${JAX_PLATFORMS:-cpu} $(BIN)/python -m benchmarks.$(NAME) $(ARGS)
 
 clean: ## remove .venv, caches and build outputs
 	rm -rf .venv build dist *.egg-info .pytest_cache .ruff_cache .import_linter_cache

@@ -335,7 +335,7 @@ def test_eight_devices_and_memory(tmp_path):
     )
     for file in (tmp_path / "a").glob("*.safetensors"):
         assert file.read_bytes() == (tmp_path / "b" / file.name).read_bytes()
-    loading, saving, size = map(float, out.split()); print(out)
+    loading, saving, size = map(float, out.split())
     assert size > 2e8
     assert loading < 1.25, f"loading took {loading} times the parameters"  # with the files read first: 1.5
     assert saving < 0.6, f"saving took {saving} times the parameters"  # with the parameters gathered first: more than 1
