@@ -93,7 +93,7 @@ def their_functions(config, directory: str, experts: str):
 
     def generate():
         with torch.no_grad():
-            out = model.generate(**prompt, max_new_tokens=NEW_TOKENS, do_sample=False, eos_token_id=None, pad_token_id=0)
+            out = model.generate(**prompt, max_new_tokens=NEW_TOKENS, do_sample=False, eos_token_id=None, pad_token_id=config.pad_id)
         return out[0, PROMPT:].tolist()
 
     return {"forward": run_forward, "step": step, "generate": generate}

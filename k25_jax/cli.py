@@ -4,6 +4,7 @@ import argparse
 import json
 import logging
 import pathlib
+import shutil
 import sys
 
 COMMANDS = "train a model, ask it questions, count its parameters, convert its weights"
@@ -13,9 +14,9 @@ def main(argv: list[str] | None = None) -> int:
     """Entry point; returns the exit status. Errors that a user can mend are one line on stderr and status 2."""
     parser = build_parser()
     args, rest = parser.parse_known_args(argv)
-    args.overrides = [override(item, parser) for item in rest]
-    if args.overrides and args.command not in ("train", "params"):
-        parser.error(f"unknown argument {rest[0]}")
+    if rest and args.command not in ("train", "params"):
+        args.parser.error(f"unknown argument {rest[0]}")
+    args.overrides = [override(item, args.parser) for item in rest]
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
     try:
         return args.run(args) or 0
@@ -31,13 +32,14 @@ def main(argv: list[str] | None = None) -> int:
 def override(item: str, parser: argparse.ArgumentParser) -> str:
     """`--config.train.steps=5` or `train.steps=5` to `train.steps=5`."""
     text = item.removeprefix("--").removeprefix("config.")
-    if "=" not in text or "." not in text.split("=")[0]:
+    key, equals, _ = text.partition("=")
+    if not equals or not ("." in key or item.startswith("--config.")):
         parser.error(f"unknown argument {item}; overrides read --config.section.key=value")
     return text
 
 
 def user_errors() -> tuple[type[Exception], ...]:
-    """What is the input's fault, by class; anything else is a bug and shows its traceback."""
+    """What is the fault of the input or the disk, by class; anything else is a bug and shows its traceback."""
     from k25_jax.checkpoint.store import CheckpointError
     from k25_jax.config import ConfigError
     from k25_jax.data.packing import PackingError
@@ -53,18 +55,25 @@ def user_errors() -> tuple[type[Exception], ...]:
 
     return (
         CheckpointError, ConfigError, PackingError, DataError, MetricsError, PromptError, ChatError,
-        TokenizerError, BadSteps, ImageError, PackError, VideoError,
+        TokenizerError, BadSteps, ImageError, PackError, VideoError, OSError,
     )  # fmt: skip
+
+
+class Parser(argparse.ArgumentParser):
+    """Errors in one line."""
+
+    def error(self, message: str):
+        self.exit(2, f"{self.prog}: error: {message} (see {self.prog} --help)\n")
 
 
 def build_parser() -> argparse.ArgumentParser:
     """All commands and their flags."""
-    parser = argparse.ArgumentParser(prog="k25", description=f"Kimi K2.5 in JAX: {COMMANDS}.", allow_abbrev=False)
+    parser = Parser(prog="k25", description=f"Kimi K2.5 in JAX: {COMMANDS}.", allow_abbrev=False)
     commands = parser.add_subparsers(dest="command", required=True, metavar="command")
 
     def command(name: str, run, text: str) -> argparse.ArgumentParser:
         added = commands.add_parser(name, help=text, description=text[0].upper() + text[1:] + ".", allow_abbrev=False)
-        added.set_defaults(run=run)
+        added.set_defaults(run=run, parser=added)
         return added
 
     train = command("train", run_train, "run an experiment file, or resume it")
@@ -163,12 +172,16 @@ def run_chat(args) -> int:
 
 
 def run_convert(args) -> None:
-    """Read a model, write it in the public format."""
+    """Read a model, write it in the public format, with its vocabulary if it has one."""
     from k25_jax.checkpoint.huggingface import save_params
     from k25_jax.checkpoint.load import load_model
 
     model = load_model(args.checkpoint)
     save_params(model.params, model.config, args.output, args.dtype, args.quantise)
+    source, target = model.experiment.data.tokenizer if model.experiment else args.checkpoint, pathlib.Path(args.output)
+    for name in ("tiktoken.model", "tokenizer_config.json"):
+        if source and pathlib.Path(source, name).is_file() and not (target / name).exists():
+            shutil.copy2(pathlib.Path(source, name), target)
     print(f"wrote {args.output}")
 
 

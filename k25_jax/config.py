@@ -92,7 +92,7 @@ class MoEConfig:
     normalise: bool = True
     scale: float = 2.827
     bias_rate: float = 1e-3  # step of the sign rule that balances the load
-    grouped_matmul: str = "auto"  # auto | blocked | ragged | reference
+    grouped_matmul: str = "auto"  # auto | blocked | megablox | ragged | reference
 
     def __post_init__(self):
         if not 1 <= self.top_k <= self.experts:
@@ -105,7 +105,7 @@ class MoEConfig:
             raise ConfigError(f"moe.top_k={self.top_k} exceeds the experts of moe.top_groups={self.top_groups} groups")
         if self.groups > 1 and self.experts // self.groups < 2:
             raise ConfigError("moe.groups needs at least 2 experts a group")
-        _one_of(self, "grouped_matmul", ("auto", "blocked", "ragged", "reference"))
+        _one_of(self, "grouped_matmul", ("auto", "blocked", "megablox", "ragged", "reference"))
 
 
 @dataclass(frozen=True)
@@ -221,6 +221,14 @@ class OptimConfig:
     eps: float = 1e-8
     weight_decay: float = 0.1
     clip_norm: float = 1.0
+
+    def __post_init__(self):
+        _require_positive(self, "peak_lr eps clip_norm".split())
+        for name in ("end_lr", "warmup_steps", "decay_steps", "weight_decay"):
+            if getattr(self, name) < 0:
+                raise ConfigError(f"optim.{name}={getattr(self, name)} must not be negative")
+        if not (0 <= self.b1 < 1 and 0 <= self.b2 < 1):
+            raise ConfigError(f"optim.b1={self.b1} and optim.b2={self.b2} must lie in [0, 1)")
 
 
 @dataclass(frozen=True)
@@ -372,6 +380,17 @@ def load_experiment(spec: str, overrides: typing.Sequence[str] = ()) -> Experime
     for item in overrides:
         _override(values, item)
     return from_dict(Experiment, values)
+
+
+def run_local(config: ml_collections.ConfigDict) -> ml_collections.ConfigDict:
+    """An experiment shrunk to a laptop: the tiny model, tasks that need no download, four steps."""
+    tasks = (("words:train", 2.0), ("shapes:train", 2.0), ("library:train", 0.1))
+    values = config.to_dict()
+    data = dict(batch_size=4, seq_len=128, packs=2, pack_patches=128, max_image_patches=64)
+    data["sources"] = [dict(path=path, kind="task", weight=weight) for path, weight in tasks]
+    optim = values["optim"] | dict(warmup_steps=2, decay_steps=2)
+    train = values["train"] | dict(steps=4, log_every=1, checkpoint_every=2, init_from="")
+    return ml_collections.ConfigDict(values | dict(model="tiny", data=data, optim=optim, train=train))
 
 
 def _import_file(path: str) -> types.ModuleType:

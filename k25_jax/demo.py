@@ -31,6 +31,8 @@ def demo(workdir: pathlib.Path, steps: int = 0) -> int:
     """Everything, from nothing; prints where the report is."""
     if not EXPERIMENT.is_file():
         raise ConfigError(f"{EXPERIMENT} is missing: run the demo from a clone of the repository")
+    if workdir.is_dir() and any(workdir.iterdir()) and not (workdir / "experiment.json").is_file():
+        raise ConfigError(f"{workdir} holds something other than a run, which would be deleted; choose another --workdir")
     if workdir.exists():
         shutil.rmtree(workdir)
     began = time.perf_counter()
@@ -59,7 +61,7 @@ def demo(workdir: pathlib.Path, steps: int = 0) -> int:
 def train_with_a_kill(command: list[str], workdir: pathlib.Path, train) -> dict:
     """Train in a process of its own, kill it with SIGKILL half-way, start it again; compare the steps done twice."""
     half = max(train.steps // 2 // train.checkpoint_every, 1) * train.checkpoint_every
-    kill_at = min(half + max(train.checkpoint_every // 4, 5), train.steps - 1)
+    kill_at = min(half + max(train.checkpoint_every // 4, 5), 3 * train.steps // 4)
     process = subprocess.Popen(command)
     while process.poll() is None and last_step(workdir) < kill_at:
         time.sleep(0.05)

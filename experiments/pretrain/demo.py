@@ -25,6 +25,6 @@ def get_config(arg: str = ""):
         max_image_patches=64,
         seed=0,
     )
-    config.optim = dict(peak_lr=2e-3, end_lr=1e-4, warmup_steps=50, decay_steps=300, weight_decay=0.05)
-    config.train = dict(steps=800, log_every=1, checkpoint_every=100, keep=2, seed=0)
+    config.optim = dict(peak_lr=2e-3, end_lr=1e-4, warmup_steps=50, decay_steps=250, weight_decay=0.05)
+    config.train = dict(steps=600, log_every=1, checkpoint_every=100, keep=2, seed=0)
     return config

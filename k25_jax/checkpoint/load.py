@@ -33,8 +33,9 @@ def load_model(directory: str | pathlib.Path, dtype=jnp.float32, progress=None) 
         return Model(params, experiment.model, load_tokenizer(experiment.data.tokenizer), experiment)
     if (directory / "config.json").is_file():
         config = read_config(directory)
-        tokenizer = load_tokenizer(str(directory))
-        return Model(load_params(directory, config, dtype=dtype, progress=progress), config, tokenizer)
+        text_only = "vision_config" not in json.loads((directory / "config.json").read_text())
+        params = load_params(directory, config, dtype=dtype, progress=progress, text_only=text_only)
+        return Model(params, config, load_tokenizer(str(directory)))
     raise CheckpointError(
         f"{directory} is neither a run (experiment.json) nor a public checkpoint (config.json); name the folder that "
         "holds one of these"

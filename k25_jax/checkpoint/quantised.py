@@ -23,6 +23,7 @@ ENCODINGS = ("", "int4", "fp8")
 FLOATS = ("F32", "BF16", "F16")  # as safetensors calls them
 GROUP = 32
 BLOCK = 128
+MAX_HEADER = 100_000_000  # bytes, by the definition of safetensors
 FP8 = np.dtype(ml_dtypes.float8_e4m3fn)
 FP8_MAX = float(ml_dtypes.finfo(FP8).max)
 INDEX = "model.safetensors.index.json"
@@ -150,7 +151,7 @@ def read_header(path: pathlib.Path) -> list[Stored]:
     size = path.stat().st_size
     with open(path, "rb") as file:
         length = int.from_bytes(file.read(8), "little")
-        if length > size - 8:
+        if length > min(size - 8, MAX_HEADER):
             raise CheckpointError(f"{path} is not a safetensors file, or cut off inside its header")
         try:
             header = json.loads(file.read(length))
@@ -193,13 +194,12 @@ class TensorFiles:
 
     def _open_shards(self, index: pathlib.Path):
         try:
-            weight_map = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
-            shards = sorted(set(weight_map.values()))
-            paths = [index.with_name(shard) for shard in shards]
+            shards = {}
+            for name, file in json.loads(index.read_text(encoding="utf-8"))["weight_map"].items():
+                shards.setdefault(index.with_name(file), set()).add(name)
         except (ValueError, TypeError, AttributeError, KeyError) as error:
             raise CheckpointError(f"{index} is not an index of tensors: {error!r}") from error
-        for shard, path in zip(shards, paths, strict=True):
-            named = {name for name, file in weight_map.items() if file == shard}
+        for path, named in sorted(shards.items()):
             try:
                 stored = read_header(path)
             except (OSError, CheckpointError) as error:
@@ -208,7 +208,7 @@ class TensorFiles:
                 continue
             self._add(stored)
             for name in sorted(named - {tensor.name for tensor in stored}):
-                self.problems.append(f"{name} is not in {shard}, where the index puts it")
+                self.problems.append(f"{name} is not in {path.name}, where the index puts it")
                 self.lost.add(self.public_name(name))
 
     def _add(self, stored: list[Stored]):
@@ -221,7 +221,7 @@ class TensorFiles:
 
     def encoding(self, name: str, shape: tuple[int, ...]) -> str:
         """How tensor `name` is stored: one of ENCODINGS."""
-        if len(shape) == 2 and f"{name}_packed" in self.tensors.keys() | self.lost:
+        if len(shape) == 2 and (f"{name}_packed" in self.tensors or f"{name}_packed" in self.lost):
             return "int4"
         return "fp8" if len(shape) == 2 and name in self.tensors and self.tensors[name].dtype == "F8_E4M3" else ""
 
@@ -238,7 +238,7 @@ class TensorFiles:
                     problems.append(f"{part} has shape {list(stored.shape)}; the config asks for {list(part_shape)}")
                 elif stored.dtype not in dtypes:
                     problems.append(f"{part} is {stored.dtype}; it must be {' or '.join(dtypes)}")
-        for name in self.tensors.keys() - used:
+        for name in sorted(self.tensors.keys() - used):
             if 0 not in self.tensors[name].shape and not harmless(name):
                 problems.append(f"{self.tensors[name].name} is not part of this model")
         raise_problems(self.source, problems)

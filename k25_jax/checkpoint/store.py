@@ -1,8 +1,10 @@
 """Checkpoints of a run: parameters, optimizer, random stream and data state in one atomic step (Orbax)."""
 
+import contextlib
 import pathlib
 
 import jax
+import jax.numpy as jnp
 import orbax.checkpoint as ocp
 
 
@@ -13,25 +15,39 @@ class CheckpointError(RuntimeError):
 class Store:
     """Asynchronous, atomic checkpoints under `directory`, the newest `keep` of them.
 
-    A killed process leaves at most an unfinished temporary folder, which no reader sees.
+    A killed process leaves at most an unfinished temporary folder, which no reader sees. Orbax does not notice bytes
+    that rot on the disk, so each checkpoint holds sums of its arrays, which are compared on reading.
     """
 
     def __init__(self, directory: str | pathlib.Path, keep: int = 3):
         self.directory = pathlib.Path(directory).resolve()
         options = ocp.CheckpointManagerOptions(max_to_keep=keep, create=True, cleanup_tmp_directories=True)
         self._manager = ocp.CheckpointManager(self.directory, options=options)
+        self._writing = 0  # the step that is being written
 
     def save(self, step: int, state, data_state: dict, wait: bool = False) -> None:
-        """Start writing step `step`; raises what an earlier write failed with."""
-        args = ocp.args.Composite(state=ocp.args.StandardSave(state), data=ocp.args.JsonSave(data_state))
+        """Start writing step `step`, when the write before it is finished; raises what that one failed with."""
+        self.wait()
+        data = ocp.args.JsonSave({"data": data_state, "sums": sums(state)})
+        self._writing = step
+        with self._writes():
+            self._manager.save(step, args=ocp.args.Composite(state=ocp.args.StandardSave(state), data=data), force=True)
+        if wait:
+            self.wait()
+
+    def wait(self) -> None:
+        """Wait for the write in progress; raises CheckpointError when it failed."""
+        with self._writes():
+            self._manager.wait_until_finished()
+
+    @contextlib.contextmanager
+    def _writes(self):
         try:
-            self._manager.save(step, args=args, force=True)
-            if wait:
-                self._manager.wait_until_finished()
-        except (OSError, ValueError) as error:
+            yield
+        except Exception as error:  # Orbax and TensorStore raise nearly every type there is
             raise CheckpointError(
-                f"{self.directory}: checkpoint of step {step} could not be written ({error}); free disk space or choose "
-                f"another folder. Complete checkpoints: {self.steps()}"
+                f"{self.directory}: checkpoint of step {self._writing} could not be written ({_first_line(error)}); free "
+                f"disk space or choose another folder. Complete checkpoints: {self.steps()}"
             ) from error
 
     def steps(self) -> list[int]:
@@ -43,20 +59,64 @@ class Store:
         step = self._manager.latest_step() if step is None else step
         if step is None or step not in self.steps():
             raise CheckpointError(f"{self.directory}: no checkpoint of step {step}; there are {self.steps()}")
-        args = ocp.args.Composite(state=ocp.args.StandardRestore(placed(abstract_state)), data=ocp.args.JsonRestore())
-        try:
-            restored = self._manager.restore(step, args=args)
-        except (OSError, ValueError, KeyError) as error:
-            raise CheckpointError(
-                f"{self.directory}/{step}: checkpoint cannot be read ({error}); delete that folder to go on from an "
-                "earlier one, or check that the configuration is the one that wrote it"
-            ) from error
-        return restored["state"], restored["data"]
+        return _read(self._manager, self.directory / str(step), ocp.args.StandardRestore(placed(abstract_state)))
 
     def close(self) -> None:
-        """Wait for the last write."""
-        self._manager.wait_until_finished()
-        self._manager.close()
+        """Wait for the last write; raises CheckpointError when it failed."""
+        try:
+            self.wait()
+        finally:
+            self._manager.close()
+
+
+def restore_params(directory: str | pathlib.Path, abstract_params) -> dict:
+    """Only the parameters of the newest checkpoint under `directory`. Changes nothing there, as a run may go on in it."""
+    directory = pathlib.Path(directory).resolve()
+    if not directory.is_dir():
+        raise CheckpointError(f"{directory}: no such folder; a run writes its first checkpoint into it")
+    with ocp.CheckpointManager(directory, options=ocp.CheckpointManagerOptions(read_only=True)) as manager:
+        step = manager.latest_step()
+        if step is None:
+            raise CheckpointError(f"{directory}: no complete checkpoint")
+        target = {"params": placed(abstract_params)}
+        restore_args = ocp.checkpoint_utils.construct_restore_args(target)
+        args = ocp.args.PyTreeRestore(item=target, restore_args=restore_args, partial_restore=True)
+        return _read(manager, directory / str(step), args)[0]["params"]
+
+
+def _read(manager: ocp.CheckpointManager, folder: pathlib.Path, args) -> tuple[object, dict]:
+    """(what `args` asks for, data state) of the checkpoint in `folder`, whose name is its step."""
+    composite = ocp.args.Composite(state=args, data=ocp.args.JsonRestore())
+    remedy = "delete that folder to go on from an earlier one"
+    try:
+        restored = manager.restore(int(folder.name), args=composite)
+        state, data, expected = restored["state"], restored["data"]["data"], restored["data"]["sums"]
+    except Exception as error:  # Orbax and TensorStore raise nearly every type there is
+        raise CheckpointError(
+            f"{folder}: checkpoint cannot be read ({_first_line(error)}); {remedy}, or check that the configuration is the "
+            "one that wrote it"
+        ) from error
+    damaged = [name for name, number in sums(state).items() if expected.get(name) != number]
+    if damaged:
+        raise CheckpointError(f"{folder}: checkpoint is damaged ({len(damaged)} arrays, as {damaged[0]}); {remedy}")
+    return state, data
+
+
+def sums(tree) -> dict[str, int]:
+    """For each array, by its path, the sum of its bits as unsigned words: changes with any byte of it."""
+    return {
+        jax.tree_util.keystr(path, simple=True, separator="/"): int(number)
+        for path, number in jax.tree_util.tree_leaves_with_path(jax.device_get(_sums(tree)))
+    }
+
+
+@jax.jit
+def _sums(tree):
+    def leaf(a):
+        words = jax.lax.bitcast_convert_type(a, jnp.dtype(f"uint{8 * a.dtype.itemsize}"))
+        return words.sum(dtype=jnp.uint32)
+
+    return jax.tree.map(leaf, tree)
 
 
 def placed(abstract_tree):
@@ -67,14 +127,5 @@ def placed(abstract_tree):
     )
 
 
-def restore_params(directory: str | pathlib.Path, abstract_params) -> dict:
-    """Only the parameters of the newest checkpoint under `directory`."""
-    directory = pathlib.Path(directory).resolve()
-    with ocp.CheckpointManager(directory) as manager:
-        step = manager.latest_step()
-        if step is None:
-            raise CheckpointError(f"{directory}: no complete checkpoint")
-        target = {"params": placed(abstract_params)}
-        restore_args = ocp.checkpoint_utils.construct_restore_args(target)
-        restore = ocp.args.PyTreeRestore(item=target, restore_args=restore_args, partial_restore=True)
-        return manager.restore(step, args=ocp.args.Composite(state=restore))["state"]["params"]
+def _first_line(error: Exception) -> str:
+    return next(iter(str(error).splitlines()), type(error).__name__)[:300]

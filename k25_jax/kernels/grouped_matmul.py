@@ -71,25 +71,32 @@ def _over_experts(sizes_E, body, init):
     return jax.lax.fori_loop(0, jnp.sum(sizes_E > 0), one, init)
 
 
-def _over_blocks(start, rows, body, init):
-    """Fold body(first row, rows in the block, carry) over the blocks that cover rows [start, start + rows)."""
-    large, small = BLOCKS
-    full = rows // large
-    carry = jax.lax.fori_loop(0, full, lambda i, c: body(start + i * large, large, c), init)
-    rest = start + full * large
-    blocks = (rows - full * large + small - 1) // small
-    return jax.lax.fori_loop(0, blocks, lambda i, c: body(rest + i * small, small, c), carry)
+def _over_blocks(sizes, start, rows, body, init):
+    """Fold body(first row, rows in the block, carry) over blocks of falling `sizes` that cover [start, start + rows)."""
+    carry, end = init, start + rows
+    for size in sizes:
+        left = end - start
+        blocks = left // size if size != sizes[-1] else (left + size - 1) // size
+        carry = jax.lax.fori_loop(0, blocks, lambda i, c, at=start, size=size: body(at + i * size, size, c), carry)
+        start = start + blocks * size
+    return carry
 
 
-def _padded(x_ND):
-    """Room for the last small block to run past the end, and for one large block at all."""
-    return jnp.pad(x_ND, ((0, max(BLOCKS[1], BLOCKS[0] - x_ND.shape[0])), (0, 0)))
+def _blocks(rows: int) -> tuple[int, ...]:
+    """Block sizes for so many rows in all: when decoding there are few, and a block of them would be mostly empty."""
+    return BLOCKS if rows >= BLOCKS[0] else (8,)
+
+
+def _padded(x_ND, sizes):
+    """Room for the last block to run past the end."""
+    return jnp.pad(x_ND, ((0, sizes[-1]), (0, 0)))
 
 
 def _rows_times_experts(x_ND, w_EDF, sizes_E, *, transpose: bool):
     """x @ w[e], or x @ w[e].T. A block may run past its group; the next group's first block then overwrites the rest."""
     contract = (((1,), (1 if transpose else 0,)), ((), ()))
-    x = _padded(x_ND)
+    sizes = _blocks(x_ND.shape[0])
+    x = _padded(x_ND, sizes)
 
     def one_expert(expert, start, rows, out):
         w_DF = jax.lax.dynamic_index_in_dim(w_EDF, expert, keepdims=False)
@@ -98,7 +105,7 @@ def _rows_times_experts(x_ND, w_EDF, sizes_E, *, transpose: bool):
             product = jax.lax.dot_general(jax.lax.dynamic_slice_in_dim(x, at, size), w_DF, contract)
             return jax.lax.dynamic_update_slice_in_dim(out, product, at, 0)
 
-        return _over_blocks(start, rows, one_block, out)
+        return _over_blocks(sizes, start, rows, one_block, out)
 
     out = jnp.zeros((x.shape[0], w_EDF.shape[1 if transpose else 2]), x.dtype)
     return _over_experts(sizes_E, one_expert, out)[: x_ND.shape[0]]
@@ -106,7 +113,8 @@ def _rows_times_experts(x_ND, w_EDF, sizes_E, *, transpose: bool):
 
 def _rows_times_rows(x_ND, dy_NF, sizes_E):
     """dw[e] = x[rows of e].T @ dy[rows of e]; zero for experts without rows."""
-    x, dy = _padded(x_ND), _padded(dy_NF)
+    sizes = _blocks(x_ND.shape[0])
+    x, dy = _padded(x_ND, sizes), _padded(dy_NF, sizes)
 
     def one_expert(expert, start, rows, dw_EDF):
         def one_block(at, size, dw_DF):
@@ -115,7 +123,7 @@ def _rows_times_rows(x_ND, dy_NF, sizes_E):
             dy_block = jax.lax.dynamic_slice_in_dim(dy, at, size)
             return dw_DF + jax.lax.dot_general(x_block, dy_block, (((0,), (0,)), ((), ())))
 
-        dw_DF = _over_blocks(start, rows, one_block, jnp.zeros(dw_EDF.shape[1:], x.dtype))
+        dw_DF = _over_blocks(sizes, start, rows, one_block, jnp.zeros(dw_EDF.shape[1:], x.dtype))
         return jax.lax.dynamic_update_index_in_dim(dw_EDF, dw_DF, expert, 0)
 
     dw_EDF = jnp.zeros((sizes_E.shape[0], x.shape[1], dy.shape[1]), x.dtype)

@@ -52,9 +52,14 @@ def vision_features(params, packs: VisionPack, config: K25Config, dtype=jnp.floa
     return features.reshape(-1, features.shape[-1])
 
 
-def splice(params, tokens_BL, media_BL, features_MD):
+def embed(params, tokens, config: K25Config):
+    """Token embeddings. A media_pad with no image behind it reads as token 0, as in the public implementation."""
+    return params["embed"][jnp.where(tokens == config.media_pad_id, 0, tokens)]
+
+
+def splice(params, tokens_BL, media_BL, features_MD, config: K25Config):
     """Token embeddings, with vision feature media_BL[b, l] in its place where that is not -1."""
-    embedded = params["embed"][jnp.where(media_BL >= 0, 0, tokens_BL)]
+    embedded = embed(params, tokens_BL, config)
     if features_MD is None:
         return embedded
     return jnp.where(media_BL[..., None] >= 0, features_MD[jnp.maximum(media_BL, 0)].astype(embedded.dtype), embedded)
@@ -66,7 +71,7 @@ def hidden_states(params, batch: Batch, config: K25Config, remat: str = "none", 
     features_MD = None
     if batch.vision.patches_PNC.shape[0]:
         features_MD = vision_features(params, batch.vision, config, dtype)
-    x_BLD = splice(params, batch.tokens_BL, batch.media_BL, features_MD)
+    x_BLD = splice(params, batch.tokens_BL, batch.media_BL, features_MD, config)
     return decoder.decode(params, x_BLD, batch.segments_BL, batch.positions_BL, config.text, remat)
 
 

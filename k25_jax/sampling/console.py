@@ -51,6 +51,8 @@ class Console:
     def answer(self, prompt: Prompt, show: Callable[[str], None]) -> dict:
         """Sample until the end token, a stop text or --max_tokens; `show` gets the text piece by piece."""
         args, tokenizer = self.args, self.model.tokenizer
+        if "" in args.stop:
+            raise PromptError("--stop is empty: give the text that ends the answer")
         ends = () if args.ignore_eos else tuple({self.model.config.eos_id, tokenizer.special["<|im_end|>"]})
         try:
             how = SampleConfig(args.max_tokens, args.temperature, args.top_p, args.seed, ends)
@@ -63,6 +65,7 @@ class Console:
             tokens.append(token)
             logprobs.append(logprob)
             if token in ends:
+                text += stream.flush()
                 break
             text += stream.push(token)
             cut = min((text.find(stop) for stop in args.stop if stop in text), default=-1)

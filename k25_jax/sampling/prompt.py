@@ -62,6 +62,8 @@ def from_messages(messages: Sequence[Mapping], tokenizer: Tokenizer, reader: Med
 
 def from_ids(tokens: Sequence[int], clips: Sequence[Clip], config: K25Config) -> Prompt:
     """Token ids in which one media_pad stands for each clip; it is repeated once per vision token."""
+    if bad := [token for token in tokens if not 0 <= token < 2**31]:
+        raise PromptError(f"{bad[:5]} are not token ids")
     pads = sum(token == config.media_pad_id for token in tokens)
     if pads != len(clips):
         raise PromptError(

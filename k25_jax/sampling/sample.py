@@ -10,7 +10,7 @@ import numpy as np
 
 from k25_jax.config import K25Config
 from k25_jax.models import decoder
-from k25_jax.models.k25 import cast, splice, vision_features
+from k25_jax.models.k25 import cast, embed, splice, vision_features
 from k25_jax.sampling.cache import grow
 from k25_jax.vision.patchpack import Clip, pack_clips
 
@@ -98,6 +98,8 @@ class Sampler:
         flat = [clip for row in clips for clip in row]
         if not flat:
             return None, []
+        if "vision" not in self.params:
+            raise PromptError("this checkpoint is a language model without vision encoder: it takes no images or video")
         slots = _round_up(sum(len(clip.patches) for clip in flat))
         pack, starts = pack_clips(flat, 1, slots, self.config.vision.merge, self.config.vision.patch_dim)
         return self._vision(self.params, pack), list(starts)
@@ -107,7 +109,7 @@ class Sampler:
 def _prefill(params, tokens_BL, media_BL, features_MD, lengths_B, key, *, slots, config, temperature, top_p):
     positions_BL = jnp.broadcast_to(jnp.arange(tokens_BL.shape[1]), tokens_BL.shape)
     segments_BL = (positions_BL < lengths_B[:, None]).astype(jnp.int32)
-    x_BLD = splice(params, tokens_BL, media_BL, features_MD)
+    x_BLD = splice(params, tokens_BL, media_BL, features_MD, config)
     x_BLD, cache = decoder.prefill(params, x_BLD, segments_BL, positions_BL, config.text)
     last_BD = jnp.take_along_axis(x_BLD, lengths_B[:, None, None] - 1, axis=1)[:, 0]
     key, draw = jax.random.split(key)
@@ -118,7 +120,7 @@ def _prefill(params, tokens_BL, media_BL, features_MD, lengths_B, key, *, slots,
 @functools.partial(jax.jit, static_argnames=("config", "temperature", "top_p"), donate_argnames=("state",))
 def _step(params, tokens_B, state, *, config, temperature, top_p):
     cache, positions_B, key = state
-    x_B1D = params["embed"][tokens_B][:, None]
+    x_B1D = embed(params, tokens_B, config)[:, None]
     x_B1D, cache = decoder.decode_step(params, x_B1D, cache, positions_B, config.text)
     key, draw = jax.random.split(key)
     drawn = sample_token(draw, decoder.logits(params, x_B1D[:, 0]), temperature, top_p)

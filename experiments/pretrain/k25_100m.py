@@ -1,0 +1,35 @@
+"""A K2.5 of 100M parameters that reads bytes, for one accelerator: 5G bytes of text and vision (K2.5 §3.3)."""
+
+import ml_collections
+
+from k25_jax.config import ConfigError, run_local
+
+SOURCES = (
+    ("data/text/*.array_record", 80.0),
+    ("data/captions/*.array_record", 10.0),
+    ("data/ocr/*.array_record", 10.0),
+)
+
+
+def get_config(arg: str = ""):
+    """The experiment; `runlocal` shrinks it to a laptop."""
+    config = ml_collections.ConfigDict()
+    config.name = "k25_100m"
+    config.model = "100m"
+    config.data = dict(
+        sources=[dict(path=path, kind="arrayrecord", weight=weight) for path, weight in SOURCES],
+        batch_size=128,
+        seq_len=2048,
+        packs=64,
+        pack_patches=4096,
+        max_image_patches=1024,
+        max_frame_patches=256,
+        seed=0,
+    )
+    config.optim = dict(peak_lr=1e-3, end_lr=1e-4, warmup_steps=500, decay_steps=6000, weight_decay=0.1)
+    config.train = dict(
+        steps=20000, log_every=10, checkpoint_every=500, keep=3, remat="dots", compute_dtype="bfloat16", seed=0
+    )
+    if arg not in ("", "runlocal"):
+        raise ConfigError(f"k25_100m.py: unknown argument {arg!r}; it can be runlocal")
+    return run_local(config) if arg else config

@@ -1,0 +1,64 @@
+"""Joint pre-training of Kimi K2.5 at its real size, on text and vision from the first step (K2.5 §3.3).
+
+The schedule is K2's: 15.5T tokens in batches of 67M, of which the last 5.5T see the rate fall. The data are
+placeholders: ArrayRecord shards of records in the forms of `k25_jax/data/sources.py`.
+"""
+
+import ml_collections
+
+from k25_jax.config import ConfigError, RopeConfig, preset, run_local, to_dict
+
+SEQ_LEN = 4096
+BATCH = 16384  # rows: 67M tokens
+TOKENS, DECAY_TOKENS = 15.5e12, 5.5e12
+# Weights count records. These give about 10 tokens of vision data to 90 of text (K2.5 §3.3) when a document of text has
+# a thousand tokens, and one with images as many.
+SOURCES = (
+    ("data/text/*.array_record", 55.0),
+    ("data/code/*.array_record", 25.0),
+    ("data/knowledge/*.array_record", 10.0),
+    ("data/captions/*.array_record", 3.0),
+    ("data/interleaved/*.array_record", 3.0),
+    ("data/ocr/*.array_record", 2.0),
+    ("data/screenshots/*.array_record", 1.0),
+    ("data/video/*.array_record", 1.0),
+)
+
+
+def get_config(arg: str = ""):
+    """The experiment; `runlocal` shrinks it to a laptop."""
+    config = ml_collections.ConfigDict()
+    config.name = "k25_1t"
+    config.model = to_dict(preset("k25_1t"))
+    config.model.text.max_length = SEQ_LEN  # YaRN comes with the long-context stage
+    config.model.text.rope = to_dict(RopeConfig(original_length=SEQ_LEN))
+    config.data = dict(
+        sources=[dict(path=path, kind="arrayrecord", weight=weight) for path, weight in SOURCES],
+        batch_size=BATCH,
+        seq_len=SEQ_LEN,
+        packs=2048,
+        pack_patches=16384,
+        max_image_patches=4096,
+        max_frame_patches=1024,
+        tokenizer="data/tokenizer",
+        seed=0,
+    )
+    config.optim = dict(
+        peak_lr=2e-4,
+        end_lr=2e-5,
+        warmup_steps=500,
+        decay_steps=round(DECAY_TOKENS / (BATCH * SEQ_LEN)),
+        weight_decay=0.1,
+    )
+    config.train = dict(
+        steps=round(TOKENS / (BATCH * SEQ_LEN)),
+        log_every=1,
+        checkpoint_every=500,
+        keep=5,
+        remat="full",
+        compute_dtype="bfloat16",
+        seed=0,
+    )
+    if arg not in ("", "runlocal"):
+        raise ConfigError(f"k25_1t.py: unknown argument {arg!r}; it can be runlocal")
+    return run_local(config) if arg else config
