@@ -93,7 +93,9 @@ def their_functions(config, directory: str, experts: str):
 
     def generate():
         with torch.no_grad():
-            out = model.generate(**prompt, max_new_tokens=NEW_TOKENS, do_sample=False, eos_token_id=None, pad_token_id=config.pad_id)
+            out = model.generate(
+                **prompt, max_new_tokens=NEW_TOKENS, do_sample=False, eos_token_id=None, pad_token_id=config.pad_id
+            )
         return out[0, PROMPT:].tolist()
 
     return {"forward": run_forward, "step": step, "generate": generate}
@@ -153,7 +155,9 @@ def main():
             f"{row['transformers_tokens_per_second']:9.0f} tokens/s   ratio {row['ratio']:.2f} "
             f"[{row['ratio_min']:.2f}, {row['ratio_max']:.2f}]"
         )
-    print(f"logits differ by at most {error:.1e}; same greedy tokens: {same}; smallest ratio {out['figure']:.2f} (bound 1)")
+    print(
+        f"logits differ by at most {error:.1e}; same greedy tokens: {same}; smallest ratio {out['figure']:.2f} (bound 1)"
+    )
 
 
 if __name__ == "__main__":

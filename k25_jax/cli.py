@@ -18,6 +18,7 @@ def main(argv: list[str] | None = None) -> int:
         args.parser.error(f"unknown argument {rest[0]}")
     args.overrides = [override(item, args.parser) for item in rest]
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
+    logging.getLogger("absl").setLevel(logging.CRITICAL)  # Orbax logs tracebacks of what it raises later
     try:
         return args.run(args) or 0
     except KeyboardInterrupt:
@@ -111,7 +112,9 @@ def build_parser() -> argparse.ArgumentParser:
 
     demo = command("demo", run_demo, "train a tiny K2.5, kill and resume it, evaluate it, write a report")
     demo.add_argument("--workdir", default="runs/demo")
-    demo.add_argument("--steps", type=int, default=0, help="training steps; default: those of experiments/pretrain/demo.py")
+    demo.add_argument(
+        "--steps", type=int, default=0, help="training steps; default: those of experiments/pretrain/demo.py"
+    )
     return parser
 
 

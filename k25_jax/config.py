@@ -243,7 +243,8 @@ class TrainConfig:
     max_bad_steps: int = 5  # NaN/inf steps in a row before the run stops
     remat: str = "none"  # none | full | dots
     compute_dtype: str = "float32"
-    init_from: str = ""  # a checkpoint to start from
+    init_from: str = ""  # a run or a public checkpoint to start from
+    init_vision_from: str = ""  # SigLIP-SO-400M weights for the vision encoder
 
     def __post_init__(self):
         _one_of(self, "remat", ("none", "full", "dots"))
@@ -289,14 +290,16 @@ def preset(name: str) -> K25Config:
         moe = MoEConfig(experts=32, top_k=4, ffn_dim=256, scale=2.0)
         text = TextConfig(
             vocab_size=512, d_model=512, layers=8, ffn_dim=2048, heads=8, q_lora_rank=256, kv_lora_rank=128,
-            qk_nope_dim=64, qk_rope_dim=32, v_dim=64, init_std=0.04, max_length=4096, moe=moe, rope=RopeConfig(original_length=4096),
+            qk_nope_dim=64, qk_rope_dim=32, v_dim=64, init_std=0.04, max_length=4096, moe=moe,
+            rope=RopeConfig(original_length=4096),
         )  # fmt: skip
         return K25Config(text=text, vision=VisionConfig(layers=6, width=256, heads=4, mlp_dim=1024), **BYTE_IDS)
     if name == "tiny":
         moe = MoEConfig(experts=8, top_k=2, ffn_dim=64, scale=2.0)
         text = TextConfig(
             vocab_size=288, d_model=96, layers=3, ffn_dim=256, heads=4, q_lora_rank=48, kv_lora_rank=32,
-            qk_nope_dim=16, qk_rope_dim=8, v_dim=16, init_std=0.08, max_length=1024, moe=moe, rope=RopeConfig(original_length=1024),
+            qk_nope_dim=16, qk_rope_dim=8, v_dim=16, init_std=0.08, max_length=1024, moe=moe,
+            rope=RopeConfig(original_length=1024),
         )  # fmt: skip
         return K25Config(text=text, vision=VisionConfig(layers=2, width=64, heads=4, mlp_dim=128), **BYTE_IDS)
     raise ConfigError(f"no preset {name!r}{_nearest(name, PRESETS)}; there are: {', '.join(PRESETS)}")
@@ -341,7 +344,7 @@ def _coerce(hint, value, where: str):
             return tuple(_coerce(args[0], v, f"{where}[{i}]") for i, v in enumerate(value))
         if len(value) != len(args):
             raise ConfigError(f"{where} must have {len(args)} entries, not {len(value)}")
-        return tuple(_coerce(a, v, f"{where}[{i}]") for i, (a, v) in enumerate(zip(args, value)))
+        return tuple(_coerce(a, v, f"{where}[{i}]") for i, (a, v) in enumerate(zip(args, value, strict=True)))
     if hint is float and isinstance(value, int) and not isinstance(value, bool):
         return float(value)
     if not isinstance(value, hint) or (hint is int and isinstance(value, bool)):

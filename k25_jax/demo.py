@@ -32,7 +32,9 @@ def demo(workdir: pathlib.Path, steps: int = 0) -> int:
     if not EXPERIMENT.is_file():
         raise ConfigError(f"{EXPERIMENT} is missing: run the demo from a clone of the repository")
     if workdir.is_dir() and any(workdir.iterdir()) and not (workdir / "experiment.json").is_file():
-        raise ConfigError(f"{workdir} holds something other than a run, which would be deleted; choose another --workdir")
+        raise ConfigError(
+            f"{workdir} holds something other than a run, which would be deleted; choose another --workdir"
+        )
     if workdir.exists():
         shutil.rmtree(workdir)
     began = time.perf_counter()
@@ -49,7 +51,9 @@ def demo(workdir: pathlib.Path, steps: int = 0) -> int:
     for spec, count in TASKS:
         task = make_task(spec)
         print(f"asking {count} held-out questions of {task.name}")
-        results[spec] = evaluate(sampler, model.tokenizer, task, np.linspace(0, len(task) - 1, count).astype(int).tolist())
+        results[spec] = evaluate(
+            sampler, model.tokenizer, task, np.linspace(0, len(task) - 1, count).astype(int).tolist()
+        )
     summary = summarise(workdir, results, resumed, trained, time.perf_counter() - began)
     (workdir / "summary.json").write_text(json.dumps(summary, indent=1) + "\n")
     write_reports(workdir, results, summary)
@@ -117,7 +121,7 @@ def write_reports(workdir: pathlib.Path, results: dict[str, list[Result]], summa
     metrics = read_metrics(workdir / "metrics.jsonl")
     names = [spec.partition(":")[0] for spec in results]
     bars = plots.bar_chart(
-        {"model": {n: summary[f"{n}_accuracy"] for n in names}, "guessing": {n: chance(s) for n, s in zip(names, results)}},
+        {"model": {n: summary[f"{n}_accuracy"] for n in names}, "guessing": {n: chance(s) for n, s in zip(names, results, strict=True)}},
         "Held-out questions answered rightly", "share of answers", top=1.0,
     )  # fmt: skip
     keys = {
@@ -133,7 +137,7 @@ def write_reports(workdir: pathlib.Path, results: dict[str, list[Result]], summa
         *curve_sections(metrics)[:1],
         html.Figure("Held-out accuracy", bars, "The model beside always giving the commonest answer."),
         *[html.Samples(f"Held-out {n}", samples[s], f"{len(results[s])} questions asked, {len(samples[s])} shown.")
-          for n, s in zip(names, results)],
+          for n, s in zip(names, results, strict=True)],
         *curve_sections(metrics)[1:],
         html.Table("All figures", ("name", "value"), [(k, str(v) if isinstance(v, bool) else v) for k, v in summary.items()]),
         html.Code("Go on from here", COMMANDS.format(workdir=workdir)),

@@ -1,9 +1,24 @@
 """Tests run on the CPU unless JAX_PLATFORMS says otherwise."""
 
 import os
+import types
+
+import pytest
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 
 
 def pytest_configure(config):
     config.addinivalue_line("markers", "slow: takes more than a minute on two CPU cores; left out of `make test`")
+
+
+@pytest.fixture(scope="session")
+def finished(tmp_path_factory):
+    """`file`, an experiment file; `run`, the folder in which `k25 train` took it to its end: tests only read it."""
+    import runs
+
+    folder = tmp_path_factory.mktemp("finished")
+    file, run = runs.write_experiment(folder), folder / "run"
+    result = runs.k25("train", f"--config={file}", f"--workdir={run}", "--json")
+    assert result.returncode == 0, result.stderr
+    return types.SimpleNamespace(file=file, run=run, stdout=result.stdout, stderr=result.stderr)

@@ -1,6 +1,5 @@
 """Odd models drawn at random, as PyTorch modules of `transformers` and as parameter trees of ours."""
 
-import dataclasses
 import pathlib
 
 import numpy as np
@@ -146,19 +145,20 @@ def draw_clip(rng, config, frames: int, rows: int, columns: int) -> Clip:
 
 
 def draw_prompt(rng, config, length: int, images: int, largest: int = 6) -> tuple[list[int], list[Clip]]:
-    """About `length` token ids with the places of `images` images among them, and the images."""
-    clips = [draw_clip(rng, config, 1, 2 * between(rng, 1, largest), 2 * between(rng, 1, largest)) for _ in range(images)]
-    text_ids = [i for i in range(config.text.vocab_size) if i != config.media_pad_id]
-    words = rng.choice(text_ids, max(length - sum(clip.tokens for clip in clips), images + 2)).tolist()
-    for clip in clips:
-        place = between(rng, 0, len(words))
-        words[place:place] = [(config.media_pad_id, clip.tokens)]
-    # the clips go where they landed: first come, first served
-    counts = iter(clip.tokens for clip in clips)
-    tokens = []
-    for word in words:
-        tokens += [config.media_pad_id] * next(counts) if isinstance(word, tuple) else [word]
-    return tokens, clips
+    """About `length` token ids with the places of `images` images among them, and the images in order."""
+    clips = [
+        draw_clip(rng, config, 1, 2 * between(rng, 1, largest), 2 * between(rng, 1, largest)) for _ in range(images)
+    ]
+    words = draw_words(rng, config, max(length - sum(clip.tokens for clip in clips), images + 2))
+    places = np.sort(rng.integers(0, len(words) + 1, images))
+    for clip, place in reversed(list(zip(clips, places, strict=True))):
+        words[place:place] = [config.media_pad_id] * clip.tokens
+    return words, clips
+
+
+def draw_words(rng, config, count: int) -> list[int]:
+    """Token ids, none of them media_pad."""
+    return rng.choice([i for i in range(config.text.vocab_size) if i != config.media_pad_id], count).tolist()
 
 
 def torch_pixels(clips, config) -> dict:
@@ -174,27 +174,20 @@ def torch_inputs(tokens, clips, config) -> dict:
     return dict(input_ids=torch.tensor([tokens])) | (torch_pixels(clips, config) if clips else {})
 
 
-def one_row_batch(tokens, clips, config, width: int | None = None) -> Batch:
-    """One prompt as a batch of one row, padded to `width`; every next text token is a target."""
+def one_row_batch(tokens, clips, config) -> Batch:
+    """One prompt as a batch of one row; every next text token is a target."""
     patches = sum(len(clip.patches) for clip in clips)
     pack, starts = pack_clips(clips, int(bool(clips)), max(4, patches), config.vision.merge, config.vision.patch_dim)
     tokens_BL, media_BL = (a[:, : len(tokens)] for a in lay_out([tokens], [clips], list(starts), config.media_pad_id))
     targets_BL = np.roll(tokens_BL, -1, axis=1)
     weights_BL = (targets_BL != config.media_pad_id).astype(np.float32)
     weights_BL[:, -1] = 0
-    targets_BL = np.where(weights_BL > 0, targets_BL, 0)
-    batch = Batch(
+    return Batch(
         tokens_BL=tokens_BL,
-        targets_BL=targets_BL,
+        targets_BL=np.where(weights_BL > 0, targets_BL, 0),
         loss_weights_BL=weights_BL,
         segments_BL=np.ones_like(tokens_BL),
         positions_BL=np.arange(len(tokens), dtype=np.int32)[None],
         media_BL=media_BL,
         vision=pack,
     )
-    if width is None:
-        return batch
-    extra = ((0, 0), (0, width - len(tokens)))
-    rows = {f.name: getattr(batch, f.name) for f in dataclasses.fields(batch) if f.name != "vision"}
-    padded = {name: np.pad(a, extra, constant_values=-1 if name == "media_BL" else 0) for name, a in rows.items()}
-    return batch.replace(**padded)

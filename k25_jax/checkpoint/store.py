@@ -46,8 +46,8 @@ class Store:
             yield
         except Exception as error:  # Orbax and TensorStore raise nearly every type there is
             raise CheckpointError(
-                f"{self.directory}: checkpoint of step {self._writing} could not be written ({_first_line(error)}); free "
-                f"disk space or choose another folder. Complete checkpoints: {self.steps()}"
+                f"{self.directory}: checkpoint of step {self._writing} could not be written ({_first_line(error)}); "
+                f"free disk space or choose another folder. Complete checkpoints: {self.steps()}"
             ) from error
 
     def steps(self) -> list[int]:
@@ -55,7 +55,7 @@ class Store:
         return sorted(self._manager.all_steps())
 
     def restore(self, abstract_state, step: int | None = None) -> tuple[object, dict]:
-        """(state, data state) of `step` or of the newest checkpoint; leaves follow the shardings of `abstract_state`."""
+        """(state, data state) of `step`, or of the newest one; leaves follow the shardings of `abstract_state`."""
         step = self._manager.latest_step() if step is None else step
         if step is None or step not in self.steps():
             raise CheckpointError(f"{self.directory}: no checkpoint of step {step}; there are {self.steps()}")
@@ -70,11 +70,11 @@ class Store:
 
 
 def restore_params(directory: str | pathlib.Path, abstract_params) -> dict:
-    """Only the parameters of the newest checkpoint under `directory`. Changes nothing there, as a run may go on in it."""
+    """Only the parameters of the newest checkpoint under `directory`; a run may go on there, so nothing is changed."""
     directory = pathlib.Path(directory).resolve()
     if not directory.is_dir():
         raise CheckpointError(f"{directory}: no such folder; a run writes its first checkpoint into it")
-    with ocp.CheckpointManager(directory, options=ocp.CheckpointManagerOptions(read_only=True)) as manager:
+    with ocp.CheckpointManager(directory, options=ocp.CheckpointManagerOptions(create=False)) as manager:
         step = manager.latest_step()
         if step is None:
             raise CheckpointError(f"{directory}: no complete checkpoint")
@@ -91,10 +91,13 @@ def _read(manager: ocp.CheckpointManager, folder: pathlib.Path, args) -> tuple[o
     try:
         restored = manager.restore(int(folder.name), args=composite)
         state, data, expected = restored["state"], restored["data"]["data"], restored["data"]["sums"]
+        for path, leaf in jax.tree_util.tree_leaves_with_path(state):
+            if not isinstance(leaf, jax.Array):  # a partial restore leaves what it does not find as it was
+                raise ValueError(f"it has no {_name(path)}")
     except Exception as error:  # Orbax and TensorStore raise nearly every type there is
         raise CheckpointError(
-            f"{folder}: checkpoint cannot be read ({_first_line(error)}); {remedy}, or check that the configuration is the "
-            "one that wrote it"
+            f"{folder}: checkpoint cannot be read ({_first_line(error)}); {remedy}, or check that the configuration "
+            "is the one that wrote it"
         ) from error
     damaged = [name for name, number in sums(state).items() if expected.get(name) != number]
     if damaged:
@@ -105,8 +108,7 @@ def _read(manager: ocp.CheckpointManager, folder: pathlib.Path, args) -> tuple[o
 def sums(tree) -> dict[str, int]:
     """For each array, by its path, the sum of its bits as unsigned words: changes with any byte of it."""
     return {
-        jax.tree_util.keystr(path, simple=True, separator="/"): int(number)
-        for path, number in jax.tree_util.tree_leaves_with_path(jax.device_get(_sums(tree)))
+        _name(path): int(number) for path, number in jax.tree_util.tree_leaves_with_path(jax.device_get(_sums(tree)))
     }
 
 
@@ -122,9 +124,11 @@ def _sums(tree):
 def placed(abstract_tree):
     """Shapes with a sharding each: their own, else the first device."""
     device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
-    return jax.tree.map(
-        lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=a.sharding or device), abstract_tree
-    )
+    return jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=a.sharding or device), abstract_tree)
+
+
+def _name(path) -> str:
+    return jax.tree_util.keystr(path, simple=True, separator="/")
 
 
 def _first_line(error: Exception) -> str:

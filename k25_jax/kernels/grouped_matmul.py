@@ -1,8 +1,9 @@
 """Grouped matmul: rows sorted by expert times each expert's own matrix (K2.5 §3.1, dropless MoE).
 
 `reference_grouped_matmul` is the definition. `blocked` runs anywhere in plain XLA and costs what the rows cost: it
-walks over the experts that have rows, in blocks of rows, large ones first and small ones for the rest. `megablox` is JAX's Pallas kernel for TPU. `ragged` is XLA's
-`ragged_dot`, kept for comparison: on CPU and GPU it multiplies every row with every expert.
+walks over the experts that have rows, in blocks of rows, large ones first and small ones for the rest. `megablox` is
+JAX's Pallas kernel for TPU. `ragged` is XLA's `ragged_dot`, kept for comparison: on CPU and GPU it multiplies every row
+with every expert.
 """
 
 import jax

@@ -127,7 +127,7 @@ def decode_step(params, x_B1D, cache, positions_B, config: TextConfig):
     write = jax.vmap(functools.partial(jax.lax.dynamic_update_slice_in_dim, axis=0))
     valid_B1 = jnp.ones(x_B1D.shape[:2], bool)
     new_cache = []
-    for layer, (c_BSR, r_BSK) in zip(params["layers"], cache):
+    for layer, (c_BSR, r_BSK) in zip(params["layers"], cache, strict=True):
         h_B1D = rms_norm(x_B1D, layer["attention_norm"], config.norm_eps)
         c_B1R, r_B1K = latents(layer["attention"], h_B1D, rope, config)
         kept = write(c_BSR, c_B1R, positions_B), write(r_BSK, r_B1K, positions_B)

@@ -48,12 +48,18 @@ class Console:
         """The conversation behind --system."""
         return [{"role": "system", "content": self.args.system}] * bool(self.args.system) + messages
 
-    def answer(self, prompt: Prompt, show: Callable[[str], None]) -> dict:
-        """Sample until the end token, a stop text or --max_tokens; `show` gets the text piece by piece."""
+    def ends(self, templated: bool) -> tuple[int, ...]:
+        """Token ids that end an answer: the model's, and behind the chat template the end of a turn."""
+        if self.args.ignore_eos:
+            return ()
+        turn = {self.model.tokenizer.special["<|im_end|>"]} if templated else set()
+        return tuple({self.model.config.eos_id} | turn)
+
+    def answer(self, prompt: Prompt, ends: tuple[int, ...], show: Callable[[str], None]) -> dict:
+        """Sample until an end token, a stop text or --max_tokens; `show` gets the text piece by piece."""
         args, tokenizer = self.args, self.model.tokenizer
         if "" in args.stop:
             raise PromptError("--stop is empty: give the text that ends the answer")
-        ends = () if args.ignore_eos else tuple({self.model.config.eos_id, tokenizer.special["<|im_end|>"]})
         try:
             how = SampleConfig(args.max_tokens, args.temperature, args.top_p, args.seed, ends)
         except ValueError as error:
@@ -88,7 +94,8 @@ def user(parts: list[dict], text: str) -> dict:
 def generate(args) -> int:
     """One answer."""
     console = Console(args)
-    out = console.answer(console.prompt(), (lambda _: None) if args.json else show)
+    ends = console.ends(templated=args.prompt_ids is None and not args.raw)
+    out = console.answer(console.prompt(), ends, (lambda _: None) if args.json else show)
     print(json.dumps(out) if args.json else "")
     return 0
 
@@ -116,7 +123,7 @@ def chat(args) -> int:
             turn = user(parts, line)
             try:
                 prompt = from_messages(console.with_system([*messages, turn]), console.model.tokenizer, console.reader)
-                text = console.answer(prompt, show)["text"]
+                text = console.answer(prompt, console.ends(templated=True), show)["text"]
             except ValueError as error:  # a bad file or a full context must not end the conversation
                 print(f"error: {error}")
                 parts = []

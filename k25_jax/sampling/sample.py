@@ -66,7 +66,10 @@ class Sampler:
         self._vision = jax.jit(functools.partial(vision_features, config=config, dtype=dtype))
 
     def generate(
-        self, prompts: Sequence[Sequence[int]], clips: Sequence[Sequence[Clip]] = (), sampling: SampleConfig | None = None
+        self,
+        prompts: Sequence[Sequence[int]],
+        clips: Sequence[Sequence[Clip]] = (),
+        sampling: SampleConfig | None = None,
     ) -> Iterator[list[tuple[int, float] | None]]:
         """Yield, a step at a time, one (token, logprob) a prompt; None for prompts that have ended.
 
@@ -88,7 +91,7 @@ class Sampler:
             if step < sampling.max_tokens:  # dispatched before this step's tokens are read
                 drawn, state = _step(self.params, tokens_B, state, **how)
             tokens_B, logprobs_B = np.asarray(tokens_B), np.asarray(logprobs_B)
-            yield [None if d else (int(t), float(p)) for d, t, p in zip(done, tokens_B, logprobs_B)]
+            yield [None if d else (int(t), float(p)) for d, t, p in zip(done, tokens_B, logprobs_B, strict=True)]
             done |= np.isin(tokens_B, sampling.stop_ids)
             if done.all():
                 return
@@ -133,7 +136,7 @@ def lay_out(prompts, clips, starts, media_pad_id: int):
     tokens_BL = np.zeros((len(prompts), width), np.int32)
     media_BL = np.full((len(prompts), width), -1, np.int32)
     starts = iter(starts)
-    for row, (prompt, row_clips) in enumerate(zip(prompts, clips)):
+    for row, (prompt, row_clips) in enumerate(zip(prompts, clips, strict=True)):
         tokens_BL[row, : len(prompt)] = prompt
         places = np.flatnonzero(tokens_BL[row, : len(prompt)] == media_pad_id)
         features = [np.arange(clip.tokens) + next(starts) for clip in row_clips]
@@ -146,7 +149,7 @@ def check_prompts(prompts, clips, max_tokens: int, config: K25Config) -> None:
     """Raise PromptError for what cannot be generated from."""
     if not prompts or len(prompts) != len(clips):
         raise PromptError(f"{len(prompts)} prompts and {len(clips)} lists of clips: give one list a prompt")
-    for i, (prompt, row_clips) in enumerate(zip(prompts, clips)):
+    for i, (prompt, row_clips) in enumerate(zip(prompts, clips, strict=True)):
         if not len(prompt):
             raise PromptError(f"prompt {i} is empty")
         bad = [t for t in prompt if not 0 <= t < config.text.vocab_size and t != config.media_pad_id]

@@ -1,7 +1,7 @@
 """ONE table: logical axis of a parameter or batch -> mesh axes (K2.5 §3.8). Change the layout of the whole model here."""
 
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
 import jax
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 RULES: dict[str | None, str | tuple[str, ...] | None] = {
     # parameters of the language model
@@ -32,7 +32,7 @@ def spec(axes: PartitionSpec, shape: tuple[int, ...], mesh: Mesh) -> PartitionSp
     """Mesh axes of one array. An axis that does not divide its dimension, or is taken already, is left out."""
     taken: set[str] = set()
     out = []
-    for axis, size in zip(tuple(axes) + (None,) * (len(shape) - len(axes)), shape):
+    for axis, size in zip(tuple(axes) + (None,) * (len(shape) - len(axes)), shape, strict=True):
         if axis is not None and axis not in RULES:
             raise ValueError(f"logical axis {axis!r} has no rule in sharding/rules.py")
         rule = RULES[axis] if axis is not None else None

@@ -14,6 +14,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from k25_jax.checkpoint.huggingface import load_params
 from k25_jax.checkpoint.load import read_experiment
+from k25_jax.checkpoint.siglip import load_siglip_vision
 from k25_jax.checkpoint.store import Store, restore_params
 from k25_jax.config import ConfigError, Experiment, to_dict
 from k25_jax.data.packing import batch_stats
@@ -83,17 +84,19 @@ def restore_or_init(experiment: Experiment, store: Store, pipeline):
         pipeline.set_state(data["pipeline"])
         return state, int(state.step), data["bad_in_a_row"]
     state = init_state(experiment)
-    if experiment.train.init_from:
-        state = state.replace(params=load_initial(experiment))
-    return state, 0, 0
+    return state.replace(params=load_initial(experiment, state.params)), 0, 0
 
 
-def load_initial(experiment: Experiment):
-    """Parameters to start from: a run directory of ours or a directory in the public format."""
-    source = pathlib.Path(experiment.train.init_from)
-    if (source / "checkpoints").is_dir():
-        return restore_params(source / "checkpoints", abstract_params(experiment.model))
-    return load_params(source, experiment.model)
+def load_initial(experiment: Experiment, params: dict) -> dict:
+    """`params`, or what train.init_from (a run of ours, public files) and train.init_vision_from (SigLIP) hold instead."""
+    config, model = experiment.train, experiment.model
+    if config.init_from:
+        checkpoints = pathlib.Path(config.init_from) / "checkpoints"
+        ours = checkpoints.is_dir()
+        params = restore_params(checkpoints, abstract_params(model)) if ours else load_params(config.init_from, model)
+    if config.init_vision_from:
+        params = params | {"vision": load_siglip_vision(config.init_vision_from, model.vision)}
+    return params
 
 
 def save_run(experiment: Experiment, directory: pathlib.Path) -> None:

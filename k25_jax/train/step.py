@@ -22,7 +22,7 @@ def make_step(experiment: Experiment, loss_fn):
     def step(state: TrainState, batch):
         grad_fn = jax.value_and_grad(loss_fn, has_aux=True)
         (loss, (metrics, load_YE)), grads = grad_fn(state.params, batch, experiment)
-        grad_norm = optax.global_norm(grads)
+        grad_norm = optax.tree.norm(grads)
         finite = jnp.isfinite(loss) & jnp.isfinite(grad_norm)
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
         params = with_balanced_router(optax.apply_updates(state.params, updates), load_YE, experiment)

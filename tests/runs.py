@@ -1,0 +1,117 @@
+"""A minute K2.5 that is trained by `k25 train` in a process of its own: its data, its experiment file, its commands."""
+
+import functools
+import json
+import os
+import pathlib
+import subprocess
+import sys
+import tempfile
+import time
+
+import numpy as np
+from PIL import Image
+
+ROOT = pathlib.Path(__file__).parent.parent
+STEPS, EVERY = 400, 20  # a step takes some 10 ms
+TIMINGS = ("tokens_per_second", "step_seconds", "data_seconds")
+EXPERIMENT = """
+import ml_collections
+
+def get_config(arg=""):
+    config = ml_collections.ConfigDict()
+    config.name = "minute"
+    text = dict(vocab_size=288, d_model=24, layers=2, ffn_dim=32, heads=2, q_lora_rank=8, kv_lora_rank=8, qk_nope_dim=8,
+                qk_rope_dim=4, v_dim=8, init_std=0.1, max_length=128)
+    text |= dict(moe=dict(experts=4, top_k=2, ffn_dim=16), rope=dict(original_length=128))
+    vision = dict(layers=1, width=16, heads=2, mlp_dim=16, pos_height=4, pos_width=4)
+    ids = dict(media_begin_id=261, media_end_id=263, media_pad_id=264, bos_id=256, eos_id=258, pad_id=276)
+    config.model = dict(text=text, vision=vision, **ids)
+    config.data = dict(sources=[dict(path={path!r})], batch_size=2, seq_len=64, packs=1, pack_patches=64)
+    config.optim = dict(peak_lr=1e-2, end_lr=1e-3, warmup_steps=2, decay_steps=20)
+    config.train = dict(steps={steps}, log_every=1, checkpoint_every={every}, keep=3)
+    return config
+"""
+
+
+def write_data(folder: pathlib.Path) -> pathlib.Path:
+    """A JSONL file of texts, documents with an image, and questions about an image; the images beside it."""
+    rng, lines = np.random.default_rng(0), []
+    folder.mkdir(parents=True, exist_ok=True)
+    for i in range(12):
+        rows, columns = 28 * rng.integers(1, 3, 2)
+        Image.fromarray(rng.integers(0, 256, (rows, columns, 3)).astype(np.uint8)).save(folder / f"{i}.png")
+        lines.append({"text": f"a line of text, number {i}"})
+        lines.append({"parts": [{"text": "see "}, {"image": f"{i}.png"}, {"text": f" picture {i}"}]})
+        question = [{"image": f"{i}.png"}, {"text": "which?"}]
+        lines.append(
+            {"messages": [{"role": "user", "content": question}, {"role": "assistant", "content": f"no. {i}"}]}
+        )
+    (folder / "records.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return folder / "records.jsonl"
+
+
+def write_experiment(folder: pathlib.Path) -> pathlib.Path:
+    """The data and an experiment file that reads them."""
+    file = folder / "minute.py"
+    file.write_text(EXPERIMENT.format(path=str(write_data(folder / "data")), steps=STEPS, every=EVERY))
+    return file
+
+
+@functools.cache
+def compiled_programs() -> tempfile.TemporaryDirectory:
+    """Where the processes of one test session keep what they have compiled; most of their time goes into that."""
+    return tempfile.TemporaryDirectory(prefix="k25-compiled-")
+
+
+def environment() -> dict[str, str]:
+    """That of a child process: quick to compile, on the CPU."""
+    return os.environ | {
+        "JAX_PLATFORMS": "cpu",
+        "PYTHONPATH": str(ROOT),
+        "XLA_FLAGS": "--xla_backend_optimization_level=0",
+        "JAX_COMPILATION_CACHE_DIR": compiled_programs().name,
+        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+    }
+
+
+def start(*arguments: str, module: str = "k25_jax.cli") -> subprocess.Popen:
+    """Start `k25 ARGUMENTS`."""
+    command = [sys.executable, "-m", module, *map(str, arguments)]
+    pipe = subprocess.PIPE
+    return subprocess.Popen(command, stdin=pipe, stdout=pipe, stderr=pipe, text=True, env=environment(), cwd=ROOT)
+
+
+def k25(*arguments: str, stdin: str = "") -> subprocess.CompletedProcess:
+    """Run `k25 ARGUMENTS` to its end."""
+    process = start(*arguments)
+    out, err = process.communicate(stdin, timeout=600)
+    return subprocess.CompletedProcess(process.args, process.returncode, out, err)
+
+
+def wait_for(process: subprocess.Popen, condition, seconds: float = 300) -> bool:
+    """Wait until `condition()`; False when the process ended first."""
+    deadline = time.monotonic() + seconds
+    while not condition():
+        if process.poll() is not None:
+            return False
+        assert time.monotonic() < deadline, f"nothing happened in {seconds} seconds"
+        time.sleep(0.001)
+    return True
+
+
+def step_of(run: pathlib.Path) -> int:
+    """The last step in a run's metrics, also while it is being trained."""
+    file = run / "metrics.jsonl"
+    return file.read_bytes().count(b"\n") if file.exists() else 0
+
+
+def rows(run: pathlib.Path) -> list[dict]:
+    """The complete lines of a run's metrics, also while it is being trained."""
+    file = run / "metrics.jsonl"
+    return [json.loads(line) for line in file.read_bytes().split(b"\n")[:-1]] if file.exists() else []
+
+
+def untimed(run: pathlib.Path) -> list[dict]:
+    """Metrics without what depends on the clock."""
+    return [{name: value for name, value in row.items() if name not in TIMINGS} for row in rows(run)]
