@@ -41,8 +41,8 @@ class VisionConfig:
         _require_positive(self, "layers width heads mlp_dim patch_size pos_height pos_width pos_time".split())
         if self.width % self.heads or (self.width // self.heads) % 4:
             raise ConfigError(
-                f"vision.width={self.width} must be heads={self.heads} times a multiple of 4 (axial RoPE turns pairs of "
-                "dimensions for each of two axes)"
+                f"vision.width={self.width} must be heads={self.heads} times a multiple of 4 (axial RoPE turns pairs "
+                "of dimensions for each of two axes)"
             )
 
     @property
@@ -302,7 +302,7 @@ def preset(name: str) -> K25Config:
             rope=RopeConfig(original_length=1024),
         )  # fmt: skip
         return K25Config(text=text, vision=VisionConfig(layers=2, width=64, heads=4, mlp_dim=128), **BYTE_IDS)
-    raise ConfigError(f"no preset {name!r}{_nearest(name, PRESETS)}; there are: {', '.join(PRESETS)}")
+    raise ConfigError(f"no preset {name!r} (there are {', '.join(PRESETS)}){_nearest(name, PRESETS)}")
 
 
 PRESETS = ("k25_1t", "moonlight_16b", "1b", "100m", "tiny")
@@ -392,7 +392,7 @@ def run_local(config: ml_collections.ConfigDict) -> ml_collections.ConfigDict:
     data = dict(batch_size=4, seq_len=128, packs=2, pack_patches=128, max_image_patches=64)
     data["sources"] = [dict(path=path, kind="task", weight=weight) for path, weight in tasks]
     optim = values["optim"] | dict(warmup_steps=2, decay_steps=2)
-    train = values["train"] | dict(steps=4, log_every=1, checkpoint_every=2, init_from="")
+    train = values["train"] | dict(steps=4, log_every=1, checkpoint_every=2, init_from="", init_vision_from="")
     return ml_collections.ConfigDict(values | dict(model="tiny", data=data, optim=optim, train=train))
 
 

@@ -120,10 +120,11 @@ def write_reports(workdir: pathlib.Path, results: dict[str, list[Result]], summa
     samples = {spec: shown_samples(spec, found) for spec, found in results.items()}
     metrics = read_metrics(workdir / "metrics.jsonl")
     names = [spec.partition(":")[0] for spec in results]
-    bars = plots.bar_chart(
-        {"model": {n: summary[f"{n}_accuracy"] for n in names}, "guessing": {n: chance(s) for n, s in zip(names, results, strict=True)}},
-        "Held-out questions answered rightly", "share of answers", top=1.0,
-    )  # fmt: skip
+    series = {
+        "model": {name: summary[f"{name}_accuracy"] for name in names},
+        "guessing": {name: chance(spec) for name, spec in zip(names, results, strict=True)},
+    }
+    bars = plots.bar_chart(series, "Held-out questions answered rightly", "share of answers", top=1.0)
     keys = {
         "digits read": f"{100 * summary['digits_accuracy']:.1f} %",
         "resumed exactly": "yes" if summary["resumed_exactly"] else "NO",

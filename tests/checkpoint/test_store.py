@@ -1,5 +1,6 @@
 """Checkpoints on a disk that is damaged, full, or read while it is written."""
 
+import gc
 import pathlib
 import shutil
 import subprocess
@@ -13,6 +14,15 @@ import pytest
 import runs
 
 from k25_jax.checkpoint.store import CheckpointError, Store, restore_params, sums
+
+pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+
+
+@pytest.fixture(autouse=True)
+def collected():
+    """Orbax drops the readers that failed, which Python reports when it collects them: here, where it is ignored."""
+    yield
+    gc.collect()
 
 
 def make_state(seed: int = 0, size: int = 64) -> dict:
@@ -92,7 +102,6 @@ def damage(file: pathlib.Path, how: str):
     }[how]()
 
 
-@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # Orbax drops readers that failed
 @pytest.mark.parametrize("how", ["cut", "emptied", "flipped", "gone"])
 def test_damage_to_any_file_is_harmless_or_an_error_that_names_the_folder(checkpoints, tmp_path, how):
     """Nothing wrong is ever read; only files that are not needed may be damaged without notice."""
@@ -113,7 +122,7 @@ def test_damage_to_any_file_is_harmless_or_an_error_that_names_the_folder(checkp
             else:
                 assert_equal(result[0], expected[0]) if isinstance(result, tuple) else assert_equal(result, expected)
         shutil.rmtree(copy)
-    assert readers / 4 < errors < readers
+    assert 4 <= errors < readers
 
 
 def test_damage_to_the_arrays_is_noticed_and_the_step_before_is_whole(checkpoints):
@@ -138,7 +147,6 @@ def test_the_sums_change_with_any_byte():
         assert {key for key in after if after[key] != before[key]} == {f"params/{name}"}
 
 
-@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 @pytest.mark.parametrize("change", ["shape", "missing", "added"])
 def test_another_model_is_an_error(checkpoints, change):
     params = abstract(make_state())["params"]
@@ -170,7 +178,9 @@ def test_a_reader_leaves_the_write_in_progress_alone(checkpoints):
     assert_equal(restore_params(checkpoints, abstract(make_state())["params"]), make_state(2)["params"])
     assert unfinished.is_dir()
     store = Store(checkpoints)
-    assert not unfinished.exists() and store.steps() == [1, 2]
+    assert store.steps() == [1, 2]
+    store.save(3, make_state(3), {}, wait=True)
+    assert not unfinished.exists() and store.steps() == [1, 2, 3]
     store.close()
 
 
