@@ -250,6 +250,8 @@ class TrainConfig:
         _one_of(self, "remat", ("none", "full", "dots"))
         _one_of(self, "compute_dtype", ("float32", "bfloat16"))
         _require_positive(self, "steps log_every checkpoint_every keep max_bad_steps".split())
+        if not 0 <= self.seed < 2**32:
+            raise ConfigError(f"train.seed={self.seed} must lie in [0, 2**32)")
 
 
 @dataclass(frozen=True)

@@ -65,7 +65,7 @@ def demo(workdir: pathlib.Path, steps: int = 0) -> int:
 def train_with_a_kill(command: list[str], workdir: pathlib.Path, train) -> dict:
     """Train in a process of its own, kill it with SIGKILL half-way, start it again; compare the steps done twice."""
     half = max(train.steps // 2 // train.checkpoint_every, 1) * train.checkpoint_every
-    kill_at = min(half + max(train.checkpoint_every // 4, 5), 3 * train.steps // 4)
+    kill_at = max(min(half + max(train.checkpoint_every // 4, 5), 3 * train.steps // 4), 1)
     process = subprocess.Popen(command)
     while process.poll() is None and last_step(workdir) < kill_at:
         time.sleep(0.05)
@@ -132,6 +132,7 @@ def write_reports(workdir: pathlib.Path, results: dict[str, list[Result]], summa
         "parameters": f"{summary['parameters_total'] / 1e6:.2f} M",
         "time": f"{summary['total_seconds'] / 60:.1f} min",
     }
+    figures = [(name, str(value) if isinstance(value, bool) else value) for name, value in summary.items()]
     sections = [
         html.Text("What this is", INTRODUCTION.format(**summary)),
         html.KeyFigures("Key figures", keys),
@@ -140,7 +141,7 @@ def write_reports(workdir: pathlib.Path, results: dict[str, list[Result]], summa
         *[html.Samples(f"Held-out {n}", samples[s], f"{len(results[s])} questions asked, {len(samples[s])} shown.")
           for n, s in zip(names, results, strict=True)],
         *curve_sections(metrics)[1:],
-        html.Table("All figures", ("name", "value"), [(k, str(v) if isinstance(v, bool) else v) for k, v in summary.items()]),
+        html.Table("All figures", ("name", "value"), figures),
         html.Code("Go on from here", COMMANDS.format(workdir=workdir)),
         *config_sections(workdir),
     ]  # fmt: skip
@@ -165,12 +166,12 @@ def chance(spec: str, sample: int = 200) -> float:
 
 
 INTRODUCTION = """\
-A complete Kimi K2.5 with {parameters_total:,} parameters (MoonViT-3D with packed images, projector, MLA and MoE language \
-model) was trained on this machine for {steps} steps on handwritten digits (scikit-learn), photographs (scikit-image), \
-rendered words and shapes, and the source of Python's standard library.
+A complete Kimi K2.5 with {parameters_total:,} parameters (MoonViT-3D with packed images, projector, MLA and MoE \
+language model) was trained on this machine for {steps} steps on handwritten digits (scikit-learn), photographs \
+(scikit-image), rendered words and shapes, and the source of Python's standard library.
 
-The training process was killed with SIGKILL at step {killed_at_step}, between two checkpoints, and started again. It did \
-{steps_done_twice} steps a second time. All the questions below are about images that it has not seen."""
+The training process was killed with SIGKILL at step {killed_at_step}, between two checkpoints, and started again. It \
+did {steps_done_twice} steps a second time. All the questions below are about images that it has not seen."""
 
 COMMANDS = """\
 .venv/bin/k25 chat --checkpoint={workdir} --temperature=0

@@ -92,6 +92,7 @@ def test_whole_numbers_pass_for_floats_and_lists_for_tuples():
     (OptimConfig, dict(b2=1.0), "optim.b2=1.0 must lie in [0, 1)"),
     (TrainConfig, dict(remat="ful"), "did you mean 'full'"),
     (TrainConfig, dict(compute_dtype="float16"), "(one of ('float32', 'bfloat16'))"),
+    (TrainConfig, dict(seed=-1), "train.seed=-1 must lie in [0, 2**32)"),
     (TrainConfig, dict(max_bad_steps=0), "TrainConfig.max_bad_steps=0 must be positive"),
 ])  # fmt: skip
 def test_values_that_cannot_be_are_refused(cls, values, message):

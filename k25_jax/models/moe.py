@@ -45,7 +45,8 @@ class MoE(nn.Module):
 
 def route(router_DE, bias_E, x_TD, config: MoEConfig):
     """Choose experts by score plus bias, weigh them by the score alone: (weights_TK, experts_TK), float32."""
-    scores_TE = jax.nn.sigmoid(jnp.dot(x_TD.astype(jnp.float32), router_DE.astype(jnp.float32)))
+    logits_TE = jnp.dot(x_TD.astype(jnp.float32), router_DE.astype(jnp.float32), precision="highest")
+    scores_TE = jax.nn.sigmoid(logits_TE)
     choice_TE = jax.lax.stop_gradient(scores_TE + bias_E)
     if config.groups > 1:
         choice_TE = _keep_best_groups(choice_TE, config)
@@ -83,13 +84,14 @@ def routed(p, x_TD, weights_TK, experts_TK, load_E, implementation: str):
     tokens, top_k = experts_TK.shape
     order_N = jnp.argsort(experts_TK.reshape(-1), stable=True)
     inverse_N = jnp.argsort(order_N)
-    copies_ND = jnp.broadcast_to(x_TD[:, None], (tokens, top_k, x_TD.shape[-1])).reshape(tokens * top_k, -1)
+    kept_TK1 = (experts_TK < load_E.shape[0])[..., None]  # padding's rows hold no defined value, nor do their gradients
+    copies_ND = jnp.where(kept_TK1, x_TD[:, None], 0).reshape(tokens * top_k, -1)
     rows_ND = permute_rows(copies_ND, order_N, inverse_N)
     gate_NF = grouped_matmul(rows_ND, p["gate"], load_E, implementation)
     up_NF = grouped_matmul(rows_ND, p["up"], load_E, implementation)
     out_ND = grouped_matmul(jax.nn.silu(gate_NF) * up_NF, p["down"], load_E, implementation)
     out_TKD = permute_rows(out_ND, inverse_N, order_N).reshape(tokens, top_k, -1)
-    out_TKD = jnp.where(weights_TK[..., None] != 0, out_TKD, 0)  # padding rows hold no defined value
+    out_TKD = jnp.where(kept_TK1, out_TKD, 0)
     return jnp.einsum("tkd,tk->td", out_TKD, weights_TK.astype(out_TKD.dtype))
 
 

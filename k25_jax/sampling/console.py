@@ -60,6 +60,8 @@ class Console:
         args, tokenizer = self.args, self.model.tokenizer
         if "" in args.stop:
             raise PromptError("--stop is empty: give the text that ends the answer")
+        if not (args.temperature >= 0 and 0 <= args.seed < 2**32):
+            raise PromptError(f"temperature={args.temperature} must be at least 0, seed={args.seed} in [0, 2**32)")
         try:
             how = SampleConfig(args.max_tokens, args.temperature, args.top_p, args.seed, ends)
         except ValueError as error:

@@ -55,7 +55,7 @@ def test_tables_are_those_of_transformers(name, dim):
     expected = DeepseekV3RotaryEmbedding(config)(torch.zeros(1), places)
     for ours, theirs in zip(rope.rope_tables(to_ours(SCALINGS[name]), dim, places.numpy()), expected, strict=True):
         assert ours.shape == (1, 7, dim // 2) and ours.dtype == jnp.float32
-        np.testing.assert_allclose(ours, theirs[..., : dim // 2], rtol=0, atol=3e-4)  # their theta ** x is in float32
+        np.testing.assert_allclose(ours, theirs[..., : dim // 2], rtol=0, atol=1e-4)  # their theta ** x is in float32
         np.testing.assert_allclose(ours[:, :3], theirs[:, :3, : dim // 2], rtol=0, atol=2e-6)
 
 
