@@ -10,11 +10,11 @@ import sys
 
 import numpy as np
 import pytest
-import reference
-import runs
 import torch
 from PIL import Image
 
+import reference
+import runs
 from k25_jax.checkpoint.hf_config import read_config
 from k25_jax.cli import main
 from k25_jax.sampling.prompt import MediaReader

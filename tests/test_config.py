@@ -5,8 +5,8 @@ import json
 
 import ml_collections
 import pytest
-import runs
 
+import runs
 from k25_jax.config import (
     PRESETS,
     ConfigError,

@@ -8,8 +8,8 @@ import sys
 
 import numpy as np
 import pytest
-import runs
 
+import runs
 from k25_jax import demo
 from k25_jax.config import ConfigError, load_experiment
 from k25_jax.data.tasks import make_task

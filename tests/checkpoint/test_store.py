@@ -11,8 +11,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import runs
 
+import runs
 from k25_jax.checkpoint.store import CheckpointError, Store, restore_params, sums
 
 pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")

@@ -6,10 +6,10 @@ import dataclasses
 import jax
 import numpy as np
 import pytest
-import reference
 import torch
 from transformers.utils import logging
 
+import reference
 from k25_jax.config import Experiment, K25Config, MoEConfig, RopeConfig, TextConfig, TrainConfig, VisionConfig
 from k25_jax.models import decoder
 from k25_jax.train.pretrain import loss_fn

@@ -5,8 +5,8 @@ import dataclasses
 import jax
 import numpy as np
 import pytest
-import reference
 
+import reference
 from k25_jax.config import K25Config, MoEConfig, RopeConfig, TextConfig, VisionConfig
 from k25_jax.models import decoder
 from k25_jax.models.mla import latents, mla, mla_decode

@@ -1,15 +1,17 @@
 """The router, dropless experts and load balancing against brute force."""
 
 import dataclasses
+import functools
 
 import jax
+import jax.experimental.pallas.ops.tpu.megablox as megablox
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from scipy.special import expit
 
 from k25_jax.config import ConfigError, MoEConfig
-from k25_jax.models.moe import balanced_bias, moe, route
+from k25_jax.models.moe import balanced_bias, moe, route, routed
 
 D = 13
 ROUTERS = [
@@ -116,11 +118,34 @@ def test_padding_is_neither_computed_nor_counted(implementation):
     routed_only = {name: w for name, w in p.items() if name != "shared"}
     y_BLD, _ = run(routed_only, x_BLD, valid_BL, config)
     assert not np.asarray(y_BLD)[~valid_BL].any()
-    noisy_BLD = np.where(valid_BL[..., None], x_BLD, np.float32(1e30))
-    again_BLD, _ = run(routed_only, noisy_BLD, valid_BL, config)
+    again_BLD, load_E = run(routed_only, np.where(valid_BL[..., None], x_BLD, np.float32(np.nan)), valid_BL, config)
     np.testing.assert_array_equal(again_BLD, y_BLD)
+    np.testing.assert_array_equal(load_E, expected_load_E)
     gradient = jax.jit(jax.grad(lambda x: moe(routed_only, x, valid_BL, config)[0].sum()))(x_BLD)
     assert np.isfinite(gradient).all() and not np.asarray(gradient)[~valid_BL].any()
+
+
+def test_rows_that_a_kernel_leaves_undefined_reach_no_gradient(monkeypatch):
+    """The TPU kernel, interpreted, fills the rows of padding with NaN, forwards and backwards."""
+    monkeypatch.setattr(megablox, "gmm", functools.partial(megablox.gmm, interpret=True))
+    config = ROUTERS[4]
+    p = draw_weights(config, 10)["experts"]
+    rng = np.random.default_rng(11)
+    x_TD, weights_TK = rng.normal(size=(64, D)).astype(np.float32), rng.random((64, 2)).astype(np.float32)
+    experts_TK = np.argsort(rng.random((64, 4)), axis=1)[:, :2]
+    experts_TK[40:], weights_TK[40:] = config.experts, 0
+    load_E = np.bincount(experts_TK[:40].reshape(-1), minlength=4)
+
+    def gradients(implementation):
+        def total(p, x_TD, weights_TK):
+            return jnp.sin(routed(p, x_TD, weights_TK, experts_TK, load_E, implementation)).sum()
+
+        return jax.grad(total, (0, 1, 2))(p, x_TD, weights_TK)
+
+    expected = gradients("reference")
+    assert not expected[1][40:].any() and not expected[2][40:].any()
+    for ours, theirs in zip(jax.tree.leaves(gradients("megablox")), jax.tree.leaves(expected), strict=True):
+        np.testing.assert_allclose(ours, theirs, rtol=1e-3, atol=1e-3)
 
 
 def test_nothing_but_padding():

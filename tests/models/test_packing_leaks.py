@@ -5,8 +5,8 @@ import dataclasses
 import jax
 import numpy as np
 import pytest
-import reference
 
+import reference
 from k25_jax.config import DataConfig, K25Config, MoEConfig, TextConfig, VisionConfig
 from k25_jax.data.packing import Batch, Example, pack_examples
 from k25_jax.models import k25

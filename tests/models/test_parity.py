@@ -6,11 +6,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import reference
 import torch
 from transformers import Kimi_K25ForConditionalGeneration
 from transformers.utils import logging
 
+import reference
 from k25_jax.checkpoint.hf_config import read_config
 from k25_jax.checkpoint.huggingface import save_params
 from k25_jax.models import decoder, k25, moonvit3d

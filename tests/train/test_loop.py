@@ -12,8 +12,8 @@ import textwrap
 import jax
 import numpy as np
 import pytest
-import runs
 
+import runs
 from k25_jax.checkpoint.store import Store
 from k25_jax.config import ConfigError, load_experiment
 from k25_jax.train.loop import revision, save_run

@@ -7,8 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-import runs
 
+import runs
 from k25_jax.config import Experiment, OptimConfig, TrainConfig, load_experiment
 from k25_jax.data.pipeline import make_pipeline
 from k25_jax.models.k25 import abstract_params
