@@ -96,7 +96,7 @@ def wait_for(process: subprocess.Popen, condition, seconds: float = 300) -> bool
         if process.poll() is not None:
             return False
         assert time.monotonic() < deadline, f"nothing happened in {seconds} seconds"
-        time.sleep(0.001)
+        time.sleep(0.002)
     return True
 
 

@@ -1,4 +1,4 @@
-"""A K2.5 of 1B parameters, for a TPU slice of a few chips: 42G tokens in batches of 2.1M, text and vision (K2.5 §3.3)."""
+"""A K2.5 of 1B parameters, for a TPU slice of a few chips: 42G tokens of text and vision, 2.1M a batch (K2.5 §3.3)."""
 
 import ml_collections
 

@@ -55,7 +55,8 @@ def from_messages(messages: Sequence[Mapping], tokenizer: Tokenizer, reader: Med
     pad = tokenizer.special["<|media_pad|>"]
     if pad != reader.config.media_pad_id:
         raise PromptError(
-            f"the tokenizer's <|media_pad|> is {pad}, the model's {reader.config.media_pad_id}: use the model's tokenizer"
+            f"the tokenizer's <|media_pad|> is {pad}, the model's {reader.config.media_pad_id}: use the model's "
+            "tokenizer"
         )
     return from_ids(rendered.tokens, rendered.clips, reader.config)
 
@@ -67,8 +68,8 @@ def from_ids(tokens: Sequence[int], clips: Sequence[Clip], config: K25Config) ->
     pads = sum(token == config.media_pad_id for token in tokens)
     if pads != len(clips):
         raise PromptError(
-            f"the prompt has {pads} media_pad tokens (id {config.media_pad_id}) for {len(clips)} images or video chunks: "
-            "write it once for each"
+            f"the prompt has {pads} media_pad tokens (id {config.media_pad_id}) for {len(clips)} images or video "
+            "chunks: write it once for each"
         )
     expanded = expand_media(tokens, [clip.tokens for clip in clips], config.media_pad_id)
     return Prompt(expanded.tolist(), list(clips))

@@ -68,8 +68,8 @@ def train(experiment: Experiment, directory: str | pathlib.Path, on_step=None) -
                 log.warning("step %d: loss %s or gradient not finite; skipped", step, metrics["loss"])
             if bad >= config.max_bad_steps:
                 raise BadSteps(
-                    f"{directory}: {bad} steps in a row up to step {step} had no finite loss or gradient. Weights are as "
-                    f"before them, checkpoints: {store.steps()}. Lower optim.peak_lr, check the data, or raise "
+                    f"{directory}: {bad} steps in a row up to step {step} had no finite loss or gradient. Weights are "
+                    f"as before them, checkpoints: {store.steps()}. Lower optim.peak_lr, check the data, or raise "
                     "train.max_bad_steps"
                 )
             if step % config.checkpoint_every == 0 or step == config.steps:
@@ -88,7 +88,7 @@ def restore_or_init(experiment: Experiment, store: Store, pipeline):
 
 
 def load_initial(experiment: Experiment, params: dict) -> dict:
-    """`params`, or what train.init_from (a run of ours, public files) and train.init_vision_from (SigLIP) hold instead."""
+    """`params`, or instead what train.init_from (a run, public files) and train.init_vision_from (SigLIP) hold."""
     config, model = experiment.train, experiment.model
     if config.init_from:
         checkpoints = pathlib.Path(config.init_from) / "checkpoints"
