@@ -1,15 +1,14 @@
 """Grouped matmul: rows sorted by expert times each expert's own matrix (K2.5 §3.1, dropless MoE).
 
 `reference_grouped_matmul` is the definition. `blocked` runs anywhere in plain XLA and costs what the rows cost: it
-walks over the experts that have rows, in blocks of rows, large ones first and small ones for the rest. `megablox` is
-JAX's Pallas kernel for TPU. `ragged` is XLA's `ragged_dot`, kept for comparison: on CPU and GPU it multiplies every row
-with every expert.
+walks over the experts that have rows, in blocks of rows. `megablox` is JAX's Pallas kernel for TPU. `ragged` is XLA's
+`ragged_dot`, kept for comparison: on CPU and GPU it multiplies every row with every expert.
 """
 
 import jax
 import jax.numpy as jnp
 
-BLOCKS = (128, 32)  # rows of a block: as many large ones as a group fills, then small ones for its rest
+BLOCK = 64  # rows; one size for all, as a row's last bit depends on the shape of the product that it is part of
 
 
 def grouped_matmul(x_ND, w_EDF, sizes_E, implementation: str = "auto"):
@@ -72,41 +71,36 @@ def _over_experts(sizes_E, body, init):
     return jax.lax.fori_loop(0, jnp.sum(sizes_E > 0), one, init)
 
 
-def _over_blocks(sizes, start, rows, body, init):
-    """Fold body(first row, rows in the block, carry) over blocks of falling `sizes` that cover [start, start + rows)."""
-    carry, end = init, start + rows
-    for size in sizes:
-        left = end - start
-        blocks = left // size if size != sizes[-1] else (left + size - 1) // size
-        carry = jax.lax.fori_loop(0, blocks, lambda i, c, at=start, size=size: body(at + i * size, size, c), carry)
-        start = start + blocks * size
-    return carry
+def _over_blocks(block, start, rows, body, init):
+    """Fold body(first row, carry) over the blocks that cover rows [start, start + rows)."""
+    count = (rows + block - 1) // block
+    return jax.lax.fori_loop(0, count, lambda i, carry: body(start + i * block, carry), init)
 
 
-def _blocks(rows: int) -> tuple[int, ...]:
-    """Block sizes for so many rows in all: when decoding there are few, and a block of them would be mostly empty."""
-    return BLOCKS if rows >= BLOCKS[0] else (8,)
+def _block(rows: int) -> int:
+    """Rows of a block, given the rows in all: when decoding there are few, and a large block would be mostly empty."""
+    return BLOCK if rows >= BLOCK else 8
 
 
-def _padded(x_ND, sizes):
+def _padded(x_ND, block):
     """Room for the last block to run past the end."""
-    return jnp.pad(x_ND, ((0, sizes[-1]), (0, 0)))
+    return jnp.pad(x_ND, ((0, block), (0, 0)))
 
 
 def _rows_times_experts(x_ND, w_EDF, sizes_E, *, transpose: bool):
     """x @ w[e], or x @ w[e].T. A block may run past its group; the next group's first block then overwrites the rest."""
     contract = (((1,), (1 if transpose else 0,)), ((), ()))
-    sizes = _blocks(x_ND.shape[0])
-    x = _padded(x_ND, sizes)
+    block = _block(x_ND.shape[0])
+    x = _padded(x_ND, block)
 
     def one_expert(expert, start, rows, out):
         w_DF = jax.lax.dynamic_index_in_dim(w_EDF, expert, keepdims=False)
 
-        def one_block(at, size, out):
-            product = jax.lax.dot_general(jax.lax.dynamic_slice_in_dim(x, at, size), w_DF, contract)
+        def one_block(at, out):
+            product = jax.lax.dot_general(jax.lax.dynamic_slice_in_dim(x, at, block), w_DF, contract)
             return jax.lax.dynamic_update_slice_in_dim(out, product, at, 0)
 
-        return _over_blocks(sizes, start, rows, one_block, out)
+        return _over_blocks(block, start, rows, one_block, out)
 
     out = jnp.zeros((x.shape[0], w_EDF.shape[1 if transpose else 2]), x.dtype)
     return _over_experts(sizes_E, one_expert, out)[: x_ND.shape[0]]
@@ -114,17 +108,17 @@ def _rows_times_experts(x_ND, w_EDF, sizes_E, *, transpose: bool):
 
 def _rows_times_rows(x_ND, dy_NF, sizes_E):
     """dw[e] = x[rows of e].T @ dy[rows of e]; zero for experts without rows."""
-    sizes = _blocks(x_ND.shape[0])
-    x, dy = _padded(x_ND, sizes), _padded(dy_NF, sizes)
+    block = _block(x_ND.shape[0])
+    x, dy = _padded(x_ND, block), _padded(dy_NF, block)
 
     def one_expert(expert, start, rows, dw_EDF):
-        def one_block(at, size, dw_DF):
-            mine = (at + jnp.arange(size) < start + rows)[:, None]
-            x_block = jnp.where(mine, jax.lax.dynamic_slice_in_dim(x, at, size), 0)
-            dy_block = jax.lax.dynamic_slice_in_dim(dy, at, size)
+        def one_block(at, dw_DF):
+            mine = (at + jnp.arange(block) < start + rows)[:, None]
+            x_block = jnp.where(mine, jax.lax.dynamic_slice_in_dim(x, at, block), 0)
+            dy_block = jax.lax.dynamic_slice_in_dim(dy, at, block)
             return dw_DF + jax.lax.dot_general(x_block, dy_block, (((0,), (0,)), ((), ())))
 
-        dw_DF = _over_blocks(sizes, start, rows, one_block, jnp.zeros(dw_EDF.shape[1:], x.dtype))
+        dw_DF = _over_blocks(block, start, rows, one_block, jnp.zeros(dw_EDF.shape[1:], x.dtype))
         return jax.lax.dynamic_update_index_in_dim(dw_EDF, dw_DF, expert, 0)
 
     dw_EDF = jnp.zeros((sizes_E.shape[0], x.shape[1], dy.shape[1]), x.dtype)

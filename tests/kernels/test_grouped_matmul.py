@@ -3,6 +3,7 @@
 import functools
 
 import jax
+import jax.experimental.pallas.ops.tpu.megablox as megablox
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -72,12 +73,32 @@ def test_gradient_by_finite_differences():
     check_grads(function, (x, w), order=1, modes=["rev"], atol=1e-2, rtol=1e-2)
 
 
-def test_megablox_in_interpret_mode_gives_the_same():
-    from jax.experimental.pallas.ops.tpu.megablox import gmm
+@pytest.mark.parametrize("case", CASES)
+def test_the_tpu_kernel_interpreted_gives_the_same_and_the_same_gradients(case, monkeypatch):
+    """Whatever the number of rows: its own tiles are of 128."""
+    monkeypatch.setattr(megablox, "gmm", functools.partial(megablox.gmm, interpret=True))
+    rows, sizes = CASES[case]
+    x, w, sizes_E = draw(rows, len(sizes), 24, 10, sizes, seed=2)
+    used = sum(sizes)
 
-    x, w, sizes_E = draw(256, 3, 128, 128, [100, 28, 128])
-    got = gmm(x, w, sizes_E, preferred_element_type=jnp.float32, interpret=True)
-    np.testing.assert_allclose(got, kernel.reference_grouped_matmul(x, w, sizes_E), rtol=1e-4, atol=1e-4)
+    def loss(x, w, implementation):
+        return jnp.sum(jnp.sin(kernel.grouped_matmul(x, w, sizes_E, implementation)[:used]))
+
+    got = kernel.grouped_matmul(x, w, sizes_E, "megablox")
+    assert got.shape == (rows, 10)
+    np.testing.assert_allclose(got[:used], kernel.reference_grouped_matmul(x, w, sizes_E)[:used], rtol=1e-4, atol=1e-4)
+    (dx, dw), (want_dx, want_dw) = (jax.grad(loss, (0, 1))(x, w, name) for name in ("megablox", "reference"))
+    np.testing.assert_allclose(dx[:used], want_dx[:used], rtol=1e-3, atol=1e-3)
+    np.testing.assert_allclose(dw, want_dw, rtol=1e-3, atol=1e-3)
+
+
+def test_a_row_keeps_its_bits_wherever_it_stands():
+    """Packed documents must not leak: how many rows its expert has changes nothing of a row's product, bit for bit."""
+    x, w, _ = draw(700, 2, 66, 32, [], seed=3)
+    run = jax.jit(kernel.blocked_grouped_matmul)
+    expected = np.asarray(run(x, w, jnp.asarray([0, 700])))
+    for first in (1, 31, 64, 127, 200, 650):
+        np.testing.assert_array_equal(run(x, w, jnp.asarray([first, 700 - first]))[first:], expected[first:])
 
 
 def test_an_unknown_implementation_is_named():

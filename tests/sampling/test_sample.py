@@ -1,26 +1,30 @@
 """Drawing tokens: greedy, top-p, probabilities; batched generation against one at a time."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import reference
 from scipy.stats import chisquare
 
 from k25_jax.config import preset
 from k25_jax.data.packing import Batch
-from k25_jax.models.k25 import forward, init_params
+from k25_jax.models.k25 import embed, forward
 from k25_jax.sampling.cache import cache_bytes
 from k25_jax.sampling.sample import PromptError, SampleConfig, Sampler, keep_top_p, lay_out, sample_token
 from k25_jax.vision.patchpack import Clip, pack_clips
 
 CONFIG = preset("tiny")
-PARAMS = jax.jit(lambda key: init_params(CONFIG, key))
+PARAMS = reference.random_params(CONFIG, std=0.1)
+FORWARD = jax.jit(forward, static_argnames="config")
 GREEDY = SampleConfig(max_tokens=6, temperature=0.0)
 
 
 @pytest.fixture(scope="module")
 def sampler():
-    return Sampler(PARAMS(jax.random.key(0)), CONFIG)
+    return Sampler(PARAMS, CONFIG)
 
 
 def clip(seed, grid=(1, 2, 4)):
@@ -48,8 +52,7 @@ def test_greedy_and_log_probabilities_are_those_of_the_whole_forward_pass(sample
         length = tokens_BL.shape[1]
         segments = (np.arange(length) < len(tokens)).astype(np.int32)[None]
         batch = Batch(tokens_BL, tokens_BL, segments, segments, np.arange(length)[None], media_BL, pack)
-        params = PARAMS(jax.random.key(0))
-        logprobs = np.asarray(jax.nn.log_softmax(jax.jit(forward, static_argnums=2)(params, batch, CONFIG)))[0]
+        logprobs = np.asarray(jax.nn.log_softmax(FORWARD(PARAMS, batch, CONFIG)))[0]
         for i, (token, logprob) in enumerate(drawn):
             place = len(prompt) - 1 + i
             assert token == logprobs[place].argmax()
@@ -75,6 +78,13 @@ def test_a_row_ends_at_its_stop_token_and_the_others_go_on(sampler):
     assert [t for t, _ in rows[0]] == [t for t, _ in first][: end + 1]
     if stop not in [t for t, _ in second]:
         assert [t for t, _ in rows[1]] == [t for t, _ in second]
+
+
+def test_a_drawn_media_pad_reads_as_token_0():
+    """It stands for no image; the public implementation reads it so, whatever its number."""
+    for pad in (CONFIG.media_pad_id, CONFIG.text.vocab_size + 7):
+        read = embed(PARAMS, np.array([3, pad, 0]), dataclasses.replace(CONFIG, media_pad_id=pad))
+        np.testing.assert_array_equal(read, np.asarray(PARAMS["embed"])[[3, 0, 0]])
 
 
 def test_the_seed_decides(sampler):

@@ -11,7 +11,7 @@ import pytest
 from jax.sharding import AbstractMesh, PartitionSpec
 
 from k25_jax.config import preset
-from k25_jax.models.k25 import logical_axes
+from k25_jax.models.k25 import abstract_params, logical_axes
 from k25_jax.sharding.mesh import make_mesh
 from k25_jax.sharding.rules import RULES, spec
 
@@ -28,6 +28,23 @@ def test_the_full_model_on_256_chips():
     assert gate == PartitionSpec(None, "expert", "fsdp", None)
     assert spec(PartitionSpec("vocab", "embed"), (163840, 7168), mesh) == PartitionSpec(("fsdp", "expert"), None)
     assert spec(PartitionSpec("layers", "norm"), (60, 7168), mesh) == PartitionSpec(None, None)
+
+
+def test_key_tensors_of_the_full_model_on_eight_chips():
+    """Experts over (expert, fsdp), dense matrices over both at once, router, norms and vision on every chip."""
+    mesh = AbstractMesh((2, 2, 2), ("pipe", "fsdp", "expert"))
+    model = preset("k25_1t")
+    leaves = jax.tree.map(lambda axes, a: spec(axes, a.shape, mesh), logical_axes(model), abstract_params(model))
+    moe, both = leaves["moe"]["moe"], ("fsdp", "expert")
+    assert moe["experts"]["gate"] == moe["experts"]["up"] == PartitionSpec(None, "expert", "fsdp", None)
+    assert moe["experts"]["down"] == PartitionSpec(None, "expert", None, "fsdp")
+    assert leaves["moe"]["attention"]["q_b"] == PartitionSpec(None, None, None, None)
+    assert leaves["moe"]["attention"]["o"] == PartitionSpec(None, None, None, both)
+    assert leaves["dense"]["mlp"]["gate"] == PartitionSpec(None, both, None)
+    assert leaves["embed"] == PartitionSpec(both, None) and leaves["head"] == PartitionSpec(both, None)
+    for replicated in (moe["router"], moe["router_bias"], leaves["final_norm"], leaves["vision"], leaves["projector"]):
+        for leaf in jax.tree.leaves(replicated, is_leaf=lambda a: isinstance(a, PartitionSpec)):
+            assert not any(leaf)
 
 
 def test_an_axis_that_does_not_divide_is_left_out():
@@ -63,9 +80,10 @@ SHARDED = """
     sharded = jax.jit(init, out_shardings=place)(jax.random.key(0))
     gate = sharded["moe"]["moe"]["experts"]["gate"]
     assert gate.addressable_shards[0].data.size * 8 == gate.size, gate.sharding
-    plain = jax.jit(init)(jax.random.key(0))
-    for a, b in zip(jax.tree.leaves(sharded), jax.tree.leaves(plain), strict=True):
+    some = lambda tree: (tree["embed"], tree["moe"]["moe"]["experts"]["gate"])
+    for a, b in zip(some(sharded), jax.jit(lambda key: some(init(key)))(jax.random.key(0)), strict=True):
         np.testing.assert_allclose(a, b, rtol=1e-6, atol=1e-7)
+    plain = jax.tree.map(np.asarray, sharded)
     tokens = np.random.default_rng(0).integers(0, 256, (2, 24)).astype(np.int32)
     ones = np.ones((2, 24), np.int32)
     batch = Batch(tokens, tokens, ones.astype(np.float32), ones, np.tile(np.arange(24), (2, 1)), ones * 0 - 1,
