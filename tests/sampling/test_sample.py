@@ -6,9 +6,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import reference
 from scipy.stats import chisquare
 
+import reference
 from k25_jax.config import preset
 from k25_jax.data.packing import Batch
 from k25_jax.models.k25 import embed, forward
