@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 
 BLOCK = 64  # rows; one size for all, as a row's last bit depends on the shape of the product that it is part of
+TILE = 128  # the TPU kernel takes rows in whole tiles
 
 
 def grouped_matmul(x_ND, w_EDF, sizes_E, implementation: str = "auto"):
@@ -25,7 +26,9 @@ def grouped_matmul(x_ND, w_EDF, sizes_E, implementation: str = "auto"):
     if implementation == "megablox":
         from jax.experimental.pallas.ops.tpu.megablox import gmm  # importable only where Pallas knows TPUs
 
-        return gmm(x_ND, w_EDF, sizes_E.astype(jnp.int32), preferred_element_type=x_ND.dtype)
+        tiles_ND = jnp.pad(x_ND, ((0, -x_ND.shape[0] % TILE), (0, 0)))
+        out_NF = gmm(tiles_ND, w_EDF, sizes_E.astype(jnp.int32), preferred_element_type=x_ND.dtype)
+        return out_NF[: x_ND.shape[0]]
     if implementation == "reference":
         return reference_grouped_matmul(x_ND, w_EDF, sizes_E)
     raise ValueError(f"moe.grouped_matmul={implementation!r} is none of auto, blocked, megablox, ragged, reference")
