@@ -40,7 +40,7 @@ def inputs(config, rows: int, length: int, seed: int):
         tokens = [config.media_pad_id, *rng.integers(0, 256, length - clip.tokens).tolist()]
         clips.append(clip)
         examples.append(make_example(tokens, [1.0] * len(tokens), [clip], config.media_pad_id))
-    data = DataConfig(batch_size=rows, seq_len=length, packs=rows, pack_patches=int(np.prod(GRID)))
+    data = DataConfig(batch_size=rows, seq_len=length, packs=1, pack_patches=rows * int(np.prod(GRID)))
     ids = torch.tensor(np.stack([e.tokens for e in examples]).astype(np.int64))
     side = config.vision.patch_size
     pixels = np.concatenate([c.patches for c in clips]).astype(np.float32).reshape(-1, 3, side, side) / 127.5 - 1

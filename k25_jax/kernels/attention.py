@@ -1,13 +1,15 @@
 """Attention over packed sequences: full or causal inside a segment, never across (K2.5 §3.1, §3.2).
 
 `reference_attention` is the definition. `attention` gives the same numbers in blocks of queries, so that scores of
-[heads, block, L] are held and never [heads, L, L]; causal blocks skip the keys that come after them.
+[heads, block, L] are held and never [heads, L, L]; causal blocks skip the keys that come after them. For the backward
+pass it keeps the output and one log-normaliser a query, and computes each block's scores again.
 """
 
 import functools
 
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 
 BLOCK = 128
 MASKED = -1e30  # finite: a row whose keys are all masked stays finite
@@ -19,38 +21,66 @@ def reference_attention(q_BLHK, k_BLHK, v_BLHK, segments_BL, *, scale: float, ca
     mask_BLS = segments_BL[:, :, None] == segments_BL[:, None, :]
     if causal:
         mask_BLS &= jnp.tril(jnp.ones((length, length), bool))
-    return _attend(q_BLHK, k_BLHK, v_BLHK, mask_BLS, scale)
+    scores_BHLS = jnp.einsum("blhk,bshk->bhls", q_BLHK, k_BLHK).astype(jnp.float32) * scale
+    weights_BHLS = jax.nn.softmax(jnp.where(mask_BLS[:, None], scores_BHLS, MASKED))
+    return jnp.einsum("bhls,bshk->blhk", weights_BHLS.astype(v_BLHK.dtype), v_BLHK)
 
 
 def attention(q_BLHK, k_BLHK, v_BLHK, segments_BL, *, scale: float, causal: bool, block: int = BLOCK):
-    """Blocked attention; the backward pass computes each block's scores again instead of storing them."""
-    length = q_BLHK.shape[1]
-    if length <= block:
-        return reference_attention(q_BLHK, k_BLHK, v_BLHK, segments_BL, scale=scale, causal=causal)
-    step = functools.partial(_query_block, scale=scale, causal=causal)
-    out = []
-    for start in range(0, length, block):
-        stop = min(start + block, length)
-        keys = stop if causal else length
-        out.append(
-            jax.checkpoint(step, static_argnums=())(
-                q_BLHK[:, start:stop], k_BLHK[:, :keys], v_BLHK[:, :keys], segments_BL[:, start:stop],
-                segments_BL[:, :keys], jnp.arange(start, stop),
-            )
-        )  # fmt: skip
-    return jnp.concatenate(out, axis=1)
+    """Blocked attention, [B,L,H,K] like its arguments (the width of a head is that of `v`)."""
+    by_head = jax.lax.optimization_barrier(tuple(jnp.swapaxes(x, 1, 2) for x in (q_BLHK, k_BLHK, v_BLHK)))
+    return jnp.swapaxes(_blocked(scale, causal, block, *by_head, segments_BL), 1, 2)
 
 
-def _query_block(q, k, v, q_segments, k_segments, q_index, *, scale, causal):
-    mask = q_segments[:, :, None] == k_segments[:, None, :]
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
+def _blocked(scale, causal, block, q_BHLK, k_BHSK, v_BHSK, segments_BL):
+    return _forward(scale, causal, block, q_BHLK, k_BHSK, v_BHSK, segments_BL)[0]
+
+
+def _forward(scale, causal, block, q_BHLK, k_BHSK, v_BHSK, segments_BL):
+    outs, normalisers = [], []
+    for rows, keys in _blocks(q_BHLK.shape[2], causal, block):
+        scores = _scores(q_BHLK, k_BHSK, segments_BL, rows, keys, scale, causal)
+        top = scores.max(axis=-1, keepdims=True)
+        weights = jnp.exp(scores - top)
+        total = weights.sum(axis=-1, keepdims=True)
+        weights = (weights / total).astype(v_BHSK.dtype)
+        outs.append(jnp.einsum("bhls,bhsk->bhlk", weights, v_BHSK[:, :, keys]))
+        normalisers.append(top + jnp.log(total))
+    kept = jnp.concatenate(outs, axis=2), jnp.concatenate(normalisers, axis=2)
+    out_BHLK, normaliser_BHL1 = checkpoint_name(kept, "attention")
+    return out_BHLK, (q_BHLK, k_BHSK, v_BHSK, segments_BL, out_BHLK, normaliser_BHL1)
+
+
+def _backward(scale, causal, block, saved, dout_BHLK):
+    q_BHLK, k_BHSK, v_BHSK, segments_BL, out_BHLK, normaliser_BHL1 = saved
+    shift_BHL1 = jnp.sum(dout_BHLK.astype(jnp.float32) * out_BHLK, axis=-1, keepdims=True)
+    dqs, dk, dv = [], jnp.zeros(k_BHSK.shape, jnp.float32), jnp.zeros(v_BHSK.shape, jnp.float32)
+    for rows, keys in _blocks(q_BHLK.shape[2], causal, block):
+        q, dout = q_BHLK[:, :, rows], dout_BHLK[:, :, rows]
+        scores = _scores(q_BHLK, k_BHSK, segments_BL, rows, keys, scale, causal)
+        weights = jnp.exp(scores - normaliser_BHL1[:, :, rows])
+        dweights = jnp.einsum("bhlk,bhsk->bhls", dout, v_BHSK[:, :, keys]).astype(jnp.float32)
+        dscores = (weights * (dweights - shift_BHL1[:, :, rows]) * scale).astype(q.dtype)
+        dqs.append(jnp.einsum("bhls,bhsk->bhlk", dscores, k_BHSK[:, :, keys]))
+        dk = dk.at[:, :, keys].add(jnp.einsum("bhls,bhlk->bhsk", dscores, q))
+        dv = dv.at[:, :, keys].add(jnp.einsum("bhls,bhlk->bhsk", weights.astype(dout.dtype), dout))
+    return jnp.concatenate(dqs, axis=2), dk.astype(k_BHSK.dtype), dv.astype(v_BHSK.dtype), None
+
+
+_blocked.defvjp(_forward, _backward)
+
+
+def _blocks(length: int, causal: bool, block: int) -> list[tuple[slice, slice]]:
+    """(queries, keys) of each block."""
+    stops = [min(start + block, length) for start in range(0, length, block)]
+    return [(slice(i * block, stop), slice(0, stop if causal else length)) for i, stop in enumerate(stops)]
+
+
+def _scores(q_BHLK, k_BHSK, segments_BL, rows: slice, keys: slice, scale: float, causal: bool):
+    """Scaled scores of one block in float32, MASKED where a query may not look."""
+    mask = segments_BL[:, rows, None] == segments_BL[:, None, keys]
     if causal:
-        mask &= q_index[:, None] >= jnp.arange(k.shape[1])[None, :]
-    return _attend(q, k, v, mask, scale)
-
-
-def _attend(q_BLHK, k_BSHK, v_BSHK, mask_BLS, scale):
-    scores = jnp.einsum("blhk,bshk->bhls", q_BLHK, k_BSHK).astype(jnp.float32) * scale
-    scores = jnp.where(mask_BLS[:, None], scores, MASKED)
-    weights = jnp.exp(scores - jax.lax.stop_gradient(scores.max(axis=-1, keepdims=True)))
-    weights = (weights / weights.sum(axis=-1, keepdims=True)).astype(v_BSHK.dtype)
-    return jnp.einsum("bhls,bshk->blhk", weights, v_BSHK)
+        mask &= jnp.arange(rows.start, rows.stop)[:, None] >= jnp.arange(keys.stop)[None, :]
+    scores = jnp.einsum("bhlk,bhsk->bhls", q_BHLK[:, :, rows], k_BHSK[:, :, keys]).astype(jnp.float32) * scale
+    return jnp.where(mask[:, None], scores, MASKED)

@@ -1,26 +1,36 @@
-"""Grouped matmul: rows sorted by expert times each expert's own matrix (K2.5 §3.1, dropless MoE).
+"""Routed experts over rows sorted by expert: each row through its own expert's matrices (K2.5 §3.1, dropless MoE).
 
-`reference_grouped_matmul` is the definition. `blocked` runs anywhere in plain XLA and costs what the rows cost: it
-walks over the experts that have rows, in blocks of rows. `megablox` is JAX's Pallas kernel for TPU. `ragged` is XLA's
-`ragged_dot`, kept for comparison: on CPU and GPU it multiplies every row with every expert.
+`reference_grouped_matmul` is the definition of one product, `expert_swiglu` the whole feed-forward. `blocked` runs
+anywhere in plain XLA and costs what the rows cost: it walks over the experts that have rows, a block of rows at a time,
+through all three matrices. `megablox` is JAX's Pallas kernel for TPU. `ragged` is XLA's `ragged_dot`, kept for
+comparison: on CPU and GPU it multiplies every row with every expert.
 """
+
+import functools
 
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 
-BLOCK = 64  # rows; one size for all, as a row's last bit depends on the shape of the product that it is part of
 TILE = 128  # the TPU kernel takes rows in whole tiles
 
 
-def grouped_matmul(x_ND, w_EDF, sizes_E, implementation: str = "auto"):
-    """[N,D] x [E,D,F] -> [N,F]; the first sizes_E[0] rows belong to expert 0, and so on.
+def expert_swiglu(x_ND, gate_EDF, up_EDF, down_EFD, sizes_E, implementation: str = "auto"):
+    """SwiGLU [N,D] -> [N,D]; the first sizes_E[0] rows pass through expert 0, and so on.
 
     Rows beyond sum(sizes_E) have no defined result: give them no weight.
     """
     if implementation == "auto":
         implementation = "megablox" if jax.default_backend() == "tpu" else "blocked"
     if implementation == "blocked":
-        return blocked_grouped_matmul(x_ND, w_EDF, sizes_E)
+        return blocked_swiglu(x_ND, gate_EDF, up_EDF, down_EFD, sizes_E)
+    gate_NF = grouped_matmul(x_ND, gate_EDF, sizes_E, implementation)
+    up_NF = grouped_matmul(x_ND, up_EDF, sizes_E, implementation)
+    return grouped_matmul(jax.nn.silu(gate_NF) * up_NF, down_EFD, sizes_E, implementation)
+
+
+def grouped_matmul(x_ND, w_EDF, sizes_E, implementation: str):
+    """One product, [N,D] x [E,D,F] -> [N,F]."""
     if implementation == "ragged":
         return jax.lax.ragged_dot(x_ND, w_EDF, sizes_E.astype(jnp.int32))
     if implementation == "megablox":
@@ -42,24 +52,70 @@ def reference_grouped_matmul(x_ND, w_EDF, sizes_E):
     return jnp.einsum("nd,edf,ne->nf", x_ND, w_EDF, one_hot_NE)
 
 
+# -------------------------------------------------------------------------------------------------------------- blocked
 @jax.custom_vjp
-def blocked_grouped_matmul(x_ND, w_EDF, sizes_E):
-    """The blocked form; an expert's last block is at most partly filled."""
-    return _rows_times_experts(x_ND, w_EDF, sizes_E, transpose=False)
+def blocked_swiglu(x_ND, gate_EDF, up_EDF, down_EFD, sizes_E):
+    """The blocked form, all three products of a block together; rows beyond sum(sizes_E) come out zero."""
+    return _forward(x_ND, gate_EDF, up_EDF, down_EFD, sizes_E)[0]
 
 
-def _forward(x_ND, w_EDF, sizes_E):
-    return blocked_grouped_matmul(x_ND, w_EDF, sizes_E), (x_ND, w_EDF, sizes_E)
+def _forward(x_ND, gate_EDF, up_EDF, down_EFD, sizes_E):
+    block = _block(x_ND.shape[0], gate_EDF.shape[0])
+
+    def one_expert(expert, start, rows, carry):
+        gate_DF, up_DF, down_FD = (_at(w, expert) for w in (gate_EDF, up_EDF, down_EFD))
+
+        def one_block(at, mine_B1, carry):
+            x_BD = _rows(x_ND, at, block)
+            gate_BF, up_BF = x_BD @ gate_DF, x_BD @ up_DF
+            results = (jax.nn.silu(gate_BF) * up_BF) @ down_FD, gate_BF, up_BF
+            return tuple(_put(all_rows, new, at, mine_B1) for all_rows, new in zip(carry, results, strict=True))
+
+        return _over_blocks(block, x_ND.shape[0], start, rows, one_block, carry)
+
+    hidden_NF = jnp.zeros((x_ND.shape[0], gate_EDF.shape[2]), x_ND.dtype)
+    results = _over_experts(sizes_E, one_expert, (jnp.zeros_like(x_ND), hidden_NF, hidden_NF))
+    y_ND, gate_NF, up_NF = checkpoint_name(results, "experts")
+    return y_ND, (x_ND, gate_EDF, up_EDF, down_EFD, sizes_E, gate_NF, up_NF)
 
 
-def _backward(saved, dy_NF):
-    x_ND, w_EDF, sizes_E = saved
-    dx_ND = _rows_times_experts(dy_NF, w_EDF, sizes_E, transpose=True)
-    dw_EDF = _rows_times_rows(x_ND, dy_NF, sizes_E)
-    return dx_ND, dw_EDF, None
+def _backward(saved, dy_ND):
+    x_ND, gate_EDF, up_EDF, down_EFD, sizes_E, gate_NF, up_NF = saved
+    block = _block(x_ND.shape[0], gate_EDF.shape[0])
+
+    def one_expert(expert, start, rows, carry):
+        dx_ND, *dweights = carry
+        weights = [_at(w, expert) for w in (gate_EDF, up_EDF, down_EFD)]
+
+        def one_block(at, mine_B1, carry):
+            dx_ND, *sums = carry
+            x_BD, dy_BD, gate_BF, up_BF = (_rows(a, at, block) for a in (x_ND, dy_ND, gate_NF, up_NF))
+            dx_BD, terms = _block_gradients(x_BD, dy_BD, gate_BF, up_BF, mine_B1, weights)
+            return _put(dx_ND, dx_BD, at, mine_B1), *(a + b for a, b in zip(sums, terms, strict=True))
+
+        zeros = [jnp.zeros_like(w) for w in weights]
+        dx_ND, *sums = _over_blocks(block, x_ND.shape[0], start, rows, one_block, (dx_ND, *zeros))
+        dweights = [jax.lax.dynamic_update_index_in_dim(a, s, expert, 0) for a, s in zip(dweights, sums, strict=True)]
+        return dx_ND, *dweights
+
+    init = (jnp.zeros_like(x_ND), *(jnp.zeros_like(w) for w in (gate_EDF, up_EDF, down_EFD)))
+    return *_over_experts(sizes_E, one_expert, init), None
 
 
-blocked_grouped_matmul.defvjp(_forward, _backward)
+blocked_swiglu.defvjp(_forward, _backward)
+
+
+def _block_gradients(x_BD, dy_BD, gate_BF, up_BF, mine_B1, weights):
+    """(dx_BD, gradients of the three matrices) of one block; rows of other experts add nothing to a matrix."""
+    gate_DF, up_DF, down_FD = weights
+    sigmoid_BF = jax.nn.sigmoid(gate_BF)
+    hidden_BF = gate_BF * sigmoid_BF
+    dhidden_BF = _times_transposed(dy_BD, down_FD)
+    dup_BF = jnp.where(mine_B1, dhidden_BF * hidden_BF, 0)
+    dgate_BF = jnp.where(mine_B1, dhidden_BF * up_BF * (sigmoid_BF + hidden_BF * (1 - sigmoid_BF)), 0)
+    dx_BD = _times_transposed(dgate_BF, gate_DF) + _times_transposed(dup_BF, up_DF)
+    ddown_FD = _transposed_times(jnp.where(mine_B1, hidden_BF * up_BF, 0), dy_BD)
+    return dx_BD, (_transposed_times(x_BD, dgate_BF), _transposed_times(x_BD, dup_BF), ddown_FD)
 
 
 def _over_experts(sizes_E, body, init):
@@ -74,58 +130,80 @@ def _over_experts(sizes_E, body, init):
     return jax.lax.fori_loop(0, jnp.sum(sizes_E > 0), one, init)
 
 
-def _over_blocks(block, start, rows, body, init):
-    """Fold body(first row, carry) over the blocks that cover rows [start, start + rows)."""
-    count = (rows + block - 1) // block
-    return jax.lax.fori_loop(0, count, lambda i, carry: body(start + i * block, carry), init)
+def _over_blocks(block, total, start, rows, body, init):
+    """Fold body(first row, mine_B1, carry) over the blocks that cover rows [start, start + rows).
+
+    A block that would run past the last of `total` rows begins earlier; `mine_B1` marks the rows not yet done.
+    """
+
+    def one(i, carry):
+        first = start + i * block
+        at = jnp.minimum(first, total - block)
+        index_B = at + jnp.arange(block)
+        return body(at, ((index_B >= first) & (index_B < start + rows))[:, None], carry)
+
+    return jax.lax.fori_loop(0, (rows + block - 1) // block, one, init)
 
 
-def _block(rows: int) -> int:
-    """Rows of a block, given the rows in all: when decoding there are few, and a large block would be mostly empty."""
-    return BLOCK if rows >= BLOCK else 8
+def _block(rows: int, experts: int) -> int:
+    """Rows of a block, from static shapes alone: a row's last bit depends on the shape of the product it is part of.
+
+    At least 64, where XLA's CPU products are fast, and such that an expert with 1/8 more than the mean load fills its
+    last block. When decoding there are few rows, and a large block would be mostly empty.
+    """
+    if rows < 64:
+        return min(rows, 8)
+    share = max(64, -(-rows * 9 // (experts * 8)))
+    return min(rows, -(-share // max(1, share // 160) // 8) * 8)
 
 
-def _padded(x_ND, block):
-    """Room for the last block to run past the end."""
-    return jnp.pad(x_ND, ((0, block), (0, 0)))
+def _at(w_EDF, expert):
+    return jax.lax.dynamic_index_in_dim(w_EDF, expert, keepdims=False)
 
 
-def _rows_times_experts(x_ND, w_EDF, sizes_E, *, transpose: bool):
-    """x @ w[e], or x @ w[e].T. A block may run past its group; the next group's first block then overwrites the rest."""
-    contract = (((1,), (1 if transpose else 0,)), ((), ()))
-    block = _block(x_ND.shape[0])
-    x = _padded(x_ND, block)
-
-    def one_expert(expert, start, rows, out):
-        w_DF = jax.lax.dynamic_index_in_dim(w_EDF, expert, keepdims=False)
-
-        def one_block(at, out):
-            product = jax.lax.dot_general(jax.lax.dynamic_slice_in_dim(x, at, block), w_DF, contract)
-            return jax.lax.dynamic_update_slice_in_dim(out, product, at, 0)
-
-        return _over_blocks(block, start, rows, one_block, out)
-
-    out = jnp.zeros((x.shape[0], w_EDF.shape[1 if transpose else 2]), x.dtype)
-    return _over_experts(sizes_E, one_expert, out)[: x_ND.shape[0]]
+def _rows(x_ND, at, block: int):
+    return jax.lax.dynamic_slice_in_dim(x_ND, at, block)
 
 
-def _rows_times_rows(x_ND, dy_NF, sizes_E):
-    """dw[e] = x[rows of e].T @ dy[rows of e]; zero for experts without rows."""
-    block = _block(x_ND.shape[0])
-    x, dy = _padded(x_ND, block), _padded(dy_NF, block)
+def _put(out_ND, new_BD, at, mine_B1):
+    """Write the rows of a block that are its own."""
+    old_BD = _rows(out_ND, at, new_BD.shape[0])
+    return jax.lax.dynamic_update_slice_in_dim(out_ND, jnp.where(mine_B1, new_BD, old_BD), at, 0)
 
-    def one_expert(expert, start, rows, dw_EDF):
-        def one_block(at, dw_DF):
-            mine = (at + jnp.arange(block) < start + rows)[:, None]
-            x_block = jnp.where(mine, jax.lax.dynamic_slice_in_dim(x, at, block), 0)
-            dy_block = jax.lax.dynamic_slice_in_dim(dy, at, block)
-            return dw_DF + jax.lax.dot_general(x_block, dy_block, (((0,), (0,)), ((), ())))
 
-        dw_DF = _over_blocks(block, start, rows, one_block, jnp.zeros(dw_EDF.shape[1:], x.dtype))
-        return jax.lax.dynamic_update_index_in_dim(dw_EDF, dw_DF, expert, 0)
+def _times_transposed(x_BF, w_DF):
+    return jax.lax.dot_general(x_BF, w_DF, (((1,), (1,)), ((), ())))
 
-    dw_EDF = jnp.zeros((sizes_E.shape[0], x.shape[1], dy.shape[1]), x.dtype)
-    return _over_experts(sizes_E, one_expert, dw_EDF)
+
+def _transposed_times(x_BD, y_BF):
+    return jax.lax.dot_general(x_BD, y_BF, (((0,), (0,)), ((), ())))
+
+
+# --------------------------------------------------------------------------------------------------------- to and back
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def copy_rows(copies: int, x_TD, order_N, inverse_N, used):
+    """`copies` of each token, sorted: row n is token order[n] // copies; rows from `used` on are padding, and zero.
+
+    The gradient gathers a token's copies by `inverse_N` and adds them up, instead of a scatter.
+    """
+    return _first_rows(x_TD[order_N // copies], used)
+
+
+def _copy_forward(copies, x_TD, order_N, inverse_N, used):
+    return copy_rows(copies, x_TD, order_N, inverse_N, used), (inverse_N, used)
+
+
+def _copy_backward(copies, saved, dy_ND):
+    inverse_N, used = saved
+    dy_ND = _first_rows(dy_ND, used)[inverse_N]  # of padding, a kernel may leave any gradient
+    return dy_ND.reshape(-1, copies, dy_ND.shape[1]).sum(axis=1), None, None, None
+
+
+copy_rows.defvjp(_copy_forward, _copy_backward)
+
+
+def _first_rows(x_ND, count):
+    return jnp.where(jnp.arange(x_ND.shape[0])[:, None] < count, x_ND, 0)
 
 
 @jax.custom_vjp

@@ -51,9 +51,12 @@ class Decoder(nn.Module):
             declare(self, "head", (c.d_model, c.vocab_size), ("embed", "vocab"), init)
 
 
-REMAT = {
+REMAT = {  # what of a layer is kept for the backward pass: nothing, or the results of its products
     "full": jax.checkpoint_policies.nothing_saveable,
-    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+    "dots": jax.checkpoint_policies.save_from_both_policies(
+        jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+        jax.checkpoint_policies.save_only_these_names("attention", "experts"),
+    ),
 }
 
 

@@ -45,9 +45,9 @@ def logical_axes(config: K25Config):
     return nn.get_partition_spec(jax.eval_shape(lambda: _declared(config, jax.random.key(0))))
 
 
-def vision_features(params, packs: VisionPack, config: K25Config, dtype=jnp.float32):
+def vision_features(params, packs: VisionPack, config: K25Config, remat: str = "none", dtype=jnp.float32):
     """Encoder and projector: one row per token of every pack, [P * M, D]."""
-    pooled = encode(params["vision"], packs, config.vision, dtype)
+    pooled = encode(params["vision"], packs, config.vision, remat, dtype)
     features = project(params["projector"], pooled, config)
     return features.reshape(-1, features.shape[-1])
 
@@ -70,7 +70,7 @@ def hidden_states(params, batch: Batch, config: K25Config, remat: str = "none", 
     params = cast(params, dtype)
     features_MD = None
     if batch.vision.patches_PNC.shape[0]:
-        features_MD = vision_features(params, batch.vision, config, dtype)
+        features_MD = vision_features(params, batch.vision, config, remat, dtype)
     x_BLD = splice(params, batch.tokens_BL, batch.media_BL, features_MD, config)
     return decoder.decode(params, x_BLD, batch.segments_BL, batch.positions_BL, config.text, remat)
 

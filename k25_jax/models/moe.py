@@ -5,7 +5,7 @@ import jax
 import jax.numpy as jnp
 
 from k25_jax.config import MoEConfig, TextConfig
-from k25_jax.kernels.grouped_matmul import grouped_matmul, permute_rows
+from k25_jax.kernels.grouped_matmul import copy_rows, expert_swiglu, permute_rows
 from k25_jax.models.layers import SwiGLU, declare, swiglu, zeros
 
 
@@ -81,17 +81,12 @@ def moe(p, x_BLD, valid_BL, config: MoEConfig):
 
 def routed(p, x_TD, weights_TK, experts_TK, load_E, implementation: str):
     """Sort token copies by expert, run the experts' SwiGLU, sort back and add up."""
-    tokens, top_k = experts_TK.shape
     order_N = jnp.argsort(experts_TK.reshape(-1), stable=True)
     inverse_N = jnp.argsort(order_N)
-    kept_TK1 = (experts_TK < load_E.shape[0])[..., None]  # padding's rows hold no defined value, nor do their gradients
-    copies_ND = jnp.where(kept_TK1, x_TD[:, None], 0).reshape(tokens * top_k, -1)
-    rows_ND = permute_rows(copies_ND, order_N, inverse_N)
-    gate_NF = grouped_matmul(rows_ND, p["gate"], load_E, implementation)
-    up_NF = grouped_matmul(rows_ND, p["up"], load_E, implementation)
-    out_ND = grouped_matmul(jax.nn.silu(gate_NF) * up_NF, p["down"], load_E, implementation)
-    out_TKD = permute_rows(out_ND, inverse_N, order_N).reshape(tokens, top_k, -1)
-    out_TKD = jnp.where(kept_TK1, out_TKD, 0)
+    rows_ND = copy_rows(experts_TK.shape[1], x_TD, order_N, inverse_N, load_E.sum())
+    out_ND = expert_swiglu(rows_ND, p["gate"], p["up"], p["down"], load_E, implementation)
+    out_TKD = permute_rows(out_ND, inverse_N, order_N).reshape(*experts_TK.shape, -1)
+    out_TKD = jnp.where((experts_TK < load_E.shape[0])[..., None], out_TKD, 0)  # padding's rows hold no defined value
     return jnp.einsum("tkd,tk->td", out_TKD, weights_TK.astype(out_TKD.dtype))
 
 

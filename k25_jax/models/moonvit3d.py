@@ -134,13 +134,15 @@ def pool(x_NW, slots_N, weights_N, config: VisionConfig):
     return pooled.reshape(patches // config.group, config.group, -1)
 
 
-def encode(p, packs: VisionPack, config: VisionConfig, dtype=jnp.float32):
-    """All packs, one after the other: pooled patches [P, M, 4, W]. Each pack is one checkpoint: nothing else is kept."""
+def encode(p, packs: VisionPack, config: VisionConfig, remat: str = "none", dtype=jnp.float32):
+    """All packs, one after the other: pooled patches [P, M, 4, W].
 
-    @jax.checkpoint
+    With remat "full", each pack is one checkpoint: nothing of it but its result is kept for the backward pass.
+    """
+
     def one_pack(pack):
         patches_NC = normalise(pack.patches_PNC).astype(dtype)
         x_NW = vision_hidden(p, patches_NC, pack.segments_PN, pack.coords_PN5, config)
         return pool(x_NW, pack.slots_PN, pack.weights_PN, config)
 
-    return jax.lax.map(one_pack, packs)
+    return jax.lax.map(one_pack if remat == "none" else jax.checkpoint(one_pack), packs)

@@ -1,13 +1,13 @@
-"""The training state and the optimizer that advances it."""
+"""The training state."""
 
 import flax.struct
 import jax
 import jax.numpy as jnp
 import optax
 
-from k25_jax.config import Experiment, OptimConfig
+from k25_jax.config import Experiment
 from k25_jax.models.k25 import init_params
-from k25_jax.optim.schedules import warmup_stable_decay
+from k25_jax.optim.adamw import adamw
 
 
 @flax.struct.dataclass
@@ -20,36 +20,11 @@ class TrainState:
     key: jax.Array  # uint32 key data of the run's random stream
 
 
-def make_optimizer(config: OptimConfig, steps: int) -> optax.GradientTransformation:
-    """Clipping by global norm, then AdamW; only matrices decay."""
-    return optax.chain(
-        optax.clip_by_global_norm(config.clip_norm),
-        optax.adamw(
-            warmup_stable_decay(config, steps),
-            b1=config.b1,
-            b2=config.b2,
-            eps=config.eps,
-            weight_decay=config.weight_decay,
-            mask=decays,
-        ),
-    )
-
-
-def decays(params):
-    """True for matrices; norms, biases and the position table are not pulled to zero."""
-
-    def is_matrix(path, _):
-        name = path[-1].key
-        return not ("norm" in name or "bias" in name or name in ("scale", "pos_table"))
-
-    return jax.tree_util.tree_map_with_path(is_matrix, params)
-
-
 def init_state(experiment: Experiment) -> TrainState:
     """A fresh state; its seed is train.seed."""
     params_key, run_key = jax.random.split(jax.random.key(experiment.train.seed))
     params = jax.jit(lambda key: init_params(experiment.model, key))(params_key)
-    opt_state = jax.jit(make_optimizer(experiment.optim, experiment.train.steps).init)(params)
+    opt_state = jax.jit(adamw(experiment.optim, experiment.train.steps).init)(params)
     return TrainState(jnp.zeros((), jnp.int32), params, opt_state, jax.random.key_data(run_key))
 
 

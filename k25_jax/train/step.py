@@ -8,7 +8,8 @@ import optax
 
 from k25_jax.config import Experiment
 from k25_jax.models.moe import balanced_bias
-from k25_jax.train.state import TrainState, make_optimizer
+from k25_jax.optim.adamw import adamw
+from k25_jax.train.state import TrainState
 
 
 def make_step(experiment: Experiment, loss_fn):
@@ -16,7 +17,7 @@ def make_step(experiment: Experiment, loss_fn):
 
     A step whose loss or gradient is not finite changes nothing but the step number and reports `bad` = 1.
     """
-    optimizer = make_optimizer(experiment.optim, experiment.train.steps)
+    optimizer = adamw(experiment.optim, experiment.train.steps)
 
     @functools.partial(jax.jit, donate_argnums=0)
     def step(state: TrainState, batch):
@@ -24,11 +25,9 @@ def make_step(experiment: Experiment, loss_fn):
         (loss, (metrics, load_YE)), grads = grad_fn(state.params, batch, experiment)
         grad_norm = optax.tree.norm(grads)
         finite = jnp.isfinite(loss) & jnp.isfinite(grad_norm)
-        updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
-        params = with_balanced_router(optax.apply_updates(state.params, updates), load_YE, experiment)
-        params, opt_state = jax.tree.map(
-            lambda new, old: jnp.where(finite, new, old), (params, opt_state), (state.params, state.opt_state)
-        )
+        updates, opt_state = optimizer.update(grads, state.opt_state, state.params, grad_norm=grad_norm, finite=finite)
+        params = optax.apply_updates(state.params, updates)
+        params = with_balanced_router(params, jnp.where(finite, load_YE, 0), experiment)
         metrics = metrics | {"grad_norm": grad_norm, "bad": 1 - finite.astype(jnp.int32)} | router_metrics(load_YE)
         return state.replace(step=state.step + 1, params=params, opt_state=opt_state), metrics
 
@@ -36,7 +35,7 @@ def make_step(experiment: Experiment, loss_fn):
 
 
 def with_balanced_router(params, load_YE, experiment: Experiment):
-    """`params` with the router biases moved by the sign rule."""
+    """`params` with the router biases moved by the sign rule; equal loads, such as none, move nothing."""
     if "moe" not in params:
         return params
     moe = params["moe"]["moe"]

@@ -1,4 +1,4 @@
-"""The grouped matmul's forms against the dense definition, forwards and backwards."""
+"""The experts' feed-forward and its products against the dense definition, forwards and backwards."""
 
 import functools
 
@@ -11,12 +11,15 @@ from jax.test_util import check_grads
 
 from k25_jax.kernels import grouped_matmul as kernel
 
+D, F = 24, 10
 
-def draw(rows, experts, d, f, sizes, seed=0):
+
+def draw(rows, sizes, seed=0):
+    """(rows [N,D], the three stacks of matrices, sizes)."""
     rng = np.random.default_rng(seed)
-    x = rng.standard_normal((rows, d)).astype(np.float32)
-    w = rng.standard_normal((experts, d, f)).astype(np.float32)
-    return jnp.asarray(x), jnp.asarray(w), jnp.asarray(sizes, jnp.int32)
+    shapes = ((rows, D), (len(sizes), D, F), (len(sizes), D, F), (len(sizes), F, D))
+    x, *weights = (jnp.asarray(0.5 * rng.standard_normal(shape), jnp.float32) for shape in shapes)
+    return x, weights, jnp.asarray(sizes, jnp.int32)
 
 
 CASES = {
@@ -30,47 +33,54 @@ CASES = {
 }
 
 
-@pytest.mark.parametrize("implementation", ["blocked", "ragged"])
+@pytest.mark.parametrize("implementation", ["blocked", "ragged", "reference"])
 @pytest.mark.parametrize("case", CASES)
 def test_equals_an_explicit_loop(case, implementation):
     rows, sizes = CASES[case]
-    x, w, sizes_E = draw(rows, len(sizes), 24, 10, sizes)
-    got = np.asarray(kernel.grouped_matmul(x, w, sizes_E, implementation))
+    x, weights, sizes_E = draw(rows, sizes)
+    got = np.asarray(kernel.expert_swiglu(x, *weights, sizes_E, implementation))
+    x, (gate, up, down) = np.asarray(x), (np.asarray(w) for w in weights)
     start = 0
-    for expert, size in enumerate(sizes):
-        want = np.asarray(x)[start : start + size] @ np.asarray(w)[expert]
-        np.testing.assert_allclose(got[start : start + size], want, rtol=1e-5, atol=1e-5)
+    for e, size in enumerate(sizes):
+        mine = x[start : start + size]
+        hidden = mine @ gate[e]
+        want = (hidden / (1 + np.exp(-hidden)) * (mine @ up[e])) @ down[e]
+        np.testing.assert_allclose(got[start : start + size], want, rtol=1e-4, atol=1e-5)
         start += size
 
 
-@pytest.mark.parametrize("case", [name for name, (rows, sizes) in CASES.items() if rows == sum(sizes)])
+@pytest.mark.parametrize("case", CASES)
 def test_gradients_equal_those_of_the_reference(case):
+    """Also those of the weights when rows of padding, which have gradients here, stand behind the last group."""
     rows, sizes = CASES[case]
-    x, w, sizes_E = draw(rows, len(sizes), 24, 10, sizes, seed=1)
+    x, weights, sizes_E = draw(rows, sizes, seed=1)
+    used = sum(sizes)
 
-    def loss(x, w, implementation):
-        return jnp.sum(jnp.sin(kernel.grouped_matmul(x, w, sizes_E, implementation)))
+    def loss(implementation):
+        def total(x, weights):
+            out = kernel.expert_swiglu(x, *weights, sizes_E, implementation)
+            return jnp.sum(jnp.sin(out[:used])) + jnp.sum(0 * out[used:])
 
-    for got, want in zip(
-        jax.grad(loss, (0, 1))(x, w, "blocked"), jax.grad(loss, (0, 1))(x, w, "reference"), strict=True
-    ):
+        return jax.grad(total, (0, 1))(x, weights)
+
+    for got, want in zip(jax.tree.leaves(loss("blocked")), jax.tree.leaves(loss("reference")), strict=True):
         np.testing.assert_allclose(got, want, rtol=1e-4, atol=1e-4)
 
 
-def test_padding_rows_have_no_gradient_in_the_weights():
-    x, w, sizes_E = draw(200, 3, 8, 4, [70, 0, 60])
-    _, pull = jax.vjp(lambda w: kernel.blocked_grouped_matmul(x, w, sizes_E)[:130], w)
-    (got,) = pull(jnp.ones((130, 4)))
-    want = np.zeros((3, 8, 4), np.float32)
-    for expert, (start, stop) in {0: (0, 70), 2: (70, 130)}.items():
-        want[expert] = np.asarray(x)[start:stop].T @ np.ones((stop - start, 4), np.float32)
-    np.testing.assert_allclose(got, want, rtol=1e-5, atol=1e-5)
+def test_padding_rows_come_out_zero_and_have_no_gradient():
+    x, weights, sizes_E = draw(200, [70, 0, 60])
+    out, pull = jax.vjp(lambda x, weights: kernel.blocked_swiglu(x, *weights, sizes_E), x, weights)
+    assert not np.asarray(out)[130:].any()
+    dx, dweights = pull(jnp.ones_like(out))
+    assert np.asarray(dx)[:130].all() and not np.asarray(dx)[130:].any()
+    _, expected = pull(jnp.ones_like(out).at[130:].set(0))
+    for got, want in zip(dweights, expected, strict=True):
+        np.testing.assert_array_equal(got, want)
 
 
 def test_gradient_by_finite_differences():
-    x, w, sizes_E = draw(12, 3, 4, 3, [5, 0, 7])
-    function = functools.partial(kernel.blocked_grouped_matmul, sizes_E=sizes_E)
-    check_grads(function, (x, w), order=1, modes=["rev"], atol=1e-2, rtol=1e-2)
+    x, weights, sizes_E = draw(12, [5, 0, 7], seed=3)
+    check_grads(lambda x, *w: kernel.blocked_swiglu(x, *w, sizes_E), (x, *weights), order=1, modes=["rev"], rtol=2e-2)
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -78,14 +88,14 @@ def test_the_tpu_kernel_interpreted_gives_the_same_and_the_same_gradients(case, 
     """Whatever the number of rows: its own tiles are of 128."""
     monkeypatch.setattr(megablox, "gmm", functools.partial(megablox.gmm, interpret=True))
     rows, sizes = CASES[case]
-    x, w, sizes_E = draw(rows, len(sizes), 24, 10, sizes, seed=2)
+    x, (w, _, _), sizes_E = draw(rows, sizes, seed=2)
     used = sum(sizes)
 
     def loss(x, w, implementation):
         return jnp.sum(jnp.sin(kernel.grouped_matmul(x, w, sizes_E, implementation)[:used]))
 
     got = kernel.grouped_matmul(x, w, sizes_E, "megablox")
-    assert got.shape == (rows, 10)
+    assert got.shape == (rows, F)
     np.testing.assert_allclose(got[:used], kernel.reference_grouped_matmul(x, w, sizes_E)[:used], rtol=1e-4, atol=1e-4)
     (dx, dw), (want_dx, want_dw) = (jax.grad(loss, (0, 1))(x, w, name) for name in ("megablox", "reference"))
     np.testing.assert_allclose(dx[:used], want_dx[:used], rtol=1e-3, atol=1e-3)
@@ -93,18 +103,24 @@ def test_the_tpu_kernel_interpreted_gives_the_same_and_the_same_gradients(case, 
 
 
 def test_a_row_keeps_its_bits_wherever_it_stands():
-    """Packed documents must not leak: how many rows its expert has changes nothing of a row's product, bit for bit."""
-    x, w, _ = draw(700, 2, 66, 32, [], seed=3)
-    run = jax.jit(kernel.blocked_grouped_matmul)
-    expected = np.asarray(run(x, w, jnp.asarray([0, 700])))
+    """Packed documents must not leak: how many rows its expert has changes nothing of a row's result, bit for bit."""
+    x, weights, _ = draw(700, [0, 0], seed=3)
+    run = jax.jit(kernel.blocked_swiglu)
+    expected = np.asarray(run(x, *weights, jnp.asarray([0, 700])))
     for first in (1, 31, 64, 127, 200, 650):
-        np.testing.assert_array_equal(run(x, w, jnp.asarray([first, 700 - first]))[first:], expected[first:])
+        np.testing.assert_array_equal(run(x, *weights, jnp.asarray([first, 700 - first]))[first:], expected[first:])
+
+
+def test_the_size_of_a_block_depends_on_shapes_alone_and_suits_the_mean_load():
+    blocks = {rows: kernel._block(rows, 32) for rows in (1, 4, 63, 64, 2048, 4096, 8192, 16384)}
+    assert list(blocks.values()) == [1, 4, 8, 64, 72, 144, 288, 192]
+    assert kernel._block(8, 384) == 8 and kernel._block(32768, 384) == 96
 
 
 def test_an_unknown_implementation_is_named():
-    x, w, sizes_E = draw(4, 1, 2, 2, [4])
+    x, weights, sizes_E = draw(4, [4])
     with pytest.raises(ValueError, match="blokced"):
-        kernel.grouped_matmul(x, w, sizes_E, "blokced")
+        kernel.expert_swiglu(x, *weights, sizes_E, "blokced")
 
 
 def test_permute_rows_and_its_gradient():
@@ -114,3 +130,17 @@ def test_permute_rows_and_its_gradient():
     np.testing.assert_array_equal(kernel.permute_rows(x, order, inverse), x[order])
     got = jax.grad(lambda x: (kernel.permute_rows(x, order, inverse) * weight).sum())(x)
     np.testing.assert_array_equal(got, jax.grad(lambda x: (x[order] * weight).sum())(x))
+
+
+def test_copy_rows_and_its_gradient():
+    """Copies of padding are zero and give no gradient, even where one is not a number."""
+    rng = np.random.default_rng(1)
+    x, order = jnp.asarray(rng.standard_normal((10, 3)), jnp.float32), jnp.asarray(rng.permutation(20))
+    used, weight = 14, rng.standard_normal((20, 3)).astype(np.float32)
+    want = np.where(np.arange(20)[:, None] < used, np.asarray(x)[np.asarray(order) // 2], 0)
+    out, pull = jax.vjp(lambda x: kernel.copy_rows(2, x, order, jnp.argsort(order), used), x)
+    np.testing.assert_array_equal(out, want)
+    weight[used:] = np.nan
+    expected = np.zeros((10, 3), np.float32)
+    np.add.at(expected, np.asarray(order)[:used] // 2, weight[:used])
+    np.testing.assert_allclose(pull(jnp.asarray(weight))[0], expected, rtol=1e-6)

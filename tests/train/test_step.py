@@ -12,8 +12,9 @@ import runs
 from k25_jax.config import Experiment, OptimConfig, TrainConfig, load_experiment
 from k25_jax.data.pipeline import make_pipeline
 from k25_jax.models.k25 import abstract_params
+from k25_jax.optim.adamw import adamw
 from k25_jax.train.pretrain import loss_fn
-from k25_jax.train.state import TrainState, make_optimizer
+from k25_jax.train.state import TrainState
 from k25_jax.train.step import make_step
 
 
@@ -33,7 +34,7 @@ class Setup:
 
 def fresh(experiment: Experiment, params) -> TrainState:
     params = jax.tree.map(jnp.array, params)
-    opt_state = make_optimizer(experiment.optim, experiment.train.steps).init(params)
+    opt_state = adamw(experiment.optim, experiment.train.steps).init(params)
     return TrainState(jnp.zeros((), jnp.int32), params, opt_state, jax.random.key_data(jax.random.key(0)))
 
 
