@@ -18,7 +18,7 @@ from transformers import Kimi_K25ForConditionalGeneration
 from transformers.utils import logging
 
 from k25_jax.checkpoint.huggingface import save_params
-from k25_jax.config import DataConfig, Experiment, preset
+from k25_jax.config import DataConfig, Experiment, TrainConfig, preset
 from k25_jax.data.packing import make_example, pack_examples
 from k25_jax.models.k25 import forward, init_params
 from k25_jax.sampling.sample import SampleConfig, Sampler
@@ -27,7 +27,8 @@ from k25_jax.train.state import TrainState, init_state
 from k25_jax.train.step import make_step
 from k25_jax.vision.patchpack import Clip
 
-ROWS, LENGTH, GRID, PROMPT, NEW_TOKENS = 2, 512, (1, 16, 16), 128, 64
+# The row length, image size and remat policy of experiments/pretrain/k25_100m.py.
+ROWS, LENGTH, GRID, PROMPT, NEW_TOKENS = 1, 2048, (1, 32, 32), 320, 64
 
 
 def inputs(config, rows: int, length: int, seed: int):
@@ -52,7 +53,7 @@ def our_functions(config, params):
     """forward, step and generate of k25_jax, each a function without arguments that waits for its result."""
     batch, _, _, _ = inputs(config, ROWS, LENGTH, 0)
     _, _, prompts, clips = inputs(config, 1, PROMPT, 1)
-    experiment = Experiment(model=config)
+    experiment = Experiment(model=config, train=TrainConfig(remat="dots"))
     step_fn = make_step(experiment, loss_fn)
     fresh = init_state(experiment)
     state = [TrainState(fresh.step, jax.tree.map(np.asarray, params), fresh.opt_state, fresh.key)]
@@ -102,6 +103,8 @@ def their_functions(config, directory: str, experts: str):
 
 
 def seconds(function) -> float:
+    """Duration of a call; the threads of whoever ran before have stopped spinning by then."""
+    time.sleep(1)
     began = time.perf_counter()
     function()
     return time.perf_counter() - began

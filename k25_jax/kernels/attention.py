@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
-BLOCK = 128
+BLOCK = 256
 MASKED = -1e30  # finite: a row whose keys are all masked stays finite
 
 
