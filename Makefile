@@ -15,7 +15,7 @@ PYTHON ?= $(shell for python in python3 python3.11 python3.12 /usr/bin/python3.1
 PIP = $(BIN)/python -m pip install -q \
 	-c constraints/$$($(BIN)/python -c 'import sys; print("py%d%d" % sys.version_info[:2])').txt
 
-# Large arrays in huge pages: on a CPU, training spends a fifth of its time on page faults without.
+# Large arrays in huge pages: on a CPU, a large training step takes about a fifth longer without.
 export GLIBC_TUNABLES ?= glibc.malloc.hugetlb=1
 
 help: ## list the commands
