@@ -2,6 +2,7 @@
 
 import json
 import pathlib
+import re
 import resource
 import shutil
 import signal
@@ -40,7 +41,8 @@ def assert_as_uninterrupted(finished, run: pathlib.Path):
 def error_line(result: subprocess.CompletedProcess) -> str:
     """The message of a command that ended with status 2, one line of stderr."""
     assert result.returncode == 2, result.stderr
-    (line,) = [line for line in result.stderr.splitlines() if line.startswith("k25 train: error: ")]
+    # another thread of Orbax's may be in the middle of a line of its own
+    (line,) = re.findall("k25 train: error: .*", result.stderr)
     return line
 
 
