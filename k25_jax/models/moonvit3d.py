@@ -137,7 +137,7 @@ def pool(x_NW, slots_N, weights_N, config: VisionConfig):
 def encode(p, packs: VisionPack, config: VisionConfig, remat: str = "none", dtype=jnp.float32):
     """All packs, one after the other: pooled patches [P, M, 4, W].
 
-    With remat "full", each pack is one checkpoint: nothing of it but its result is kept for the backward pass.
+    With any remat, each pack is one checkpoint: nothing of it but its result is kept for the backward pass.
     """
 
     def one_pack(pack):
