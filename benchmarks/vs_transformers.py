@@ -103,8 +103,11 @@ def their_functions(config, directory: str, experts: str):
 
 
 def seconds(function) -> float:
-    """Duration of a call; the threads of whoever ran before have stopped spinning by then."""
-    time.sleep(1)
+    """Duration of a call that follows another of its kind, as in a loop.
+
+    The first lets the other side's threads come to rest, and takes back the memory that the system reclaimed meanwhile.
+    """
+    function()
     began = time.perf_counter()
     function()
     return time.perf_counter() - began
@@ -112,11 +115,7 @@ def seconds(function) -> float:
 
 def fastest(candidates: dict, name: str):
     """The implementation of `name` that is fastest in its second call."""
-    timed = {}
-    for implementation, functions in candidates.items():
-        functions[name]()
-        timed[implementation] = seconds(functions[name])
-    return min(timed, key=timed.get)
+    return min(candidates, key=lambda implementation: seconds(candidates[implementation][name]))
 
 
 def main():
@@ -138,7 +137,6 @@ def main():
     out = {"name": "vs_transformers", "logits_max_abs_error": error, "same_greedy_tokens": same}
     for name, tokens in work.items():
         chosen = fastest(theirs, name)
-        ours[name]()
         pairs = [(seconds(ours[name]), seconds(theirs[chosen][name])) for _ in range(args.rounds)]
         ratios = [b / a for a, b in pairs]
         out[name] = {

@@ -13,6 +13,7 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
 TILE = 128  # the TPU kernel takes rows in whole tiles
+BLOCKS = (256, 64)  # rows that are multiplied at once, outside of it: fast, and little waste on an expert's last rows
 
 
 def expert_swiglu(x_ND, gate_EDF, up_EDF, down_EFD, sizes_E, implementation: str = "auto"):
@@ -60,18 +61,16 @@ def blocked_swiglu(x_ND, gate_EDF, up_EDF, down_EFD, sizes_E):
 
 
 def _forward(x_ND, gate_EDF, up_EDF, down_EFD, sizes_E):
-    block = _block(x_ND.shape[0], gate_EDF.shape[0])
-
     def one_expert(expert, start, rows, carry):
         gate_DF, up_DF, down_FD = (_at(w, expert) for w in (gate_EDF, up_EDF, down_EFD))
 
         def one_block(at, mine_B1, carry):
-            x_BD = _rows(x_ND, at, block)
+            x_BD = _rows(x_ND, at, len(mine_B1))
             gate_BF, up_BF = x_BD @ gate_DF, x_BD @ up_DF
             results = (jax.nn.silu(gate_BF) * up_BF) @ down_FD, gate_BF, up_BF
             return tuple(_put(all_rows, new, at, mine_B1) for all_rows, new in zip(carry, results, strict=True))
 
-        return _over_blocks(block, x_ND.shape[0], start, rows, one_block, carry)
+        return _over_blocks(x_ND.shape[0], start, rows, one_block, carry)
 
     hidden_NF = jnp.zeros((x_ND.shape[0], gate_EDF.shape[2]), x_ND.dtype)
     results = _over_experts(sizes_E, one_expert, (jnp.zeros_like(x_ND), hidden_NF, hidden_NF))
@@ -81,7 +80,6 @@ def _forward(x_ND, gate_EDF, up_EDF, down_EFD, sizes_E):
 
 def _backward(saved, dy_ND):
     x_ND, gate_EDF, up_EDF, down_EFD, sizes_E, gate_NF, up_NF = saved
-    block = _block(x_ND.shape[0], gate_EDF.shape[0])
 
     def one_expert(expert, start, rows, carry):
         dx_ND, *dweights = carry
@@ -89,12 +87,12 @@ def _backward(saved, dy_ND):
 
         def one_block(at, mine_B1, carry):
             dx_ND, *sums = carry
-            x_BD, dy_BD, gate_BF, up_BF = (_rows(a, at, block) for a in (x_ND, dy_ND, gate_NF, up_NF))
+            x_BD, dy_BD, gate_BF, up_BF = (_rows(a, at, len(mine_B1)) for a in (x_ND, dy_ND, gate_NF, up_NF))
             dx_BD, terms = _block_gradients(x_BD, dy_BD, gate_BF, up_BF, mine_B1, weights)
             return _put(dx_ND, dx_BD, at, mine_B1), *(a + b for a, b in zip(sums, terms, strict=True))
 
         zeros = [jnp.zeros_like(w) for w in weights]
-        dx_ND, *sums = _over_blocks(block, x_ND.shape[0], start, rows, one_block, (dx_ND, *zeros))
+        dx_ND, *sums = _over_blocks(x_ND.shape[0], start, rows, one_block, (dx_ND, *zeros))
         dweights = [jax.lax.dynamic_update_index_in_dim(a, s, expert, 0) for a, s in zip(dweights, sums, strict=True)]
         return dx_ND, *dweights
 
@@ -130,31 +128,34 @@ def _over_experts(sizes_E, body, init):
     return jax.lax.fori_loop(0, jnp.sum(sizes_E > 0), one, init)
 
 
-def _over_blocks(block, total, start, rows, body, init):
-    """Fold body(first row, mine_B1, carry) over the blocks that cover rows [start, start + rows).
+def _over_blocks(total, start, rows, body, init):
+    """Fold body(first row, mine_B1, carry) over the blocks that cover rows [start, start + rows), large ones first.
 
     A block that would run past the last of `total` rows begins earlier; `mine_B1` marks the rows not yet done.
     """
+    stop, carry = start + rows, init
+    sizes = _block_sizes(total)
+    for size in sizes:
+        blocks = (rows + (size - 1 if size == sizes[-1] else 0)) // size
 
-    def one(i, carry):
-        first = start + i * block
-        at = jnp.minimum(first, total - block)
-        index_B = at + jnp.arange(block)
-        return body(at, ((index_B >= first) & (index_B < start + rows))[:, None], carry)
+        def one(i, carry, start=start, size=size):
+            first = start + i * size
+            at = jnp.minimum(first, total - size)
+            index_B = at + jnp.arange(size)
+            return body(at, ((index_B >= first) & (index_B < stop))[:, None], carry)
 
-    return jax.lax.fori_loop(0, (rows + block - 1) // block, one, init)
+        carry = jax.lax.fori_loop(0, blocks, one, carry)
+        start, rows = start + blocks * size, rows - blocks * size
+    return carry
 
 
-def _block(rows: int, experts: int) -> int:
-    """Rows of a block, from static shapes alone: a row's last bit depends on the shape of the product it is part of.
+def _block_sizes(total: int) -> list[int]:
+    """Rows of the blocks, the largest first.
 
-    At least 64, where XLA's CPU products are fast, and such that an expert with 1/8 more than the mean load fills its
-    last block. When decoding there are few rows, and a large block would be mostly empty.
+    At least 64 where there are as many: XLA's CPU products then give a row the same bits whatever the size, so that a
+    document does not feel its neighbours. When decoding there are few rows, and a large block would be mostly empty.
     """
-    if rows < 64:
-        return min(rows, 8)
-    share = max(64, -(-rows * 9 // (experts * 8)))
-    return min(rows, -(-share // max(1, share // 160) // 8) * 8)
+    return [size for size in BLOCKS if size <= total] or [min(total, 8)]
 
 
 def _at(w_EDF, expert):
@@ -195,8 +196,9 @@ def _copy_forward(copies, x_TD, order_N, inverse_N, used):
 
 def _copy_backward(copies, saved, dy_ND):
     inverse_N, used = saved
-    dy_ND = _first_rows(dy_ND, used)[inverse_N]  # of padding, a kernel may leave any gradient
-    return dy_ND.reshape(-1, copies, dy_ND.shape[1]).sum(axis=1), None, None, None
+    dy_ND = _first_rows(dy_ND, used)  # of padding, a kernel may leave any gradient
+    rows_KT = inverse_N.reshape(-1, copies).T
+    return sum(dy_ND[rows_T] for rows_T in rows_KT), None, None, None
 
 
 copy_rows.defvjp(_copy_forward, _copy_backward)

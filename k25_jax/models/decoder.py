@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from k25_jax.config import TextConfig
-from k25_jax.models.layers import SwiGLU, declare, ones, rms_norm, swiglu
+from k25_jax.models.layers import SwiGLU, declare, ones, rematerialised, rms_norm, swiglu
 from k25_jax.models.mla import MLA, latents, mla_decode, mla_with_latents
 from k25_jax.models.moe import MoE, moe
 from k25_jax.models.rope import rope_tables
@@ -51,15 +51,6 @@ class Decoder(nn.Module):
             declare(self, "head", (c.d_model, c.vocab_size), ("embed", "vocab"), init)
 
 
-REMAT = {  # what of a layer is kept for the backward pass: nothing, or the results of its products
-    "full": jax.checkpoint_policies.nothing_saveable,
-    "dots": jax.checkpoint_policies.save_from_both_policies(
-        jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
-        jax.checkpoint_policies.save_only_these_names("attention", "experts"),
-    ),
-}
-
-
 def feed_forward(p, x_BLD, valid_BL, config: TextConfig):
     """Dense or MoE, by what the layer holds: (y_BLD, load_E or None)."""
     if "mlp" in p:
@@ -85,8 +76,7 @@ def decode(params, x_BLD, segments_BL, positions_BL, config: TextConfig, remat: 
         x_BLD, load_E, _ = block(layer, x_BLD, rope, segments_BL, config)
         return x_BLD, load_E
 
-    if remat != "none":
-        step = jax.checkpoint(step, policy=REMAT[remat], prevent_cse=False)
+    step = rematerialised(step, remat)
     load_YE = jnp.zeros((0, config.moe.experts), jnp.int32)
     if "dense" in params:
         x_BLD, _ = jax.lax.scan(step, x_BLD, params["dense"])

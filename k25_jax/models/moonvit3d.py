@@ -6,7 +6,7 @@ import jax.numpy as jnp
 
 from k25_jax.config import VisionConfig
 from k25_jax.kernels.attention import attention
-from k25_jax.models.layers import LayerNorm, declare, fan_in, layer_norm, zeros
+from k25_jax.models.layers import LayerNorm, declare, fan_in, layer_norm, rematerialised, zeros
 from k25_jax.models.rope import axial_tables, rotate
 from k25_jax.vision.patchpack import VisionPack
 
@@ -135,14 +135,11 @@ def pool(x_NW, slots_N, weights_N, config: VisionConfig):
 
 
 def encode(p, packs: VisionPack, config: VisionConfig, remat: str = "none", dtype=jnp.float32):
-    """All packs, one after the other: pooled patches [P, M, 4, W].
-
-    With any remat, each pack is one checkpoint: nothing of it but its result is kept for the backward pass.
-    """
+    """All packs, one after the other: pooled patches [P, M, 4, W]. `remat` is that of each pack as a whole."""
 
     def one_pack(pack):
         patches_NC = normalise(pack.patches_PNC).astype(dtype)
         x_NW = vision_hidden(p, patches_NC, pack.segments_PN, pack.coords_PN5, config)
         return pool(x_NW, pack.slots_PN, pack.weights_PN, config)
 
-    return jax.lax.map(one_pack if remat == "none" else jax.checkpoint(one_pack), packs)
+    return jax.lax.map(rematerialised(one_pack, remat), packs)

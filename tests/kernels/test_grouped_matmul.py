@@ -111,10 +111,9 @@ def test_a_row_keeps_its_bits_wherever_it_stands():
         np.testing.assert_array_equal(run(x, *weights, jnp.asarray([first, 700 - first]))[first:], expected[first:])
 
 
-def test_the_size_of_a_block_depends_on_shapes_alone_and_suits_the_mean_load():
-    blocks = {rows: kernel._block(rows, 32) for rows in (1, 4, 63, 64, 2048, 4096, 8192, 16384)}
-    assert list(blocks.values()) == [1, 4, 8, 64, 72, 144, 288, 192]
-    assert kernel._block(8, 384) == 8 and kernel._block(32768, 384) == 96
+def test_blocks_come_in_sizes_that_depend_on_shapes_alone():
+    sizes = {rows: kernel._block_sizes(rows) for rows in (1, 4, 63, 64, 255, 256, 100000)}
+    assert list(sizes.values()) == [[1], [4], [8], [64], [64], [256, 64], [256, 64]]
 
 
 def test_an_unknown_implementation_is_named():
