@@ -55,17 +55,22 @@ def _forward(scale, causal, block, q_BHLK, k_BHSK, v_BHSK, segments_BL):
 def _backward(scale, causal, block, saved, dout_BHLK):
     q_BHLK, k_BHSK, v_BHSK, segments_BL, out_BHLK, normaliser_BHL1 = saved
     shift_BHL1 = jnp.sum(dout_BHLK.astype(jnp.float32) * out_BHLK, axis=-1, keepdims=True)
-    dqs, dk, dv = [], jnp.zeros(k_BHSK.shape, jnp.float32), jnp.zeros(v_BHSK.shape, jnp.float32)
+    # Keys and values gather their gradients as [..., K, S], a product that XLA's CPU library does faster.
+    q_BHKL, dout_BHKL = jax.lax.optimization_barrier((q_BHLK.swapaxes(2, 3), dout_BHLK.swapaxes(2, 3)))
+    dk_BHKS, dv_BHKS = (jnp.zeros(x.swapaxes(2, 3).shape, jnp.float32) for x in (k_BHSK, v_BHSK))
+    dqs = []
     for rows, keys in _blocks(q_BHLK.shape[2], causal, block):
-        q, dout = q_BHLK[:, :, rows], dout_BHLK[:, :, rows]
+        dout = dout_BHLK[:, :, rows]
         scores = _scores(q_BHLK, k_BHSK, segments_BL, rows, keys, scale, causal)
         weights = jnp.exp(scores - normaliser_BHL1[:, :, rows])
         dweights = jnp.einsum("bhlk,bhsk->bhls", dout, v_BHSK[:, :, keys]).astype(jnp.float32)
-        dscores = (weights * (dweights - shift_BHL1[:, :, rows]) * scale).astype(q.dtype)
+        dscores = (weights * (dweights - shift_BHL1[:, :, rows]) * scale).astype(dout.dtype)
+        weights = weights.astype(dout.dtype)
         dqs.append(jnp.einsum("bhls,bhsk->bhlk", dscores, k_BHSK[:, :, keys]))
-        dk = dk.at[:, :, keys].add(jnp.einsum("bhls,bhlk->bhsk", dscores, q))
-        dv = dv.at[:, :, keys].add(jnp.einsum("bhls,bhlk->bhsk", weights.astype(dout.dtype), dout))
-    return jnp.concatenate(dqs, axis=2), dk.astype(k_BHSK.dtype), dv.astype(v_BHSK.dtype), None
+        dk_BHKS = dk_BHKS.at[..., keys].add(jnp.einsum("bhkl,bhls->bhks", q_BHKL[..., rows], dscores))
+        dv_BHKS = dv_BHKS.at[..., keys].add(jnp.einsum("bhkl,bhls->bhks", dout_BHKL[..., rows], weights))
+    dk, dv = dk_BHKS.swapaxes(2, 3).astype(k_BHSK.dtype), dv_BHKS.swapaxes(2, 3).astype(v_BHSK.dtype)
+    return jnp.concatenate(dqs, axis=2), dk, dv, None
 
 
 _blocked.defvjp(_forward, _backward)
