@@ -35,6 +35,8 @@ lint: .venv/.test ## style, format, and which layer imports which
 	$(BIN)/ruff format --check .
 	$(BIN)/lint-imports
 
+# Benchmarks keep freed memory: what a system takes back between two calls comes back slowly, and not for both sides alike.
+bench: export GLIBC_TUNABLES := glibc.malloc.hugetlb=1:glibc.malloc.mmap_max=0:glibc.malloc.trim_threshold=1000000000000
 bench: ## a benchmark: make bench NAME=<file of benchmarks/, without .py> [ARGS=--json]
 	@if [ ! -f "benchmarks/$(NAME).py" ]; then \
 	  echo "make bench NAME=<name>, where <name> is one of:" >&2; ls benchmarks | sed -n 's/\.py$$//p' >&2; exit 2; fi

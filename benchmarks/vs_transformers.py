@@ -27,33 +27,38 @@ from k25_jax.train.state import TrainState, init_state
 from k25_jax.train.step import make_step
 from k25_jax.vision.patchpack import Clip
 
-# The row length, image size and remat policy of experiments/pretrain/k25_100m.py.
-ROWS, LENGTH, GRID, PROMPT, NEW_TOKENS = 1, 2048, (1, 32, 32), 320, 64
+NEW_TOKENS = 64
 
 
-def inputs(config, rows: int, length: int, seed: int):
+def inputs(config, rows: int, length: int, side: int, seed: int):
     """The same rows for both: an image, then random text. (our Batch, arguments for transformers, prompts, clips)."""
     rng = np.random.default_rng(seed)
+    grid = (1, side, side)
     clips, examples = [], []
     for _ in range(rows):
-        patches = rng.integers(0, 256, (np.prod(GRID), config.vision.patch_dim)).astype(np.uint8)
-        clip = Clip(patches, GRID)
+        patches = rng.integers(0, 256, (side * side, config.vision.patch_dim)).astype(np.uint8)
+        clip = Clip(patches, grid)
         tokens = [config.media_pad_id, *rng.integers(0, 256, length - clip.tokens).tolist()]
         clips.append(clip)
         examples.append(make_example(tokens, [1.0] * len(tokens), [clip], config.media_pad_id))
-    data = DataConfig(batch_size=rows, seq_len=length, packs=1, pack_patches=rows * int(np.prod(GRID)))
+    data = DataConfig(batch_size=rows, seq_len=length, packs=1, pack_patches=rows * side * side)
     ids = torch.tensor(np.stack([e.tokens for e in examples]).astype(np.int64))
-    side = config.vision.patch_size
-    pixels = np.concatenate([c.patches for c in clips]).astype(np.float32).reshape(-1, 3, side, side) / 127.5 - 1
-    theirs = {"input_ids": ids, "pixel_values": torch.tensor(pixels), "image_grid_thw": torch.tensor([GRID] * rows)}
+    size = config.vision.patch_size
+    pixels = np.concatenate([c.patches for c in clips]).astype(np.float32).reshape(-1, 3, size, size) / 127.5 - 1
+    theirs = {"input_ids": ids, "pixel_values": torch.tensor(pixels), "image_grid_thw": torch.tensor([grid] * rows)}
     return pack_examples(examples, data, config), theirs, [e.tokens.tolist() for e in examples], [[c] for c in clips]
 
 
-def our_functions(config, params):
+def prompt_length(args) -> int:
+    """The prompt of the generation: the image and 64 bytes of text."""
+    return args.side * args.side // 4 + 64
+
+
+def our_functions(config, params, args):
     """forward, step and generate of k25_jax, each a function without arguments that waits for its result."""
-    batch, _, _, _ = inputs(config, ROWS, LENGTH, 0)
-    _, _, prompts, clips = inputs(config, 1, PROMPT, 1)
-    experiment = Experiment(model=config, train=TrainConfig(remat="dots"))
+    batch, _, _, _ = inputs(config, args.rows, args.length, args.side, 0)
+    _, _, prompts, clips = inputs(config, 1, prompt_length(args), args.side, 1)
+    experiment = Experiment(model=config, train=TrainConfig(remat=args.remat))
     step_fn = make_step(experiment, loss_fn)
     fresh = init_state(experiment)
     state = [TrainState(fresh.step, jax.tree.map(np.asarray, params), fresh.opt_state, fresh.key)]
@@ -71,12 +76,12 @@ def our_functions(config, params):
     return {"forward": lambda: np.asarray(forward_fn(params, batch)), "step": step, "generate": generate}
 
 
-def their_functions(config, directory: str, experts: str):
+def their_functions(config, directory: str, experts: str, args):
     """The same of transformers, with one of its expert implementations."""
     model = Kimi_K25ForConditionalGeneration.from_pretrained(directory, dtype=torch.float32)
     model.model.language_model.set_experts_implementation(experts)
-    _, batch, _, _ = inputs(config, ROWS, LENGTH, 0)
-    _, prompt, _, _ = inputs(config, 1, PROMPT, 1)
+    _, batch, _, _ = inputs(config, args.rows, args.length, args.side, 0)
+    _, prompt, _, _ = inputs(config, 1, prompt_length(args), args.side, 1)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, weight_decay=0.1)
     labels = batch["input_ids"].masked_fill(batch["input_ids"] == config.media_pad_id, -100)
 
@@ -97,7 +102,7 @@ def their_functions(config, directory: str, experts: str):
             out = model.generate(
                 **prompt, max_new_tokens=NEW_TOKENS, do_sample=False, eos_token_id=None, pad_token_id=config.pad_id
             )
-        return out[0, PROMPT:].tolist()
+        return out[0, prompt_length(args) :].tolist()
 
     return {"forward": run_forward, "step": step, "generate": generate}
 
@@ -118,22 +123,34 @@ def fastest(candidates: dict, name: str):
     return min(candidates, key=lambda implementation: seconds(candidates[implementation][name]))
 
 
+def arguments():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser.add_argument("--json", action="store_true", help="one JSON line instead of the table")
+    parser.add_argument("--rounds", type=int, default=5, help="how often the two sides take turns")
+    parser.add_argument(
+        "--rows", type=int, default=1, help="rows of the batch; this and the next three as in k25_100m.py"
+    )
+    parser.add_argument("--length", type=int, default=2048, help="tokens a row")
+    parser.add_argument(
+        "--side", type=int, default=32, help="patches along a side of the image that each row begins with"
+    )
+    parser.add_argument("--remat", default="dots", help="what our step keeps for its backward pass: none, dots, full")
+    return parser.parse_args()
+
+
 def main():
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--json", action="store_true")
-    parser.add_argument("--rounds", type=int, default=5)
-    args = parser.parse_args()
+    args = arguments()
     logging.set_verbosity_error()
     logging.disable_progress_bar()
     config = preset("100m")
     params = init_params(config, jax.random.key(0))
-    ours = our_functions(config, params)
+    ours = our_functions(config, params, args)
     with tempfile.TemporaryDirectory() as directory:
         save_params(params, config, directory + "/model", "float32")
-        theirs = {e: their_functions(config, directory + "/model", e) for e in ("grouped_mm", "eager")}
+        theirs = {e: their_functions(config, directory + "/model", e, args) for e in ("grouped_mm", "eager")}
     error = float(np.abs(ours["forward"]() - theirs["eager"]["forward"]()).max())
     same = ours["generate"]() == theirs["eager"]["generate"]()
-    work = {"forward": ROWS * LENGTH, "step": ROWS * LENGTH, "generate": NEW_TOKENS}
+    work = {"forward": args.rows * args.length, "step": args.rows * args.length, "generate": NEW_TOKENS}
     out = {"name": "vs_transformers", "logits_max_abs_error": error, "same_greedy_tokens": same}
     for name, tokens in work.items():
         chosen = fastest(theirs, name)
