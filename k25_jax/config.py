@@ -210,8 +210,9 @@ class DataConfig:
 
 @dataclass(frozen=True)
 class OptimConfig:
-    """AdamW with a warm-up, constant, cosine-decay schedule."""
+    """MuonClip or AdamW with a warm-up, constant, cosine-decay schedule."""
 
+    name: str = "adamw"  # adamw | muonclip
     peak_lr: float = 2e-4
     end_lr: float = 2e-5
     warmup_steps: int = 500
@@ -221,14 +222,20 @@ class OptimConfig:
     eps: float = 1e-8
     weight_decay: float = 0.1
     clip_norm: float = 1.0
+    momentum: float = 0.95  # of Muon
+    muon_dtype: str = "bfloat16"  # of Muon's products
+    qk_clip: float = 100.0  # muonclip holds attention logits below this
 
     def __post_init__(self):
-        _require_positive(self, "peak_lr eps clip_norm".split())
+        _one_of(self, "name", ("adamw", "muonclip"))
+        _one_of(self, "muon_dtype", ("float32", "bfloat16"))
+        _require_positive(self, "peak_lr eps clip_norm qk_clip".split())
         for name in ("end_lr", "warmup_steps", "decay_steps", "weight_decay"):
             if getattr(self, name) < 0:
                 raise ConfigError(f"optim.{name}={getattr(self, name)} must not be negative")
-        if not (0 <= self.b1 < 1 and 0 <= self.b2 < 1):
-            raise ConfigError(f"optim.b1={self.b1} and optim.b2={self.b2} must lie in [0, 1)")
+        for name in ("b1", "b2", "momentum"):
+            if not 0 <= getattr(self, name) < 1:
+                raise ConfigError(f"optim.{name}={getattr(self, name)} must lie in [0, 1)")
 
 
 @dataclass(frozen=True)

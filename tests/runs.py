@@ -7,6 +7,7 @@ import pathlib
 import subprocess
 import sys
 import tempfile
+import textwrap
 import time
 
 import numpy as np
@@ -32,6 +33,15 @@ def get_config(arg=""):
     config.train = dict(steps={steps}, log_every=1, checkpoint_every={every}, keep=3)
     return config
 """
+
+
+def on_eight_devices(script: str) -> str:
+    """What `script` prints, run in a process of its own with eight forced CPU devices."""
+    flags = {"XLA_FLAGS": "--xla_force_host_platform_device_count=8", "JAX_PLATFORMS": "cpu", "PYTHONPATH": str(ROOT)}
+    command = [sys.executable, "-c", textwrap.dedent(script)]
+    done = subprocess.run(command, capture_output=True, text=True, env=os.environ | flags)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return done.stdout
 
 
 def write_data(folder: pathlib.Path) -> pathlib.Path:

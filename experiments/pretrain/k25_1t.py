@@ -44,6 +44,7 @@ def get_config(arg: str = ""):
         seed=0,
     )
     config.optim = dict(
+        name="muonclip",
         peak_lr=2e-4,
         end_lr=2e-5,
         warmup_steps=500,

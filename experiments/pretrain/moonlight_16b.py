@@ -35,7 +35,9 @@ def get_config(arg: str = ""):
         seed=0,
     )
     steps = round(TOKENS / (BATCH * SEQ_LEN))
-    config.optim = dict(peak_lr=3e-4, end_lr=3e-5, warmup_steps=500, decay_steps=steps // 3, weight_decay=0.1)
+    config.optim = dict(
+        name="muonclip", peak_lr=3e-4, end_lr=3e-5, warmup_steps=500, decay_steps=steps // 3, weight_decay=0.1
+    )
     config.train = dict(
         steps=steps, log_every=1, checkpoint_every=500, keep=5, remat="full", compute_dtype="bfloat16", seed=0
     )

@@ -16,20 +16,26 @@ MASKED = -1e30  # finite: a row whose keys are all masked stays finite
 
 
 def reference_attention(q_BLHK, k_BLHK, v_BLHK, segments_BL, *, scale: float, causal: bool):
-    """Softmax attention with the whole mask written out. Padding (segment 0) attends to padding."""
+    """Softmax attention with the whole mask written out: (out_BLHK, the largest scaled score of each head).
+
+    Padding (segment 0) attends to padding, and its scores are not among the largest.
+    """
     length = q_BLHK.shape[1]
     mask_BLS = segments_BL[:, :, None] == segments_BL[:, None, :]
     if causal:
         mask_BLS &= jnp.tril(jnp.ones((length, length), bool))
     scores_BHLS = jnp.einsum("blhk,bshk->bhls", q_BLHK, k_BLHK).astype(jnp.float32) * scale
-    weights_BHLS = jax.nn.softmax(jnp.where(mask_BLS[:, None], scores_BHLS, MASKED))
-    return jnp.einsum("bhls,bshk->blhk", weights_BHLS.astype(v_BLHK.dtype), v_BLHK)
+    scores_BHLS = jnp.where(mask_BLS[:, None], scores_BHLS, MASKED)
+    weights_BHLS = jax.nn.softmax(scores_BHLS)
+    out_BLHK = jnp.einsum("bhls,bshk->blhk", weights_BHLS.astype(v_BLHK.dtype), v_BLHK)
+    return out_BLHK, jnp.where(segments_BL[:, None, :, None] > 0, scores_BHLS, MASKED).max(axis=(0, 2, 3))
 
 
 def attention(q_BLHK, k_BLHK, v_BLHK, segments_BL, *, scale: float, causal: bool, block: int = BLOCK):
-    """Blocked attention, [B,L,H,K] like its arguments (the width of a head is that of `v`)."""
+    """`reference_attention` in blocks of queries."""
     by_head = jax.lax.optimization_barrier(tuple(jnp.swapaxes(x, 1, 2) for x in (q_BLHK, k_BLHK, v_BLHK)))
-    return jnp.swapaxes(_blocked(scale, causal, block, *by_head, segments_BL), 1, 2)
+    out_BHLK, top_H = _blocked(scale, causal, block, *by_head, segments_BL)
+    return jnp.swapaxes(out_BHLK, 1, 2), top_H
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
@@ -38,7 +44,7 @@ def _blocked(scale, causal, block, q_BHLK, k_BHSK, v_BHSK, segments_BL):
 
 
 def _forward(scale, causal, block, q_BHLK, k_BHSK, v_BHSK, segments_BL):
-    outs, normalisers = [], []
+    outs, normalisers, tops = [], [], []
     for rows, keys in _blocks(q_BHLK.shape[2], causal, block):
         scores = _scores(q_BHLK, k_BHSK, segments_BL, rows, keys, scale, causal)
         top = scores.max(axis=-1, keepdims=True)
@@ -47,12 +53,15 @@ def _forward(scale, causal, block, q_BHLK, k_BHSK, v_BHSK, segments_BL):
         weights = (weights / total).astype(v_BHSK.dtype)
         outs.append(jnp.einsum("bhls,bhsk->bhlk", weights, v_BHSK[:, :, keys]))
         normalisers.append(top + jnp.log(total))
+        tops.append(jnp.where(segments_BL[:, None, rows, None] > 0, top, MASKED).max(axis=(0, 2, 3)))
     kept = jnp.concatenate(outs, axis=2), jnp.concatenate(normalisers, axis=2)
     out_BHLK, normaliser_BHL1 = checkpoint_name(kept, "attention")
-    return out_BHLK, (q_BHLK, k_BHSK, v_BHSK, segments_BL, out_BHLK, normaliser_BHL1)
+    top_H = functools.reduce(jnp.maximum, tops)
+    return (out_BHLK, top_H), (q_BHLK, k_BHSK, v_BHSK, segments_BL, out_BHLK, normaliser_BHL1)
 
 
-def _backward(scale, causal, block, saved, dout_BHLK):
+def _backward(scale, causal, block, saved, gradients):
+    dout_BHLK, _ = gradients  # the largest logits are looked at, not learned from
     q_BHLK, k_BHSK, v_BHSK, segments_BL, out_BHLK, normaliser_BHL1 = saved
     shift_BHL1 = jnp.sum(dout_BHLK.astype(jnp.float32) * out_BHLK, axis=-1, keepdims=True)
     # Keys and values gather their gradients as [..., K, S], a product that XLA's CPU library does faster.

@@ -1,6 +1,7 @@
 """The decoder stack: dense layers first, then MoE layers, each kind stacked (K2.5 §3.1)."""
 
 import functools
+from typing import NamedTuple
 
 import flax.linen as nn
 import jax
@@ -8,9 +9,16 @@ import jax.numpy as jnp
 
 from k25_jax.config import TextConfig
 from k25_jax.models.layers import SwiGLU, declare, ones, rematerialised, rms_norm, swiglu
-from k25_jax.models.mla import MLA, latents, mla_decode, mla_with_latents
+from k25_jax.models.mla import MLA, latents, mla, mla_decode
 from k25_jax.models.moe import MoE, moe
 from k25_jax.models.rope import rope_tables
+
+
+class Stats(NamedTuple):
+    """What a forward pass observes beside its result."""
+
+    load_YE: jax.Array  # tokens that each expert got; MoE layers only
+    max_logit_YH: jax.Array  # the largest attention logit of each head
 
 
 class Stack(nn.Module):
@@ -59,30 +67,31 @@ def feed_forward(p, x_BLD, valid_BL, config: TextConfig):
 
 
 def block(p, x_BLD, rope, segments_BL, config: TextConfig):
-    """One decoder layer, training form: (x_BLD, load_E or None, latents for a cache)."""
+    """One decoder layer, training form: (x_BLD, (load_E or None, max_logit_H), latents for a cache)."""
     h_BLD = rms_norm(x_BLD, p["attention_norm"], config.norm_eps)
-    attended, cache = mla_with_latents(p["attention"], h_BLD, rope, segments_BL, config)
+    attended, max_logit_H, cache = mla(p["attention"], h_BLD, rope, segments_BL, config)
     x_BLD = x_BLD + attended
     h_BLD = rms_norm(x_BLD, p["mlp_norm"], config.norm_eps)
     y_BLD, load_E = feed_forward(p, h_BLD, segments_BL > 0, config)
-    return x_BLD + y_BLD, load_E, cache
+    return x_BLD + y_BLD, (load_E, max_logit_H), cache
 
 
 def decode(params, x_BLD, segments_BL, positions_BL, config: TextConfig, remat: str = "none"):
-    """All layers, training form: (x_BLD after the final norm, load_YE of the MoE layers)."""
+    """All layers, training form: (x_BLD after the final norm, Stats)."""
     rope = rope_tables(config.rope, config.qk_rope_dim, positions_BL)
 
     def step(x_BLD, layer):
-        x_BLD, load_E, _ = block(layer, x_BLD, rope, segments_BL, config)
-        return x_BLD, load_E
+        x_BLD, observed, _ = block(layer, x_BLD, rope, segments_BL, config)
+        return x_BLD, observed
 
     step = rematerialised(step, remat)
-    load_YE = jnp.zeros((0, config.moe.experts), jnp.int32)
-    if "dense" in params:
-        x_BLD, _ = jax.lax.scan(step, x_BLD, params["dense"])
-    if "moe" in params:
-        x_BLD, load_YE = jax.lax.scan(step, x_BLD, params["moe"])
-    return rms_norm(x_BLD, params["final_norm"], config.norm_eps), load_YE
+    load_YE, max_logits = jnp.zeros((0, config.moe.experts), jnp.int32), []
+    for stack in ("dense", "moe"):
+        if stack in params:
+            x_BLD, (loads, max_logit_YH) = jax.lax.scan(step, x_BLD, params[stack])
+            load_YE = load_YE if loads is None else loads
+            max_logits.append(max_logit_YH)
+    return rms_norm(x_BLD, params["final_norm"], config.norm_eps), Stats(load_YE, jnp.concatenate(max_logits))
 
 
 def logits(params, x_BLD):

@@ -66,7 +66,7 @@ def splice(params, tokens_BL, media_BL, features_MD, config: K25Config):
 
 
 def hidden_states(params, batch: Batch, config: K25Config, remat: str = "none", dtype=jnp.float32):
-    """The model up to its last norm: (x_BLD, load_YE). `params` are used in `dtype`."""
+    """The model up to its last norm: (x_BLD, Stats). `params` are used in `dtype`."""
     params = cast(params, dtype)
     features_MD = None
     if batch.vision.patches_PNC.shape[0]:

@@ -63,12 +63,10 @@ def latents(p, x_BLD, rope, config: TextConfig):
 
 
 def mla(p, x_BLD, rope, segments_BL, config: TextConfig):
-    """Training form: keys and values are expanded from the latent; causal inside each segment."""
-    return mla_with_latents(p, x_BLD, rope, segments_BL, config)[0]
+    """Training form: keys and values are expanded from the latent; causal inside each segment.
 
-
-def mla_with_latents(p, x_BLD, rope, segments_BL, config: TextConfig):
-    """As `mla`; also returns the latents (c_BLR, r_BLK) for a cache."""
+    Returns (x_BLD, the largest attention logit of each head, the latents (c_BLR, r_BLK) for a cache).
+    """
     q_nope, q_rope = queries(p, x_BLD, rope, config)
     c_BLR, r_BLK = latents(p, x_BLD, rope, config)
     k_nope = jnp.einsum("blr,rhk->blhk", c_BLR, p["k_b"])
@@ -76,8 +74,8 @@ def mla_with_latents(p, x_BLD, rope, segments_BL, config: TextConfig):
     r_BLHK = jnp.broadcast_to(r_BLK[:, :, None], (*k_nope.shape[:3], config.qk_rope_dim))
     q_BLHK = jnp.concatenate([q_nope, q_rope], axis=-1)
     k_BLHK = jnp.concatenate([k_nope, r_BLHK], axis=-1)
-    out = attention(q_BLHK, k_BLHK, v_BLHK, segments_BL, scale=softmax_scale(config), causal=True)
-    return _output(p, out), (c_BLR, r_BLK)
+    out_BLHK, max_logit_H = attention(q_BLHK, k_BLHK, v_BLHK, segments_BL, scale=softmax_scale(config), causal=True)
+    return _output(p, out_BLHK), max_logit_H, (c_BLR, r_BLK)
 
 
 def mla_decode(p, x_BLD, rope, cache, valid_BLS, config: TextConfig):

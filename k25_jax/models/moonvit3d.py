@@ -107,8 +107,8 @@ def encoder_block(p, x_NW, rope, segments_N, config: VisionConfig):
     cos, sin = rope[0][:, None], rope[1][:, None]
     q, k = rotate(qkv[0], cos, sin), rotate(qkv[1], cos, sin)
     scale = config.head_dim**-0.5
-    out = attention(q[None], k[None], qkv[2][None], segments_N[None], scale=scale, causal=False)[0]
-    x_NW = x_NW + jnp.einsum("nhk,hkw->nw", out, p["out"]) + p["out_bias"]
+    out, _ = attention(q[None], k[None], qkv[2][None], segments_N[None], scale=scale, causal=False)
+    x_NW = x_NW + jnp.einsum("nhk,hkw->nw", out[0], p["out"]) + p["out_bias"]
     h_NW = layer_norm(x_NW, p["norm1"], config.norm_eps)
     hidden = jax.nn.gelu(h_NW @ p["fc0"] + p["fc0_bias"], approximate=True)
     return x_NW + hidden @ p["fc1"] + p["fc1_bias"]

@@ -10,7 +10,7 @@ RULES: dict[str | None, str | tuple[str, ...] | None] = {
     "embed": ("fsdp", "expert"),
     "mlp": None,
     "latent": None,
-    "heads": None,
+    "heads": ("fsdp", "expert"),
     "head_dim": None,
     "expert": "expert",
     "expert_embed": "fsdp",

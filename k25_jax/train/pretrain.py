@@ -9,10 +9,10 @@ from k25_jax.models.k25 import hidden_states
 
 
 def loss_fn(params, batch, experiment: Experiment):
-    """(loss, (metrics, load_YE)); `load_YE` counts the tokens that each expert got."""
+    """(loss, (metrics, what the forward pass observed))."""
     dtype = jnp.dtype(experiment.train.compute_dtype)
-    x_BLD, load_YE = hidden_states(params, batch, experiment.model, experiment.train.remat, dtype)
+    x_BLD, stats = hidden_states(params, batch, experiment.model, experiment.train.remat, dtype)
     head = {name: params[name] for name in ("head", "embed") if name in params}
     scores_BLV = logits({k: v.astype(dtype) for k, v in head.items()}, x_BLD)
     loss, metrics = cross_entropy(scores_BLV, batch.targets_BL, batch.loss_weights_BL)
-    return loss, (metrics, load_YE)
+    return loss, (metrics, stats)

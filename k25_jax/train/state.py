@@ -7,7 +7,7 @@ import optax
 
 from k25_jax.config import Experiment
 from k25_jax.models.k25 import init_params
-from k25_jax.optim.adamw import adamw
+from k25_jax.optim.muonclip import muonclip
 
 
 @flax.struct.dataclass
@@ -24,7 +24,7 @@ def init_state(experiment: Experiment) -> TrainState:
     """A fresh state; its seed is train.seed."""
     params_key, run_key = jax.random.split(jax.random.key(experiment.train.seed))
     params = jax.jit(lambda key: init_params(experiment.model, key))(params_key)
-    opt_state = jax.jit(adamw(experiment.optim, experiment.train.steps).init)(params)
+    opt_state = jax.jit(muonclip(experiment.optim, experiment.train.steps).init)(params)
     return TrainState(jnp.zeros((), jnp.int32), params, opt_state, jax.random.key_data(run_key))
 
 

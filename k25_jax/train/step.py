@@ -1,4 +1,4 @@
-"""One training step: gradients, clipping, update, the router's sign rule, and the guard against NaN and infinity."""
+"""One training step: gradients, update, the router's sign rule, QK-Clip, and the guard against NaN and infinity."""
 
 import functools
 
@@ -8,7 +8,7 @@ import optax
 
 from k25_jax.config import Experiment
 from k25_jax.models.moe import balanced_bias
-from k25_jax.optim.adamw import adamw
+from k25_jax.optim.muonclip import muonclip, qk_clip
 from k25_jax.train.state import TrainState
 
 
@@ -17,18 +17,23 @@ def make_step(experiment: Experiment, loss_fn):
 
     A step whose loss or gradient is not finite changes nothing but the step number and reports `bad` = 1.
     """
-    optimizer = adamw(experiment.optim, experiment.train.steps)
+    optimizer = muonclip(experiment.optim, experiment.train.steps)
 
     @functools.partial(jax.jit, donate_argnums=0)
     def step(state: TrainState, batch):
         grad_fn = jax.value_and_grad(loss_fn, has_aux=True)
-        (loss, (metrics, load_YE)), grads = grad_fn(state.params, batch, experiment)
+        (loss, (metrics, stats)), grads = grad_fn(state.params, batch, experiment)
         grad_norm = optax.tree.norm(grads)
         finite = jnp.isfinite(loss) & jnp.isfinite(grad_norm)
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params, grad_norm=grad_norm, finite=finite)
         params = optax.apply_updates(state.params, updates)
-        params = with_balanced_router(params, jnp.where(finite, load_YE, 0), experiment)
-        metrics = metrics | {"grad_norm": grad_norm, "bad": 1 - finite.astype(jnp.int32)} | router_metrics(load_YE)
+        params = with_balanced_router(params, jnp.where(finite, stats.load_YE, 0), experiment)
+        metrics |= {"grad_norm": grad_norm, "bad": 1 - finite.astype(jnp.int32), "max_logit": stats.max_logit_YH.max()}
+        metrics |= router_metrics(stats.load_YE)
+        if experiment.optim.name == "muonclip":
+            max_logit_YH = jnp.where(finite, stats.max_logit_YH, 0)
+            params, clipped = qk_clip(params, max_logit_YH, experiment.model.text, experiment.optim.qk_clip)
+            metrics |= {"heads_clipped": clipped}
         return state.replace(step=state.step + 1, params=params, opt_state=opt_state), metrics
 
     return step

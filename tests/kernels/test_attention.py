@@ -21,13 +21,17 @@ def draw(rows, length, heads, key_dim, value_dim, seed=0):
 @pytest.mark.parametrize("causal", [True, False])
 def test_the_reference_is_softmax_over_the_allowed_keys(causal):
     q, k, v, segments = draw(2, 9, 2, 6, 5)
-    got = np.asarray(reference_attention(q, k, v, segments, scale=0.3, causal=causal))
+    got, top = map(np.asarray, reference_attention(q, k, v, segments, scale=0.3, causal=causal))
+    largest = np.full(2, -np.inf)
     for b, i, h in np.ndindex(2, 9, 2):
         allowed = [j for j in range(9) if segments[b, j] == segments[b, i] and (j <= i or not causal)]
         scores = np.array([0.3 * np.dot(q[b, i, h], k[b, j, h]) for j in allowed])
         weights = np.exp(scores - scores.max())
         want = (weights / weights.sum()) @ np.asarray(v[b, allowed, h])
         np.testing.assert_allclose(got[b, i, h], want, rtol=1e-5, atol=1e-6)
+        if segments[b, i]:
+            largest[h] = max(largest[h], scores.max())
+    np.testing.assert_allclose(top, largest, rtol=1e-5)
 
 
 @pytest.mark.parametrize("causal", [True, False])
@@ -36,10 +40,15 @@ def test_blocks_give_the_reference_and_its_gradients(length, block, causal):
     q, k, v, segments = draw(2, length, 2, 8, 4, seed=length)
 
     def loss(function, **how):
-        return lambda q, k, v: jnp.sum(jnp.sin(function(q, k, v, segments, scale=0.4, causal=causal, **how)))
+        return lambda q, k, v: jnp.sum(jnp.sin(function(q, k, v, segments, scale=0.4, causal=causal, **how)[0]))
 
     blocked, whole = loss(attention, block=block), loss(reference_attention)
     np.testing.assert_allclose(blocked(q, k, v), whole(q, k, v), rtol=1e-5)
+    tops = [
+        function(3 * q, k, v, segments, scale=0.4, causal=causal, **how)[1]
+        for function, how in ((attention, {"block": block}), (reference_attention, {}))
+    ]
+    np.testing.assert_allclose(*tops, rtol=1e-6)
     for got, want in zip(
         jax.jit(jax.grad(blocked, (0, 1, 2)))(q, k, v), jax.jit(jax.grad(whole, (0, 1, 2)))(q, k, v), strict=True
     ):
@@ -49,7 +58,7 @@ def test_blocks_give_the_reference_and_its_gradients(length, block, causal):
 def test_a_later_or_foreign_key_has_no_gradient():
     q, k, v, segments = draw(1, 40, 1, 8, 4)
     place = 17
-    out = lambda v: attention(q, k, v, segments, scale=1.0, causal=True, block=16)[0, place].sum()  # noqa: E731
+    out = lambda v: attention(q, k, v, segments, scale=1.0, causal=True, block=16)[0][0, place].sum()  # noqa: E731
     touched = np.flatnonzero(np.abs(np.asarray(jax.grad(out)(v))[0]).sum((1, 2)))
     allowed = [j for j in range(place + 1) if segments[0, j] == segments[0, place]]
     assert touched.tolist() == allowed

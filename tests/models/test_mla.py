@@ -26,7 +26,7 @@ VARIANTS = {
 }
 
 
-MLA, MLA_DECODE = jax.jit(mla, static_argnums=4), jax.jit(mla_decode, static_argnums=5)
+MLA, MLA_DECODE = jax.jit(lambda *a: mla(*a)[0], static_argnums=4), jax.jit(mla_decode, static_argnums=5)
 
 
 def text_params(text: TextConfig):

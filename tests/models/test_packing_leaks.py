@@ -64,15 +64,15 @@ def test_nothing_leaks_out_of_a_document_or_an_image(config, length, seed):
     owner_BL = owners(examples, data, config).tokens_BL
     params = reference.random_params(config, seed)
     forward = jax.jit(lambda p, b: (k25.vision_features(p, b.vision, config), *k25.hidden_states(p, b, config)))
-    features_MD, x_BLD, load_YE = jax.tree.map(np.asarray, forward(params, before))
+    features_MD, x_BLD, stats = jax.tree.map(np.asarray, forward(params, before))
     rows_moved = 0
     for i, example in enumerate(examples):
         changes = [with_other_words(rng, config, example)]
         changes += [with_another_image(rng, config, changes[0])] if example.clips else []
         for changed in changes:
             after = pack_examples([*examples[:i], changed, *examples[i + 1 :]], data, config)
-            new_features_MD, new_x_BLD, new_load_YE = jax.tree.map(np.asarray, forward(params, after))
-            rows_moved += np.abs(new_load_YE - load_YE).sum()
+            new_features_MD, new_x_BLD, new_stats = jax.tree.map(np.asarray, forward(params, after))
+            rows_moved += np.abs(new_stats.load_YE - stats.load_YE).sum()
             differ_BL = (new_x_BLD != x_BLD).any(axis=-1)
             np.testing.assert_array_equal(np.unique(owner_BL[differ_BL]), [i], err_msg="other documents changed")
             same_image_M = tokens_of_equal_images(before.vision, after.vision)

@@ -1,15 +1,10 @@
 """The rules table over the real model, and a sharded forward pass against an unsharded one."""
 
-import os
-import subprocess
-import sys
-import textwrap
-from pathlib import Path
-
 import jax
 import pytest
 from jax.sharding import AbstractMesh, PartitionSpec
 
+import runs
 from k25_jax.config import preset
 from k25_jax.models.k25 import abstract_params, logical_axes
 from k25_jax.sharding.mesh import make_mesh
@@ -38,8 +33,9 @@ def test_key_tensors_of_the_full_model_on_eight_chips():
     moe, both = leaves["moe"]["moe"], ("fsdp", "expert")
     assert moe["experts"]["gate"] == moe["experts"]["up"] == PartitionSpec(None, "expert", "fsdp", None)
     assert moe["experts"]["down"] == PartitionSpec(None, "expert", None, "fsdp")
-    assert leaves["moe"]["attention"]["q_b"] == PartitionSpec(None, None, None, None)
-    assert leaves["moe"]["attention"]["o"] == PartitionSpec(None, None, None, both)
+    assert leaves["moe"]["attention"]["q_a"] == PartitionSpec(None, both, None)
+    assert leaves["moe"]["attention"]["q_b"] == PartitionSpec(None, None, both, None)
+    assert leaves["moe"]["attention"]["o"] == PartitionSpec(None, both, None, None)
     assert leaves["dense"]["mlp"]["gate"] == PartitionSpec(None, both, None)
     assert leaves["embed"] == PartitionSpec(both, None) and leaves["head"] == PartitionSpec(both, None)
     for replicated in (moe["router"], moe["router_bias"], leaves["final_norm"], leaves["vision"], leaves["projector"]):
@@ -95,8 +91,4 @@ SHARDED = """
 
 
 def test_sharded_parameters_give_the_same_logits():
-    root = Path(__file__).resolve().parents[2]
-    flags = {"XLA_FLAGS": "--xla_force_host_platform_device_count=8", "JAX_PLATFORMS": "cpu", "PYTHONPATH": str(root)}
-    command = [sys.executable, "-c", textwrap.dedent(SHARDED)]
-    done = subprocess.run(command, capture_output=True, text=True, env=os.environ | flags)
-    assert done.returncode == 0 and "equal" in done.stdout, done.stderr[-3000:]
+    assert runs.on_eight_devices(SHARDED) == "equal\n"

@@ -11,11 +11,14 @@ import pytest
 import runs
 from k25_jax.config import Experiment, OptimConfig, TrainConfig, load_experiment
 from k25_jax.data.pipeline import make_pipeline
+from k25_jax.models.decoder import Stats
 from k25_jax.models.k25 import abstract_params
-from k25_jax.optim.adamw import adamw
+from k25_jax.optim.muonclip import muonclip
 from k25_jax.train.pretrain import loss_fn
 from k25_jax.train.state import TrainState
 from k25_jax.train.step import make_step
+
+NOTHING_SEEN = Stats(jnp.zeros((0, 1)), jnp.ones((1, 1)))
 
 
 @dataclasses.dataclass
@@ -34,7 +37,7 @@ class Setup:
 
 def fresh(experiment: Experiment, params) -> TrainState:
     params = jax.tree.map(jnp.array, params)
-    opt_state = adamw(experiment.optim, experiment.train.steps).init(params)
+    opt_state = muonclip(experiment.optim, experiment.train.steps).init(params)
     return TrainState(jnp.zeros((), jnp.int32), params, opt_state, jax.random.key_data(jax.random.key(0)))
 
 
@@ -99,7 +102,7 @@ def test_a_weight_that_is_not_finite_makes_every_step_bad(setup):
 def test_a_gradient_that_is_not_finite_is_bad_though_the_loss_is():
     def loss(params, batch, experiment):
         value = jnp.sqrt(params["w"]).sum()
-        return value, ({"loss": value}, jnp.zeros((0, 1)))
+        return value, ({"loss": value}, NOTHING_SEEN)
 
     experiment = toy_experiment()
     params = {"w": jnp.array([[0.0, 4.0]])}
@@ -126,7 +129,7 @@ def test_the_sign_rule_raises_experts_below_the_mean_load_and_lowers_those_above
 
     def loss(params, batch, experiment):
         value = (params["w"] ** 2).sum()
-        return value, ({"loss": value}, load_YE)
+        return value, ({"loss": value}, Stats(load_YE, jnp.ones((1, 1))))
 
     experiment = toy_experiment()
     bias_YE = jnp.array([[0.5, 0.5, 0.5, 0.5], [0.0, 1.0, 2.0, 3.0]])
@@ -151,7 +154,7 @@ def test_four_steps_are_those_of_optax_adamw():
 
     def loss(params, batch, experiment):
         value = ((params["w"] - target) ** 2).sum() + (params["norm"] ** 2).sum()
-        return value, ({"loss": value}, jnp.zeros((0, 1)))
+        return value, ({"loss": value}, NOTHING_SEEN)
 
     experiment = toy_experiment()
     params = {"w": jnp.ones((2, 2)), "norm": jnp.ones(3)}
@@ -169,3 +172,23 @@ def test_four_steps_are_those_of_optax_adamw():
         assert metrics["grad_norm"] == pytest.approx(float(norm), rel=1e-6)
         for name in params:
             np.testing.assert_allclose(state.params[name], params[name], rtol=1e-6)
+
+
+def muonclip_metrics(setup, threshold: float, steps: int) -> list[dict]:
+    optim = dataclasses.replace(setup.experiment.optim, name="muonclip", muon_dtype="float32", peak_lr=2e-2)
+    experiment = dataclasses.replace(setup.experiment, optim=dataclasses.replace(optim, qk_clip=threshold))
+    step, state, rows = make_step(experiment, loss_fn), fresh(experiment, setup.params), []
+    for _ in range(steps):
+        state, metrics = step(state, setup.batches[0])
+        rows.append({name: value.item() for name, value in metrics.items()})
+    return rows
+
+
+def test_muonclip_lowers_the_loss_and_clips_only_heads_with_logits_too_large(setup):
+    free = muonclip_metrics(setup, 1e4, steps=4)
+    assert free[-1]["loss"] < free[0]["loss"] - 0.1
+    assert all(row["heads_clipped"] == 0 and row["bad"] == 0 for row in free)
+    largest = free[0]["max_logit"]
+    held = muonclip_metrics(setup, largest / 2, steps=2)
+    assert held[0]["max_logit"] == largest and held[0]["heads_clipped"] > 0
+    assert held[1]["max_logit"] < free[1]["max_logit"]
