@@ -262,6 +262,20 @@ class TrainConfig:
 
 
 @dataclass(frozen=True)
+class MeshConfig:
+    """Devices along each axis of the mesh (K2.5 §3.8); fsdp=-1 takes what the others leave."""
+
+    pipe: int = 1
+    fsdp: int = -1
+    expert: int = 1
+
+    def __post_init__(self):
+        _require_positive(self, "pipe expert".split())
+        if self.fsdp != -1 and self.fsdp < 1:
+            raise ConfigError(f"mesh.fsdp={self.fsdp} must be positive, or -1 for the devices that are left")
+
+
+@dataclass(frozen=True)
 class Experiment:
     """Everything that a run needs; saved with it as `config.json`."""
 
@@ -270,6 +284,7 @@ class Experiment:
     data: DataConfig = field(default_factory=DataConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
+    mesh: MeshConfig = field(default_factory=MeshConfig)
 
 
 # -------------------------------------------------------------------------------------------------------------- presets

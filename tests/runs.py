@@ -39,7 +39,7 @@ def on_eight_devices(script: str) -> str:
     """What `script` prints, run in a process of its own with eight forced CPU devices."""
     flags = {"XLA_FLAGS": "--xla_force_host_platform_device_count=8", "JAX_PLATFORMS": "cpu", "PYTHONPATH": str(ROOT)}
     command = [sys.executable, "-c", textwrap.dedent(script)]
-    done = subprocess.run(command, capture_output=True, text=True, env=os.environ | flags)
+    done = subprocess.run(command, capture_output=True, text=True, env=os.environ | flags, cwd=ROOT)
     assert done.returncode == 0, done.stderr[-3000:]
     return done.stdout
 

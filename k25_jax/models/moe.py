@@ -5,7 +5,7 @@ import jax
 import jax.numpy as jnp
 
 from k25_jax.config import MoEConfig, TextConfig
-from k25_jax.kernels.grouped_matmul import copy_rows, expert_swiglu, permute_rows
+from k25_jax.models.experts import routed
 from k25_jax.models.layers import SwiGLU, declare, swiglu, zeros
 
 
@@ -73,21 +73,10 @@ def moe(p, x_BLD, valid_BL, config: MoEConfig):
     weights_TK = jnp.where(valid_T[:, None], weights_TK, 0.0)
     experts_TK = jnp.where(valid_T[:, None], experts_TK, config.experts)
     load_E = jnp.bincount(experts_TK.reshape(-1), length=config.experts)  # padding's number falls outside
-    y_TD = routed(p["experts"], x_TD, weights_TK, experts_TK, load_E, config.grouped_matmul).reshape(x_BLD.shape)
+    y_TD = routed(p["experts"], x_TD, weights_TK, experts_TK, load_E, config).reshape(x_BLD.shape)
     if "shared" in p:
         y_TD = y_TD + swiglu(p["shared"], x_BLD)
     return y_TD, load_E
-
-
-def routed(p, x_TD, weights_TK, experts_TK, load_E, implementation: str):
-    """Sort token copies by expert, run the experts' SwiGLU, sort back and add up."""
-    order_N = jnp.argsort(experts_TK.reshape(-1), stable=True)
-    inverse_N = jnp.argsort(order_N)
-    rows_ND = copy_rows(experts_TK.shape[1], x_TD, order_N, inverse_N, load_E.sum())
-    out_ND = expert_swiglu(rows_ND, p["gate"], p["up"], p["down"], load_E, implementation)
-    out_TKD = permute_rows(out_ND, inverse_N, order_N).reshape(*experts_TK.shape, -1)
-    out_TKD = jnp.where((experts_TK < load_E.shape[0])[..., None], out_TKD, 0)  # padding's rows hold no defined value
-    return jnp.einsum("tkd,tk->td", out_TKD, weights_TK.astype(out_TKD.dtype))
 
 
 def balanced_bias(bias_YE, load_YE, rate: float):

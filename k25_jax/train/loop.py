@@ -1,6 +1,7 @@
 """The training loop, one screen: restore, step, log, checkpoint. A killed run started again goes on exactly."""
 
 import contextlib
+import dataclasses
 import importlib.metadata
 import json
 import logging
@@ -9,6 +10,7 @@ import subprocess
 import time
 
 import jax
+from jax.sharding import Mesh
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
@@ -21,8 +23,10 @@ from k25_jax.data.packing import batch_stats
 from k25_jax.data.pipeline import make_pipeline
 from k25_jax.models.k25 import abstract_params
 from k25_jax.report.metrics import MetricsWriter, read_metrics
+from k25_jax.sharding.mesh import make_mesh
+from k25_jax.sharding.rules import batch_shardings
 from k25_jax.train.pretrain import loss_fn
-from k25_jax.train.state import abstract_state, init_state
+from k25_jax.train.state import abstract_state, init_state, state_shardings
 from k25_jax.train.step import make_step
 
 log = logging.getLogger(__name__)
@@ -42,8 +46,10 @@ def train(experiment: Experiment, directory: str | pathlib.Path, on_step=None) -
         pipeline = stack.enter_context(contextlib.closing(make_pipeline(experiment.data, experiment.model)))
         save_run(experiment, directory)
         store = stack.enter_context(contextlib.closing(Store(directory / "checkpoints", config.keep)))
-        state, start, bad = restore_or_init(experiment, store, pipeline)
-        step_fn = make_step(experiment, loss_fn)
+        mesh = mesh_of(experiment)
+        stack.enter_context(jax.set_mesh(mesh))
+        state, start, bad = restore_or_init(experiment, store, pipeline, mesh)
+        step_fn = make_step(experiment, loss_fn, mesh)
         writer = stack.enter_context(MetricsWriter(directory))
         writer.truncate_after(start)
         bar = stack.enter_context(progress_bar())
@@ -52,7 +58,7 @@ def train(experiment: Experiment, directory: str | pathlib.Path, on_step=None) -
             began = time.perf_counter()
             batch = next(pipeline)
             waited = time.perf_counter() - began
-            state, on_device = step_fn(state, batch)
+            state, on_device = step_fn(state, jax.device_put(batch, batch_shardings(batch, mesh)))
             metrics = {k: v.item() for k, v in jax.device_get(on_device).items()} | batch_stats(batch)
             seconds = time.perf_counter() - began
             bad = bad + 1 if metrics["bad"] else 0
@@ -77,14 +83,27 @@ def train(experiment: Experiment, directory: str | pathlib.Path, on_step=None) -
     return (read_metrics(directory) or [{}])[-1]
 
 
-def restore_or_init(experiment: Experiment, store: Store, pipeline):
+def mesh_of(experiment: Experiment) -> Mesh:
+    """The mesh of this run over all devices; raises ConfigError where the devices or the batch do not divide."""
+    try:
+        mesh = make_mesh(**dataclasses.asdict(experiment.mesh))
+    except ValueError as error:
+        raise ConfigError(f"{error}; set mesh.pipe, mesh.fsdp and mesh.expert") from error
+    rows, devices = experiment.data.batch_size, mesh.shape["fsdp"] * mesh.shape["expert"]
+    if rows % devices:
+        raise ConfigError(f"data.batch_size={rows} must be a multiple of mesh.fsdp x mesh.expert = {devices}")
+    return mesh
+
+
+def restore_or_init(experiment: Experiment, store: Store, pipeline, mesh: Mesh):
     """(state, step, bad steps just before it) from the newest checkpoint, else from train.init_from, else fresh."""
     if store.steps():
-        state, data = store.restore(abstract_state(experiment))
+        state, data = store.restore(abstract_state(experiment, mesh))
         pipeline.set_state(data["pipeline"])
         return state, int(state.step), data["bad_in_a_row"]
-    state = init_state(experiment)
-    return state.replace(params=load_initial(experiment, state.params)), 0, 0
+    state = init_state(experiment, mesh)
+    params = jax.device_put(load_initial(experiment, state.params), state_shardings(experiment, mesh).params)
+    return state.replace(params=params), 0, 0
 
 
 def load_initial(experiment: Experiment, params: dict) -> dict:

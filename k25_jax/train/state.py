@@ -1,13 +1,17 @@
-"""The training state."""
+"""The training state, on one device or on a mesh."""
+
+import functools
 
 import flax.struct
 import jax
 import jax.numpy as jnp
 import optax
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from k25_jax.config import Experiment
-from k25_jax.models.k25 import init_params
-from k25_jax.optim.muonclip import muonclip
+from k25_jax.models.k25 import init_params, logical_axes
+from k25_jax.optim.muonclip import OptimState, muonclip
+from k25_jax.sharding.rules import shardings
 
 
 @flax.struct.dataclass
@@ -20,14 +24,32 @@ class TrainState:
     key: jax.Array  # uint32 key data of the run's random stream
 
 
-def init_state(experiment: Experiment) -> TrainState:
-    """A fresh state; its seed is train.seed."""
+def init_state(experiment: Experiment, mesh: Mesh | None = None) -> TrainState:
+    """A fresh state, initialised where it will live on `mesh` (else on one device); its seed is train.seed."""
+    init = functools.partial(_fresh, experiment)
+    return jax.jit(init, out_shardings=None if mesh is None else state_shardings(experiment, mesh))()
+
+
+def abstract_state(experiment: Experiment, mesh: Mesh | None = None) -> TrainState:
+    """The state as shapes, dtypes and, on a mesh, shardings, to restore into."""
+    state = jax.eval_shape(functools.partial(_fresh, experiment))
+    if mesh is None:
+        return state
+    place = lambda a, layout: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=layout)  # noqa: E731
+    return jax.tree.map(place, state, state_shardings(experiment, mesh))
+
+
+def state_shardings(experiment: Experiment, mesh: Mesh) -> TrainState:
+    """The layout of a state: the optimizer's means lie where their parameters lie, single numbers everywhere."""
+    everywhere = NamedSharding(mesh, PartitionSpec())
+    state = jax.eval_shape(functools.partial(_fresh, experiment))
+    params = shardings(logical_axes(experiment.model), state.params, mesh)
+    nu = jax.tree.map(lambda layout, a: layout if a.ndim else everywhere, params, state.opt_state.nu)
+    return TrainState(everywhere, params, OptimState(everywhere, params, nu), everywhere)
+
+
+def _fresh(experiment: Experiment) -> TrainState:
     params_key, run_key = jax.random.split(jax.random.key(experiment.train.seed))
-    params = jax.jit(lambda key: init_params(experiment.model, key))(params_key)
-    opt_state = jax.jit(muonclip(experiment.optim, experiment.train.steps).init)(params)
+    params = init_params(experiment.model, params_key)
+    opt_state = muonclip(experiment.optim, experiment.train.steps).init(params)
     return TrainState(jnp.zeros((), jnp.int32), params, opt_state, jax.random.key_data(run_key))
-
-
-def abstract_state(experiment: Experiment) -> TrainState:
-    """The state as shapes and dtypes, to restore into."""
-    return jax.eval_shape(lambda: init_state(experiment))

@@ -5,21 +5,25 @@ import functools
 import jax
 import jax.numpy as jnp
 import optax
+from jax.sharding import Mesh
 
 from k25_jax.config import Experiment
 from k25_jax.models.moe import balanced_bias
 from k25_jax.optim.muonclip import muonclip, qk_clip
-from k25_jax.train.state import TrainState
+from k25_jax.train.state import TrainState, state_shardings
 
 
-def make_step(experiment: Experiment, loss_fn):
+def make_step(experiment: Experiment, loss_fn, mesh: Mesh | None = None):
     """A jitted (state, batch) -> (state, metrics). The state is donated: use the returned one.
+
+    On a mesh the state stays laid out as `state_shardings` says; call the step under jax.set_mesh(mesh).
 
     A step whose loss or gradient is not finite changes nothing but the step number and reports `bad` = 1.
     """
-    optimizer = muonclip(experiment.optim, experiment.train.steps)
+    layout = None if mesh is None else state_shardings(experiment, mesh)
+    optimizer = muonclip(experiment.optim, experiment.train.steps, layout and layout.params)
 
-    @functools.partial(jax.jit, donate_argnums=0)
+    @functools.partial(jax.jit, donate_argnums=0, out_shardings=layout and (layout, None))
     def step(state: TrainState, batch):
         grad_fn = jax.value_and_grad(loss_fn, has_aux=True)
         (loss, (metrics, stats)), grads = grad_fn(state.params, batch, experiment)

@@ -11,7 +11,8 @@ import pytest
 from scipy.special import expit
 
 from k25_jax.config import ConfigError, MoEConfig
-from k25_jax.models.moe import balanced_bias, moe, route, routed
+from k25_jax.models.experts import routed
+from k25_jax.models.moe import balanced_bias, moe, route
 
 D = 13
 ROUTERS = [
@@ -138,7 +139,8 @@ def test_rows_that_a_kernel_leaves_undefined_reach_no_gradient(monkeypatch):
 
     def gradients(implementation):
         def total(p, x_TD, weights_TK):
-            return jnp.sin(routed(p, x_TD, weights_TK, experts_TK, load_E, implementation)).sum()
+            how = dataclasses.replace(config, grouped_matmul=implementation)
+            return jnp.sin(routed(p, x_TD, weights_TK, experts_TK, load_E, how)).sum()
 
         return jax.grad(total, (0, 1, 2))(p, x_TD, weights_TK)
 

@@ -1,0 +1,87 @@
+"""Muon's heaviest matrices over 128 v5p chips, compiled by the real TPU compiler without a TPU (row d of the bounds).
+
+The experts of four K2.5 layers, [4, 384, 7168, 2048], split over `expert` and `fsdp` as the rules table says. The
+figure is the FLOPs of a chip over 1/128 of those that five Newton-Schulz iterations need. Beside it stand the memory that
+the program needs above arguments and results, and the same of optax's Muon. Needs the `preflight` extra:
+pip install -e ".[preflight]". With --json one JSON line.
+"""
+
+import argparse
+import json
+import math
+import os
+import sys
+
+os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jax.experimental import topologies
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from optax.contrib import _muon
+
+from k25_jax.optim.newton_schulz import STEPS, sharded_newton_schulz
+from k25_jax.sharding.mesh import AXES
+
+SHAPE, TOPOLOGY, FSDP, EXPERT = (4, 384, 7168, 2048), "v5p:4x4x8", 8, 16
+BOUND, MEMORY_BOUND_GB = 1.05, 1.0
+
+
+def ideal_flops() -> float:
+    """Of one chip: its share of the matrices, with products over the shorter side."""
+    *stack, rows, columns = SHAPE
+    short, long = min(rows, columns), max(rows, columns)
+    return math.prod(stack) * STEPS * (4 * long * short**2 + 2 * short**3) / (FSDP * EXPERT)
+
+
+def compiled(function, layout):
+    argument = jax.ShapeDtypeStruct(SHAPE, jnp.float32, sharding=layout)
+    return jax.jit(function, out_shardings=layout).lower(argument).compile()
+
+
+def figures(program, calls: int) -> dict:
+    """FLOPs over ideal and temporary memory; the compiler counts the body of a loop once, so `calls` is its length."""
+    flops = program.cost_analysis()["flops"] * calls
+    return {"flops_over_ideal": flops / ideal_flops(), "temp_gb": program.memory_analysis().temp_size_in_bytes / 1e9}
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--json", action="store_true", help="one JSON line instead of text")
+    args = parser.parse_args()
+    try:
+        devices = topologies.get_topology_desc(platform="tpu", topology_name=TOPOLOGY).devices
+    except Exception as error:
+        sys.exit(f'no TPU compiler here ({type(error).__name__}: {error}); pip install -e ".[preflight]"')
+    mesh = Mesh(np.asarray(devices).reshape(1, FSDP, EXPERT), AXES)
+    layout = NamedSharding(mesh, PartitionSpec(None, "expert", "fsdp", None))
+    matrices = SHAPE[0] * SHAPE[1] // (FSDP * EXPERT)  # a chip's own, one after the other in a loop
+    ours = figures(compiled(lambda a: sharded_newton_schulz(a, layout), layout), calls=matrices)
+
+    def theirs(a):
+        axes = optax.contrib.MuonDimensionNumbers(-2, -1)
+        coefficients = jnp.asarray(_muon._DEFAULT_NS_COEFFS)
+        return _muon.orthogonalize_via_newton_schulz(a.astype(jnp.bfloat16), coefficients, dimension_numbers=axes)
+
+    peer = figures(compiled(lambda a: theirs(a).astype(jnp.float32), layout), calls=1)
+    ok = ours["flops_over_ideal"] <= BOUND and ours["temp_gb"] <= MEMORY_BOUND_GB
+    out = {"name": "newton_schulz", "figure": ours["flops_over_ideal"], "bound": BOUND, "ok": ok, **ours}
+    out |= {
+        "temp_bound_gb": MEMORY_BOUND_GB,
+        "optax": peer,
+        "ratio": peer["flops_over_ideal"] / ours["flops_over_ideal"],
+    }
+    if args.json:
+        print(json.dumps(out))
+        return
+    for name, row in (("ours", ours), ("optax", peer)):
+        print(
+            f"{name:6s} FLOPs {row['flops_over_ideal']:.3f} x ideal, {row['temp_gb']:.2f} GB beside arguments and results"
+        )
+    print(f"bounds: {BOUND} and {MEMORY_BOUND_GB} GB; optax takes {out['ratio']:.1f} times our FLOPs")
+
+
+if __name__ == "__main__":
+    main()
