@@ -15,11 +15,13 @@ def routed(p, x_TD, weights_TK, experts_TK, load_E, config: MoEConfig):
     """What the chosen experts make of each token, weighted and added up: [T,D].
 
     `experts_TK` is the number of experts where nothing is chosen, as in padding. In a mesh with more than one device
-    along fsdp and expert (jax.set_mesh) the tokens, the experts and their matrices are shared out over them.
+    along fsdp and expert (jax.set_mesh) the tokens, the experts and their matrices are shared out over them, unless
+    one of the three does not divide: then the compiler lays out the form for one device.
     """
     mesh = jax.sharding.get_abstract_mesh()
     devices = 1 if mesh.empty else mesh.shape["fsdp"] * mesh.shape["expert"]
-    if devices == 1 or x_TD.shape[0] % devices or config.experts % mesh.shape["expert"]:
+    tokens, width = x_TD.shape
+    if devices == 1 or tokens % devices or config.experts % mesh.shape["expert"] or width % mesh.shape["fsdp"]:
         return _local(p, x_TD, weights_TK, experts_TK, load_E, config.grouped_matmul)
     return _parallel(p, x_TD, weights_TK, experts_TK, config)
 

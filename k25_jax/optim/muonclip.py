@@ -19,8 +19,8 @@ from k25_jax.optim.schedules import warmup_stable_decay
 
 RMS = 0.2  # of an update's entries, before the learning rate: as AdamW's, so that the two share one rate
 
-# Which weights are matrices for Muon, as stacks "... rows columns", by the last key of their path; the default holds for
-# those that have no more than two axes behind the stacked ones. Heads belong to the matrix, as in the public checkpoint.
+# Which weights are matrices for Muon, by the last key of their path, and how each becomes a stack "... rows columns". All
+# heads of a layer make one matrix, as in the public checkpoint; query, key and value of the vision encoder make three.
 MATRIX = dict.fromkeys("q_a kv_a gate up down fc0 fc1".split(), "... r c -> ... r c") | {
     "q": "y r h k -> y r (h k)",
     "q_b": "y r h k -> y r (h k)",
@@ -102,7 +102,7 @@ def _muon_direction(m, g, taken, form: str, sharding: NamedSharding | None, conf
     stack = rearrange(ahead, form)
     rows, columns = stack.shape[-2:]
     dtype = jnp.dtype(config.muon_dtype)
-    if sharding is None:
+    if sharding is None or sharding.mesh.size == 1:
         orthogonal = newton_schulz(stack, dtype)
     else:
         orthogonal = sharded_newton_schulz(stack, stacked_sharding(sharding, form), dtype)

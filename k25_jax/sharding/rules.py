@@ -54,22 +54,10 @@ def shardings(axes_tree, shapes_tree, mesh: Mesh):
 
 
 def batch_shardings(batch, mesh: Mesh):
-    """NamedShardings of a `Batch`: rows over the devices that train the backbone, packs of patches on all of them."""
+    """NamedShardings of a `Batch`: rows over the devices that train the backbone, every pack of patches on each device."""
     rows = jax.tree.map(lambda a: NamedSharding(mesh, spec(PartitionSpec("batch"), a.shape, mesh)), batch)
     packs = jax.tree.map(lambda a: NamedSharding(mesh, PartitionSpec()), batch.vision)
     return rows.replace(vision=packs)
-
-
-def table(shapes_tree, shardings_tree) -> list[dict]:
-    """A row for each tensor, the largest first: name, shape, the axes that split it, bytes on each device."""
-    rows = []
-    leaves = jax.tree_util.tree_leaves_with_path(shapes_tree)
-    for (path, a), sharding in zip(leaves, jax.tree.leaves(shardings_tree), strict=True):
-        name = jax.tree_util.keystr(path, simple=True, separator=".")
-        split = [entry if isinstance(entry, str) else ",".join(entry or ()) for entry in sharding.spec]
-        local = _product(sharding.shard_shape(a.shape)) * a.dtype.itemsize
-        rows.append({"name": name, "shape": list(a.shape), "split": split, "bytes_per_device": local})
-    return sorted(rows, key=lambda row: -row["bytes_per_device"])
 
 
 def _product(numbers) -> int:

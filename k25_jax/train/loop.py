@@ -92,6 +92,9 @@ def mesh_of(experiment: Experiment) -> Mesh:
     rows, devices = experiment.data.batch_size, mesh.shape["fsdp"] * mesh.shape["expert"]
     if rows % devices:
         raise ConfigError(f"data.batch_size={rows} must be a multiple of mesh.fsdp x mesh.expert = {devices}")
+    experts, shares = experiment.model.text.moe.experts, mesh.shape["expert"]
+    if experts % shares:
+        raise ConfigError(f"moe.experts={experts} must be a multiple of mesh.expert={shares}")
     return mesh
 
 
