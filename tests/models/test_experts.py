@@ -80,8 +80,8 @@ whole = run("whole", (1, 8, 1), 4)
 moved = run("moved", (2, 2, 2), 2) + run("moved", (1, 2, 4), 4)
 assert len(whole) == 4 and whole[3] < whole[0]
 np.testing.assert_allclose(moved, whole, rtol=1e-5)
-bad = {(1, 3, 1): "there are 8; set mesh.pipe", (1, 1, 8): "moe.experts=4 must be a multiple of mesh.expert=8"}
-for mesh, words in bad.items():
+bad = ((1, 3, 1), "there are 8; set mesh.pipe"), ((1, 1, 8), "moe.experts=4 must be a multiple of mesh.expert=8")
+for mesh, words in bad:
     try:
         run("bad", mesh, 1)
     except ConfigError as error:
