@@ -37,9 +37,10 @@ def get_config(arg=""):
 
 def on_eight_devices(script: str) -> str:
     """What `script` prints, run in a process of its own with eight forced CPU devices."""
-    flags = {"XLA_FLAGS": "--xla_force_host_platform_device_count=8", "JAX_PLATFORMS": "cpu", "PYTHONPATH": str(ROOT)}
+    variables = environment()
+    variables["XLA_FLAGS"] += " --xla_force_host_platform_device_count=8"
     command = [sys.executable, "-c", textwrap.dedent(script)]
-    done = subprocess.run(command, capture_output=True, text=True, env=os.environ | flags, cwd=ROOT)
+    done = subprocess.run(command, capture_output=True, text=True, env=variables, cwd=ROOT)
     assert done.returncode == 0, done.stderr[-3000:]
     return done.stdout
 

@@ -1,5 +1,8 @@
 """Routed experts on one device, and over a mesh by expert parallelism (K2.5 §3.1, §3.8)."""
 
+import functools
+import math
+
 import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec
@@ -8,6 +11,7 @@ from k25_jax.config import MoEConfig
 from k25_jax.kernels.grouped_matmul import copy_rows, expert_swiglu, permute_rows
 
 BOTH = ("fsdp", "expert")  # the axes of the mesh that share out the tokens
+ROOM = 1.25  # rows in a chunk, over those that a device gets when all get alike
 SPLIT = (("gate", 1), ("up", 1), ("down", 2))  # the axis of each matrix that fsdp splits: the width of the model
 
 
@@ -41,8 +45,10 @@ def _parallel(p, x_TD, weights_TK, experts_TK, config: MoEConfig):
     """Expert parallelism, dropless, by all-gather and reduce-scatter.
 
     Every device sees the tokens of its row of the `expert` axis, computes what its own experts make of them, and the
-    contributions to a token are added up where it lives. Matrices are split over fsdp too and gathered for use; in the
-    backward pass the same exchanges run the other way round and add up the gradients.
+    contributions to a token are added up where it lives. A device takes its token copies in chunks, usually one. Were
+    all tokens to choose the same experts there would be many, but memory is held for a single one. Matrices are split
+    over fsdp too and gathered for use; in the backward pass the same exchanges run the other way round and add up the
+    gradients.
     """
 
     def body(p, x_TD, weights_TK, experts_TK):
@@ -54,7 +60,10 @@ def _parallel(p, x_TD, weights_TK, experts_TK, config: MoEConfig):
         number_TK = experts_TK - jax.lax.axis_index("expert") * own
         number_TK = jnp.where((number_TK >= 0) & (number_TK < own), number_TK, own)  # another device's: like padding
         load_E = jnp.bincount(number_TK.reshape(-1), length=own)
-        y_TD = _local(p, x_TD, weights_TK, number_TK, load_E, config.grouped_matmul)
+        if own == config.experts:
+            return _local(p, x_TD, weights_TK, number_TK, load_E, config.grouped_matmul)
+        rows = min(number_TK.size, 128 * math.ceil(ROOM * number_TK.size * own / config.experts / 128))
+        y_TD = _in_chunks(rows, config.grouped_matmul, p, x_TD, weights_TK, number_TK, load_E)
         return jax.lax.psum_scatter(y_TD, "expert", scatter_dimension=0, tiled=True)
 
     tokens = PartitionSpec(BOTH, None)
@@ -63,3 +72,64 @@ def _parallel(p, x_TD, weights_TK, experts_TK, config: MoEConfig):
     return jax.shard_map(
         body, in_specs=(matrices, tokens, tokens, tokens), out_specs=tokens, axis_names=set(BOTH), check_vma=False
     )(weights, x_TD, weights_TK, experts_TK)
+
+
+# ------------------------------------------------------------------------------------------------------------ in chunks
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def _in_chunks(rows: int, implementation: str, p, x_TD, weights_TK, number_TK, load_E):
+    """`_local` in chunks of `rows` token copies, sorted by expert; as many chunks as there are copies for these experts.
+
+    No array of all copies is made. The backward pass computes each chunk again.
+    """
+    chunk = _chunks(rows, implementation, number_TK, load_E)
+
+    def add(i, y_TD):
+        function, token_N, slot_N = chunk(i)
+        return y_TD.at[token_N].add(function(p, x_TD[token_N], weights_TK.reshape(-1)[slot_N]))
+
+    return jax.lax.fori_loop(0, -(-load_E.sum() // rows), add, jnp.zeros_like(x_TD))
+
+
+def _chunks_forward(rows, implementation, *arguments):
+    return _in_chunks(rows, implementation, *arguments), arguments
+
+
+def _chunks_backward(rows, implementation, arguments, dy_TD):
+    p, x_TD, weights_TK, number_TK, load_E = arguments
+    chunk = _chunks(rows, implementation, number_TK, load_E)
+
+    def add(i, carry):
+        dp, dx_TD, dweights_N = carry
+        function, token_N, slot_N = chunk(i)
+        _, pull = jax.vjp(function, p, x_TD[token_N], weights_TK.reshape(-1)[slot_N])
+        dp_here, dx_ND, dw_N = pull(dy_TD[token_N])
+        dp = jax.tree.map(jnp.add, dp, dp_here)
+        return dp, dx_TD.at[token_N].add(dx_ND), dweights_N.at[slot_N].add(dw_N)
+
+    init = jax.tree.map(jnp.zeros_like, (p, x_TD, weights_TK.reshape(-1)))
+    dp, dx_TD, dweights_N = jax.lax.fori_loop(0, -(-load_E.sum() // rows), add, init)
+    return dp, dx_TD, dweights_N.reshape(weights_TK.shape), None, None
+
+
+_in_chunks.defvjp(_chunks_forward, _chunks_backward)
+
+
+def _chunks(rows: int, implementation: str, number_TK, load_E):
+    """chunk(i) -> (a function of weights, tokens and router weights to weighted results; token, copy of each row)."""
+    order_N = jnp.argsort(number_TK.reshape(-1), stable=True)
+    order_N = jnp.pad(order_N, (0, -len(order_N) % rows))
+    ends_E = jnp.cumsum(load_E)
+
+    def chunk(i):
+        slot_N = jax.lax.dynamic_slice_in_dim(order_N, i * rows, rows)
+        used_N1 = (i * rows + jnp.arange(rows) < ends_E[-1])[:, None]
+        sizes_E = jnp.diff(jnp.clip(ends_E - i * rows, 0, rows), prepend=0)
+
+        def function(p, x_ND, w_N):
+            x_ND = jnp.where(used_N1, x_ND, 0)  # the gradient of a row that is not used may be anything
+            y_ND = expert_swiglu(x_ND, p["gate"], p["up"], p["down"], sizes_E, implementation)
+            return jnp.where(used_N1, y_ND, 0) * w_N[:, None].astype(y_ND.dtype)
+
+        return function, slot_N // number_TK.shape[1], slot_N
+
+    return chunk

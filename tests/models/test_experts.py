@@ -1,6 +1,34 @@
 """Expert parallelism on eight devices against one, in a process of its own: gradients, steps, and a run that moves."""
 
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
 import runs
+from k25_jax.models.experts import _in_chunks, _local
+
+
+@pytest.mark.parametrize("favourite", [False, True])
+def test_chunks_equal_one_piece_however_many_there_are(favourite):
+    """Three of five experts are a device's own; with a favourite all tokens go there, and five chunks are needed."""
+    keys = jax.random.split(jax.random.key(0), 6)
+    p = {name: jax.random.normal(key, (3, 6, 6)) for name, key in zip(("gate", "up", "down"), keys, strict=False)}
+    x_TD, weights_TK = jax.random.normal(keys[3], (20, 6)), jax.random.uniform(keys[4], (20, 2))
+    number_TK = jnp.argsort(jax.random.uniform(keys[5], (20, 5)), axis=1)[:, :2]
+    if favourite:
+        number_TK = jnp.stack([jnp.full(20, 1), jnp.arange(20) % 2 * 2], axis=1)
+    number_TK = jnp.minimum(number_TK, 3)
+    load_E = jnp.bincount(number_TK.reshape(-1), length=3)
+
+    def run(layer):
+        loss = lambda *a: jnp.sin(layer(*a, number_TK, load_E)).sum()  # noqa: E731
+        return jax.value_and_grad(loss, argnums=(0, 1, 2))(p, x_TD, weights_TK)
+
+    want = run(lambda *a: _local(*a, "blocked"))
+    got = run(lambda *a: _in_chunks(8, "blocked", *a))
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5), got, want)
+
 
 GRADIENTS = """
 import contextlib, dataclasses
@@ -15,7 +43,8 @@ from k25_jax.train.step import make_step
 from k25_jax.vision.patchpack import Clip
 
 model, rng = preset("tiny"), np.random.default_rng(0)
-model = dataclasses.replace(model, text=dataclasses.replace(model.text, layers=2))
+text, vision = dataclasses.replace(model.text, layers=2), dataclasses.replace(model.vision, layers=1)
+model = dataclasses.replace(model, text=text, vision=vision)
 data = DataConfig(batch_size=8, seq_len=48, packs=2, pack_patches=64)
 examples = []
 for length in (48, 40, 48, 20, 20, 48, 30, 48, 33):

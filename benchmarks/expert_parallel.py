@@ -1,0 +1,108 @@
+"""The dropless expert-parallel layer on 8 CPU devices beside the dense one-hot form (row c of the bounds).
+
+384 experts, top 8, as in K2.5, narrow enough for a CPU, forward and backward. The dense form passes every token through every expert and keeps
+what the router chose; it is shared out over the same 8 devices. The figure is its time over ours, the median of rounds
+in which both run one after the other; both give the same result and the same gradients. With --json one JSON line.
+"""
+
+import argparse
+import json
+import os
+import statistics
+import time
+
+os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
+os.environ["JAX_PLATFORMS"] = "cpu"
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import NamedSharding, PartitionSpec
+
+from k25_jax.config import MoEConfig
+from k25_jax.models.experts import BOTH, routed
+from k25_jax.sharding.mesh import make_mesh
+
+BOUND, ERROR_BOUND = 10.0, 1e-5
+
+
+def dense(p, x_TD, weights_TK, experts_TK):
+    """Every token through every expert in three plain products, kept by the one-hot of the choice; the definition."""
+    combine_TE = jnp.einsum("tk,tke->te", weights_TK, jax.nn.one_hot(experts_TK, p["gate"].shape[0]))
+    hidden_TEF = jax.nn.silu(jnp.einsum("td,edf->tef", x_TD, p["gate"])) * jnp.einsum("td,edf->tef", x_TD, p["up"])
+    return jnp.einsum("tef,efd->td", hidden_TEF * combine_TE[:, :, None], p["down"])
+
+
+def problem(tokens: int, width: int, ffn: int, mesh):
+    """(config, weights, tokens, router weights, chosen experts), laid out over `mesh`; loads are uneven by nature."""
+    config = MoEConfig(ffn_dim=ffn)
+    keys = jax.random.split(jax.random.key(0), 6)
+    shapes = {"gate": (width, ffn), "up": (width, ffn), "down": (ffn, width)}
+    place = lambda a, *axes: jax.device_put(a, NamedSharding(mesh, PartitionSpec(*axes)))  # noqa: E731
+    p = {
+        name: place(jax.random.normal(key, (config.experts, *shape)) * shape[0] ** -0.5, "expert")
+        for key, (name, shape) in zip(keys, shapes.items(), strict=False)
+    }
+    scores_TE = jax.random.normal(keys[3], (tokens, config.experts)) + 0.5 * jax.random.normal(
+        keys[4], (config.experts,)
+    )
+    weights_TK, experts_TK = jax.lax.top_k(jax.nn.sigmoid(scores_TE), config.top_k)
+    x_TD = jax.random.normal(keys[5], (tokens, width))
+    return config, p, place(x_TD, BOTH), place(weights_TK, BOTH), place(experts_TK, BOTH)
+
+
+def gradients(layer):
+    """(result, gradients of weights, tokens and router weights) of a layer, compiled."""
+
+    def loss(p, x_TD, weights_TK, experts_TK):
+        y_TD = layer(p, x_TD, weights_TK, experts_TK)
+        return (y_TD * jnp.sin(jnp.arange(y_TD.shape[1]))).mean(), y_TD
+
+    return jax.jit(jax.value_and_grad(loss, argnums=(0, 1, 2), has_aux=True))
+
+
+def seconds(function, arguments) -> float:
+    began = time.perf_counter()
+    jax.block_until_ready(function(*arguments))
+    return time.perf_counter() - began
+
+
+def error(ours, theirs) -> float:
+    """The largest difference of an array over its largest value, over result and gradients."""
+    pairs = zip(jax.tree.leaves(ours), jax.tree.leaves(theirs), strict=True)
+    return max(float(np.abs(np.asarray(a) - np.asarray(b)).max() / np.abs(np.asarray(b)).max()) for a, b in pairs)
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--json", action="store_true", help="one JSON line instead of text")
+    for name, default in (("tokens", 4096), ("width", 256), ("ffn", 128), ("rounds", 5)):
+        parser.add_argument(f"--{name}", type=int, default=default)
+    args = parser.parse_args()
+    mesh = make_mesh(expert=8)
+    with jax.set_mesh(mesh):
+        config, *arguments = problem(args.tokens, args.width, args.ffn, mesh)
+        load_E = jnp.bincount(arguments[3].reshape(-1), length=config.experts)
+        ours, theirs = gradients(lambda *a: routed(*a, load_E, config)), gradients(dense)
+        difference = error(ours(*arguments), theirs(*arguments))
+        rounds = [(seconds(theirs, arguments), seconds(ours, arguments)) for _ in range(args.rounds)]
+    ratios = [dense_time / our_time for dense_time, our_time in rounds]
+    figure = statistics.median(ratios)
+    ok = figure >= BOUND and difference <= ERROR_BOUND
+    out = {"name": "expert_parallel", "figure": figure, "bound": BOUND, "ok": ok, "error": difference}
+    out |= {"error_bound": ERROR_BOUND, "range": [min(ratios), max(ratios)], "rounds": args.rounds}
+    out |= {"seconds": statistics.median(ours for _, ours in rounds)}
+    out |= {"dense_seconds": statistics.median(dense_time for dense_time, _ in rounds)}
+    if args.json:
+        print(json.dumps(out))
+        return
+    print(
+        f"{args.tokens} tokens, {config.experts} experts {args.width} -> {args.ffn}, top {config.top_k}, 8 CPU devices"
+    )
+    print(f"dense one-hot {out['dense_seconds']:.3f} s, ours {out['seconds']:.3f} s, forward and backward")
+    print(f"ratio {figure:.1f} [{min(ratios):.1f}, {max(ratios):.1f}], bound {BOUND}")
+    print(f"largest relative difference {difference:.1e}, bound {ERROR_BOUND}")
+
+
+if __name__ == "__main__":
+    main()
