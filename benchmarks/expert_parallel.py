@@ -1,8 +1,9 @@
 """The dropless expert-parallel layer on 8 CPU devices beside the dense one-hot form (row c of the bounds).
 
-384 experts, top 8, as in K2.5, narrow enough for a CPU, forward and backward. The dense form passes every token through every expert and keeps
-what the router chose; it is shared out over the same 8 devices. The figure is its time over ours, the median of rounds
-in which both run one after the other; both give the same result and the same gradients. With --json one JSON line.
+384 experts, top 8, as in K2.5, narrow enough for a CPU, forward and backward. The dense form passes every token through
+every expert and keeps what the router chose; it is shared out over the same 8 devices. The figure is its time over ours,
+the median of rounds in which both run one after the other; both give the same result and the same gradients. With --json
+one JSON line.
 """
 
 import argparse

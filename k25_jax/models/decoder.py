@@ -94,10 +94,14 @@ def decode(params, x_BLD, segments_BL, positions_BL, config: TextConfig, remat: 
     return rms_norm(x_BLD, params["final_norm"], config.norm_eps), Stats(load_YE, jnp.concatenate(max_logits))
 
 
+def head(params):
+    """The matrix from the last hidden state to the vocabulary, [D, V]; the embedding when they are tied."""
+    return params["head"] if "head" in params else params["embed"].T
+
+
 def logits(params, x_BLD):
-    """Scores of the vocabulary in float32; the head is the embedding when they are tied."""
-    head_DV = params["head"] if "head" in params else params["embed"].T
-    return (x_BLD @ head_DV).astype(jnp.float32)
+    """Scores of the vocabulary in float32."""
+    return (x_BLD @ head(params)).astype(jnp.float32)
 
 
 # ------------------------------------------------------------------------------------------------ with a cache

@@ -4,7 +4,7 @@ import jax.numpy as jnp
 
 from k25_jax.config import Experiment
 from k25_jax.losses.lm import cross_entropy
-from k25_jax.models.decoder import logits
+from k25_jax.models.decoder import head
 from k25_jax.models.k25 import hidden_states
 
 
@@ -12,7 +12,6 @@ def loss_fn(params, batch, experiment: Experiment):
     """(loss, (metrics, what the forward pass observed))."""
     dtype = jnp.dtype(experiment.train.compute_dtype)
     x_BLD, stats = hidden_states(params, batch, experiment.model, experiment.train.remat, dtype)
-    head = {name: params[name] for name in ("head", "embed") if name in params}
-    scores_BLV = logits({k: v.astype(dtype) for k, v in head.items()}, x_BLD)
-    loss, metrics = cross_entropy(scores_BLV, batch.targets_BL, batch.loss_weights_BL)
+    head_DV = head(params).astype(dtype)
+    loss, metrics = cross_entropy(x_BLD, head_DV, batch.targets_BL, batch.loss_weights_BL)
     return loss, (metrics, stats)
