@@ -249,12 +249,14 @@ class TrainConfig:
     keep: int = 3
     max_bad_steps: int = 5  # NaN/inf steps in a row before the run stops
     remat: str = "none"  # none | full | dots
+    vision: str = "dep"  # on a mesh, who encodes which packs: dep | stage0 | plain (parallel/dep.py)
     compute_dtype: str = "float32"
     init_from: str = ""  # a run or a public checkpoint to start from
     init_vision_from: str = ""  # SigLIP-SO-400M weights for the vision encoder
 
     def __post_init__(self):
         _one_of(self, "remat", ("none", "full", "dots"))
+        _one_of(self, "vision", ("dep", "stage0", "plain"))
         _one_of(self, "compute_dtype", ("float32", "bfloat16"))
         _require_positive(self, "steps log_every checkpoint_every keep max_bad_steps".split())
         if not 0 <= self.seed < 2**32:

@@ -1,9 +1,11 @@
 """Examples to packed batches: several documents in each row, their clips in vision packs (K2.5 §3.2, §3.3).
 
-Rows and packs are both filled first-fit, in order of arrival. Documents in a row do not see each other: segments differ
-and positions restart. A media_pad token stands where one vision token goes; it is never a target.
+Rows are filled first-fit, in order of arrival; packs so that all have about the same to compute. Documents in a row do
+not see each other: segments differ and positions restart. A media_pad token stands where one vision token goes; it is
+never a target. A batch without a clip has no packs, so that its vision costs nothing.
 """
 
+import functools
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
@@ -11,7 +13,7 @@ import flax.struct
 import numpy as np
 
 from k25_jax.config import DataConfig, K25Config
-from k25_jax.vision.patchpack import Clip, PackPlan, VisionPack, pack_clips, waste
+from k25_jax.vision.patchpack import Clip, PackPlan, VisionPack, balance, pack_clips, waste
 
 
 class PackingError(ValueError):
@@ -42,6 +44,7 @@ class Batch:
     positions_BL: np.ndarray  # int32, from 0 in each document
     media_BL: np.ndarray  # int32, index into the vision features flattened to [P * M]; -1 elsewhere
     vision: VisionPack
+    send_XZU: np.ndarray | None = None  # on a mesh, which features go to which device: see parallel/dep.py
 
 
 def expand_media(tokens: Sequence[int], counts: Sequence[int], media_pad_id: int) -> np.ndarray:
@@ -120,7 +123,9 @@ class BatchBuilder:
         """The batch of what was added."""
         clips = [clip for example, _, _ in self._placed for clip in example.clips]
         vision = self._model.vision
-        pack, starts = pack_clips(clips, self._data.packs, self._data.pack_patches, vision.merge, vision.patch_dim)
+        place = functools.partial(balance, config=vision)
+        packs = self._data.packs if clips else 0
+        pack, starts = pack_clips(clips, packs, self._data.pack_patches, vision.merge, vision.patch_dim, place)
         batch = self._blank(pack)
         documents, first_clip = [0] * self._data.batch_size, 0
         for example, row, column in self._placed:

@@ -8,6 +8,7 @@ from k25_jax.config import K25Config
 from k25_jax.data.packing import Batch
 from k25_jax.models import decoder
 from k25_jax.models.decoder import Decoder
+from k25_jax.models.layers import rematerialised
 from k25_jax.models.moonvit3d import MoonViT3D, encode
 from k25_jax.models.projector import Projector, project
 from k25_jax.vision.patchpack import VisionPack
@@ -46,10 +47,17 @@ def logical_axes(config: K25Config):
 
 
 def vision_features(params, packs: VisionPack, config: K25Config, remat: str = "none", dtype=jnp.float32):
-    """Encoder and projector: one row per token of every pack, [P * M, D]."""
-    pooled = encode(params["vision"], packs, config.vision, remat, dtype)
-    features = project(params["projector"], pooled, config)
-    return features.reshape(-1, features.shape[-1])
+    """Encoder and projector, one pack after the other: one row per token of every pack, [P * M, D].
+
+    `remat` is that of each pack as a whole. Under "full" the backward pass is left nothing beyond the arguments.
+    """
+
+    def one_pack(pack):
+        weights = cast({"vision": params["vision"], "projector": params["projector"]}, dtype)
+        return project(weights["projector"], encode(weights["vision"], pack, config.vision, dtype), config)
+
+    features_PMD = jax.lax.map(rematerialised(one_pack, remat), packs)
+    return features_PMD.reshape(-1, features_PMD.shape[-1])
 
 
 def embed(params, tokens, config: K25Config):
@@ -59,19 +67,29 @@ def embed(params, tokens, config: K25Config):
 
 def splice(params, tokens_BL, media_BL, features_MD, config: K25Config):
     """Token embeddings, with vision feature media_BL[b, l] in its place where that is not -1."""
+    vision_BLD = None if features_MD is None else features_MD[jnp.maximum(media_BL, 0)]
+    return overlay(params, tokens_BL, media_BL, vision_BLD, config)
+
+
+def overlay(params, tokens_BL, media_BL, vision_BLD, config: K25Config):
+    """Token embeddings, with vision_BLD in their place where media_BL is not -1."""
     embedded = embed(params, tokens_BL, config)
-    if features_MD is None:
+    if vision_BLD is None:
         return embedded
-    return jnp.where(media_BL[..., None] >= 0, features_MD[jnp.maximum(media_BL, 0)].astype(embedded.dtype), embedded)
+    return jnp.where(media_BL[..., None] >= 0, vision_BLD.astype(embedded.dtype), embedded)
 
 
-def hidden_states(params, batch: Batch, config: K25Config, remat: str = "none", dtype=jnp.float32):
-    """The model up to its last norm: (x_BLD, Stats). `params` are used in `dtype`."""
+def hidden_states(params, batch: Batch, config: K25Config, remat: str = "none", dtype=jnp.float32, vision_BLD=None):
+    """The model up to its last norm: (x_BLD, Stats). `params` are used in `dtype`.
+
+    `vision_BLD` has the feature of every token that has one (parallel/dep.py); without it they are computed here.
+    """
     params = cast(params, dtype)
-    features_MD = None
-    if batch.vision.patches_PNC.shape[0]:
+    if vision_BLD is None and batch.vision.patches_PNC.shape[0]:
         features_MD = vision_features(params, batch.vision, config, remat, dtype)
-    x_BLD = splice(params, batch.tokens_BL, batch.media_BL, features_MD, config)
+        x_BLD = splice(params, batch.tokens_BL, batch.media_BL, features_MD, config)
+    else:
+        x_BLD = overlay(params, batch.tokens_BL, batch.media_BL, vision_BLD, config)
     return decoder.decode(params, x_BLD, batch.segments_BL, batch.positions_BL, config.text, remat)
 
 

@@ -6,7 +6,7 @@ import jax.numpy as jnp
 
 from k25_jax.config import VisionConfig
 from k25_jax.kernels.attention import attention
-from k25_jax.models.layers import LayerNorm, declare, fan_in, layer_norm, rematerialised, zeros
+from k25_jax.models.layers import LayerNorm, declare, fan_in, layer_norm, zeros
 from k25_jax.models.rope import axial_tables, rotate
 from k25_jax.vision.patchpack import VisionPack
 
@@ -134,12 +134,8 @@ def pool(x_NW, slots_N, weights_N, config: VisionConfig):
     return pooled.reshape(patches // config.group, config.group, -1)
 
 
-def encode(p, packs: VisionPack, config: VisionConfig, remat: str = "none", dtype=jnp.float32):
-    """All packs, one after the other: pooled patches [P, M, 4, W]. `remat` is that of each pack as a whole."""
-
-    def one_pack(pack):
-        patches_NC = normalise(pack.patches_PNC).astype(dtype)
-        x_NW = vision_hidden(p, patches_NC, pack.segments_PN, pack.coords_PN5, config)
-        return pool(x_NW, pack.slots_PN, pack.weights_PN, config)
-
-    return jax.lax.map(rematerialised(one_pack, remat), packs)
+def encode(p, pack: VisionPack, config: VisionConfig, dtype=jnp.float32):
+    """Pooled patches of one pack, its arrays without their axis P: [M, 4, W]."""
+    patches_NC = normalise(pack.patches_PNC).astype(dtype)
+    x_NW = vision_hidden(p, patches_NC, pack.segments_PN, pack.coords_PN5, config)
+    return pool(x_NW, pack.slots_PN, pack.weights_PN, config)

@@ -23,7 +23,7 @@ RULES: dict[str | None, str | tuple[str, ...] | None] = {
     "vision_heads": None,
     "vision_mlp": None,
     # activations
-    "batch": ("fsdp", "expert"),
+    "batch": ("fsdp", "expert", "pipe"),  # pipe innermost: the rows of a (fsdp, expert) share are its microbatches
     "packs": ("pipe", "fsdp", "expert"),
 }
 
@@ -54,7 +54,7 @@ def shardings(axes_tree, shapes_tree, mesh: Mesh):
 
 
 def batch_shardings(batch, mesh: Mesh):
-    """NamedShardings of a `Batch`: rows over the devices that train the backbone, every pack of patches on each device."""
+    """NamedShardings of a `Batch`: rows over all devices, every pack of patches on each device."""
     rows = jax.tree.map(lambda a: NamedSharding(mesh, spec(PartitionSpec("batch"), a.shape, mesh)), batch)
     packs = jax.tree.map(lambda a: NamedSharding(mesh, PartitionSpec()), batch.vision)
     return rows.replace(vision=packs)

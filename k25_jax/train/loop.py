@@ -22,9 +22,9 @@ from k25_jax.config import ConfigError, Experiment, to_dict
 from k25_jax.data.packing import batch_stats
 from k25_jax.data.pipeline import make_pipeline
 from k25_jax.models.k25 import abstract_params
+from k25_jax.parallel import dep
 from k25_jax.report.metrics import MetricsWriter, read_metrics
 from k25_jax.sharding.mesh import make_mesh
-from k25_jax.sharding.rules import batch_shardings
 from k25_jax.train.pretrain import loss_fn
 from k25_jax.train.state import abstract_state, init_state, state_shardings
 from k25_jax.train.step import make_step
@@ -58,8 +58,9 @@ def train(experiment: Experiment, directory: str | pathlib.Path, on_step=None) -
             began = time.perf_counter()
             batch = next(pipeline)
             waited = time.perf_counter() - began
-            state, on_device = step_fn(state, jax.device_put(batch, batch_shardings(batch, mesh)))
+            state, on_device = step_fn(state, dep.place(batch, mesh, experiment.model.vision, config.vision))
             metrics = {k: v.item() for k, v in jax.device_get(on_device).items()} | batch_stats(batch)
+            metrics |= dep.balance_metrics(batch, mesh, experiment.model.vision, config.vision)
             seconds = time.perf_counter() - began
             bad = bad + 1 if metrics["bad"] else 0
             metrics |= {"bad_in_a_row": bad, "tokens_per_second": metrics["tokens"] / seconds}
@@ -89,9 +90,14 @@ def mesh_of(experiment: Experiment) -> Mesh:
         mesh = make_mesh(**dataclasses.asdict(experiment.mesh))
     except ValueError as error:
         raise ConfigError(f"{error}; set mesh.pipe, mesh.fsdp and mesh.expert") from error
-    rows, devices = experiment.data.batch_size, mesh.shape["fsdp"] * mesh.shape["expert"]
-    if rows % devices:
-        raise ConfigError(f"data.batch_size={rows} must be a multiple of mesh.fsdp x mesh.expert = {devices}")
+    rows, packs, vision = experiment.data.batch_size, experiment.data.packs, experiment.train.vision
+    if rows % mesh.size:
+        raise ConfigError(f"data.batch_size={rows} must be a multiple of the {mesh.size} devices of the mesh")
+    if packs % dep.encoders(mesh, vision):
+        raise ConfigError(
+            f"data.packs={packs} must be a multiple of the {dep.encoders(mesh, vision)} devices that encode under "
+            f"train.vision={vision!r}"
+        )
     experts, shares = experiment.model.text.moe.experts, mesh.shape["expert"]
     if experts % shares:
         raise ConfigError(f"moe.experts={experts} must be a multiple of mesh.expert={shares}")

@@ -6,12 +6,16 @@ from k25_jax.config import Experiment
 from k25_jax.losses.lm import cross_entropy
 from k25_jax.models.decoder import head
 from k25_jax.models.k25 import hidden_states
+from k25_jax.parallel import dep
 
 
 def loss_fn(params, batch, experiment: Experiment):
-    """(loss, (metrics, what the forward pass observed))."""
-    dtype = jnp.dtype(experiment.train.compute_dtype)
-    x_BLD, stats = hidden_states(params, batch, experiment.model, experiment.train.remat, dtype)
+    """(loss, (metrics, what the forward pass observed)); of a batch as parallel/dep.py placed it, or of one device."""
+    model, config = experiment.model, experiment.train
+    dtype, vision_BLD = jnp.dtype(config.compute_dtype), None
+    if batch.send_XZU is not None:
+        vision_BLD = dep.vision_at_tokens(params, batch, model, dtype, config.vision)
+    x_BLD, stats = hidden_states(params, batch, model, config.remat, dtype, vision_BLD)
     head_DV = head(params).astype(dtype)
     loss, metrics = cross_entropy(x_BLD, head_DV, batch.targets_BL, batch.loss_weights_BL)
     return loss, (metrics, stats)

@@ -1,10 +1,11 @@
 """Vision packs: clips of any size laid one after another in fixed-size rows of patches (K2.5 §3.2, §3.8).
 
-Placement is first-fit in order of arrival. The sequence packer asks a `PackPlan` whether the clips of another example
-still fit, and `pack_clips` replays the same rule. So whatever a plan accepted can be packed, when given in the order in
-which the plan accepted it.
+The sequence packer asks a `PackPlan` whether the clips of another example still fit first-fit, in order of arrival.
+When the batch is whole, `balance` spreads its clips anew so that every device has about the same to compute. Where that
+finds no room it replays the rule of the plan, so whatever a plan accepted can be packed.
 """
 
+import heapq
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -88,12 +89,83 @@ def fits(sizes: Sequence[int], packs: int, pack_patches: int) -> bool:
     return PackPlan(packs, pack_patches).add(sizes)
 
 
+def first_fit(sizes: Sequence[int], packs: int, pack_patches: int) -> list[int]:
+    """The pack of each clip when each goes to the first with room; ends before the first clip that finds none."""
+    used, placement = [0] * packs, []
+    for size in sizes:
+        pack = _first_fit(used, size, pack_patches)
+        if pack is None:
+            break
+        placement.append(pack)
+    return placement
+
+
 def _first_fit(used: list[int], size: int, pack_patches: int) -> int | None:
     for index, count in enumerate(used):
         if count + size <= pack_patches:
             used[index] += size
             return index
     return None
+
+
+def clip_flops(patches, config: VisionConfig):
+    """FLOPs of the encoder's forward pass over a clip of so many patches; an integer or an array of them (K2.5 §3.8)."""
+    linear = 2 * config.width * (4 * config.width + 2 * config.mlp_dim)
+    return config.layers * patches * (linear + 4 * config.width * patches)
+
+
+def pack_flops(pack: VisionPack, config: VisionConfig) -> np.ndarray:
+    """`clip_flops` of the clips of each pack, added up: [P]."""
+    packs, clips = len(pack.segments_PN), int(pack.segments_PN.max(initial=0)) + 1
+    number_PN = pack.segments_PN + clips * np.arange(packs)[:, None]
+    patches = np.bincount(number_PN.reshape(-1), minlength=packs * clips).reshape(packs, clips)
+    return clip_flops(patches[:, 1:], config).sum(axis=1)
+
+
+def balance(sizes: Sequence[int], packs: int, pack_patches: int, config: VisionConfig) -> list[int]:
+    """The pack of each clip such that every device has about the same to compute (K2.5 §3.8).
+
+    Clips go longest first to the pack that has least to compute and has room. Packs are then ordered so that aligned
+    runs of 2, 4, 8, .. have about the same together: a device that holds so many is balanced better than a pack is.
+    Knows no mesh, and the same sizes always give the same. Where a clip finds no room, `first_fit` places all.
+    """
+    placement = _longest_first(sizes, packs, pack_patches, config)
+    if placement is None:
+        return first_fit(sizes, packs, pack_patches)
+    loads_P = np.bincount(placement, clip_flops(np.asarray(sizes, np.float64), config), minlength=packs)
+    rank_P = np.empty(packs, np.int64)
+    rank_P[_evened(loads_P)] = np.arange(packs)
+    return rank_P[placement].tolist()
+
+
+def _longest_first(sizes: Sequence[int], packs: int, pack_patches: int, config: VisionConfig) -> list[int] | None:
+    placement, room = [0] * len(sizes), [pack_patches] * packs
+    order = np.argsort(-np.asarray(sizes, np.int64), kind="stable")
+    costs = clip_flops(np.asarray(sizes, np.int64)[order], config) * packs
+    heap = list(range(packs))  # FLOPs so far * packs + number of the pack: one integer compares faster than a pair
+    for clip, cost in zip(order.tolist(), costs.tolist(), strict=True):
+        size, without_room = sizes[clip], []
+        while heap and room[heap[0] % packs] < size:
+            without_room.append(heapq.heappop(heap))
+        if not heap:
+            return None
+        pack = heap[0] % packs
+        heapq.heapreplace(heap, heap[0] + cost)
+        for entry in without_room:
+            heapq.heappush(heap, entry)
+        placement[clip] = pack
+        room[pack] -= size
+    return placement
+
+
+def _evened(loads_P: np.ndarray) -> np.ndarray:
+    """An order of the packs: the heaviest beside the lightest, such pairs beside such pairs, as long as they pair up."""
+    groups = np.arange(len(loads_P))[:, None]
+    while len(groups) and len(groups) % 2 == 0:
+        order = np.argsort(loads_P[groups].sum(axis=1), kind="stable")
+        light, heavy = order[: len(order) // 2], order[: len(order) // 2 - 1 : -1]
+        groups = np.concatenate([groups[heavy], groups[light]], axis=1)
+    return groups.reshape(-1)
 
 
 def _blank(packs: int, pack_patches: int, patch_dim: int, dtype) -> VisionPack:
@@ -119,9 +191,14 @@ def waste(pack: VisionPack) -> float:
 
 
 def pack_clips(
-    clips: Sequence[Clip], packs: int, pack_patches: int, merge: tuple[int, int] = (2, 2), patch_dim: int = 588
+    clips: Sequence[Clip],
+    packs: int,
+    pack_patches: int,
+    merge: tuple[int, int] = (2, 2),
+    patch_dim: int = 588,
+    place=first_fit,
 ) -> tuple[VisionPack, np.ndarray]:
-    """Lay the clips into packs, first-fit in the order given (K2.5 §3.2).
+    """Lay the clips into the packs that `place(sizes, packs, pack_patches)` chooses, in the order given (K2.5 §3.2).
 
     Returns the pack and `starts` int32: `starts[i]` is the index of clip i's first token in the features flattened to
     [P * M], M = pack_patches / group. The tokens of a clip are contiguous there, in raster order of the merged grid.
@@ -136,12 +213,13 @@ def pack_clips(
     pack = _blank(packs, pack_patches, patch_dim, dtype)
     used, tokens, count = [0] * packs, [0] * packs, [0] * packs
     starts = np.zeros(len(clips), np.int32)
-    for i, clip in enumerate(clips):
-        index = _first_fit(used, len(clip.patches), pack_patches)
-        if index is None:
-            raise PackError(_too_few(clips, i, packs, pack_patches))
+    placement = place([len(clip.patches) for clip in clips], packs, pack_patches)
+    if len(placement) < len(clips):
+        raise PackError(_too_few(clips, len(placement), packs, pack_patches))
+    for i, (clip, index) in enumerate(zip(clips, placement, strict=True)):
         count[index] += 1
-        _write(pack, index, used[index] - len(clip.patches), count[index], tokens[index], clip)
+        _write(pack, index, used[index], count[index], tokens[index], clip)
+        used[index] += len(clip.patches)
         starts[i] = index * (pack_patches // group) + tokens[index]
         tokens[index] += clip.tokens
     return pack, starts

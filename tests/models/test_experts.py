@@ -35,8 +35,8 @@ import contextlib, dataclasses
 import jax, numpy as np
 from k25_jax.config import DataConfig, Experiment, OptimConfig, TrainConfig, preset
 from k25_jax.data.packing import make_example, pack_examples
+from k25_jax.parallel import dep
 from k25_jax.sharding.mesh import make_mesh
-from k25_jax.sharding.rules import batch_shardings
 from k25_jax.train.pretrain import loss_fn
 from k25_jax.train.state import init_state
 from k25_jax.train.step import make_step
@@ -45,7 +45,7 @@ from k25_jax.vision.patchpack import Clip
 model, rng = preset("tiny"), np.random.default_rng(0)
 text, vision = dataclasses.replace(model.text, layers=2), dataclasses.replace(model.vision, layers=1)
 model = dataclasses.replace(model, text=text, vision=vision)
-data = DataConfig(batch_size=8, seq_len=48, packs=2, pack_patches=64)
+data = DataConfig(batch_size=8, seq_len=48, packs=8, pack_patches=64)
 examples = []
 for length in (48, 40, 48, 20, 20, 48, 30, 48, 33):
     clip = Clip(rng.integers(0, 256, (16, model.vision.patch_dim)).astype(np.uint8), (1, 4, 4))
@@ -59,7 +59,7 @@ def run(axes):
     optim = OptimConfig(name="muonclip", muon_dtype="float32", warmup_steps=1, peak_lr=1e-3)
     experiment = Experiment(model=model, data=data, optim=optim, train=TrainConfig(steps=3))
     with jax.set_mesh(mesh) if mesh else contextlib.nullcontext():
-        placed = batch if mesh is None else jax.device_put(batch, batch_shardings(batch, mesh))
+        placed = batch if mesh is None else dep.place(batch, mesh, model.vision)
         state = init_state(experiment, mesh)
         grads_of = jax.jit(jax.grad(loss_fn, has_aux=True), static_argnums=2)
         grads, (_, stats) = grads_of(state.params, placed, experiment)
@@ -97,7 +97,8 @@ from k25_jax.config import ConfigError, MeshConfig, load_experiment
 from k25_jax.train.loop import train
 
 folder = pathlib.Path({folder!r})
-base = load_experiment({experiment!r}, ["data.batch_size=8", "optim.decay_steps=0", "train.checkpoint_every=2"])
+changes = ["data.batch_size=8", "data.packs=8", "optim.decay_steps=0", "train.checkpoint_every=2"]
+base = load_experiment({experiment!r}, changes)
 
 def run(name, mesh, steps):
     losses = []
@@ -109,8 +110,10 @@ whole = run("whole", (1, 8, 1), 4)
 moved = run("moved", (2, 2, 2), 2) + run("moved", (1, 2, 4), 4)
 assert len(whole) == 4 and whole[3] < whole[0]
 np.testing.assert_allclose(moved, whole, rtol=1e-5)
-bad = ((1, 3, 1), "there are 8; set mesh.pipe"), ((1, 1, 8), "moe.experts=4 must be a multiple of mesh.expert=8")
-for mesh, words in bad:
+bad = ((1, 3, 1), 8, "there are 8; set mesh.pipe"), ((1, 1, 8), 8, "moe.experts=4 must be a multiple of mesh.expert=8")
+bad += (((1, 8, 1), 4, "data.packs=4 must be a multiple of the 8 devices"),)
+for mesh, packs, words in bad:
+    base = dataclasses.replace(base, data=dataclasses.replace(base.data, packs=packs))
     try:
         run("bad", mesh, 1)
     except ConfigError as error:

@@ -1,0 +1,116 @@
+"""DEP: the tables against a simulation in numpy; gradients and losses on eight devices against one, in their own process."""
+
+import numpy as np
+import pytest
+
+import runs
+from k25_jax.config import DataConfig, preset
+from k25_jax.data.packing import make_example, pack_examples
+from k25_jax.parallel.dep import routed
+from k25_jax.vision.patchpack import Clip
+
+MODEL = preset("tiny")
+
+
+def mixed_batch(rows, packs, seed=0):
+    """Rows with 0 to 2 images of 1 to 4 x 1 to 4 tokens."""
+    rng, examples = np.random.default_rng(seed), []
+    for _ in range(rows):
+        clips = []
+        for _ in range(rng.integers(0, 3)):
+            height, width = 2 * rng.integers(1, 5, 2)
+            patches = rng.integers(0, 256, (height * width, MODEL.vision.patch_dim)).astype(np.uint8)
+            clips.append(Clip(patches, (1, int(height), int(width))))
+        tokens = [1] + [MODEL.media_pad_id] * len(clips) + [2] * 8
+        examples.append(make_example(tokens, [1.0] * len(tokens), clips, MODEL.media_pad_id))
+    return pack_examples(examples, DataConfig(batch_size=rows, seq_len=41, packs=packs, pack_patches=128), MODEL)
+
+
+@pytest.mark.parametrize("shape", [(1, 8, 1), (2, 2, 2), (4, 2, 3), (1, 1, 2)])
+@pytest.mark.parametrize("vision", ["dep", "stage0"])
+def test_every_token_gets_its_feature(shape, vision):
+    """Features stand for their own numbers; devices are numbered pipe, fsdp, expert; rows lie fsdp, expert, pipe."""
+    pipe, fsdp, expert = shape
+    devices, senders = pipe * fsdp * expert, (pipe if vision == "dep" else 1) * fsdp * expert
+    batch = mixed_batch(rows=2 * devices, packs=2 * devices)
+    out = routed(batch, dict(zip(("pipe", "fsdp", "expert"), shape, strict=True)), MODEL.vision, vision)
+    features = np.full((devices, 2 * devices * 32 // senders), -1)
+    features[:senders] = np.arange(2 * devices * 32).reshape(senders, -1)
+    row = 0
+    for f in range(fsdp):
+        for e in range(expert):
+            for p in range(pipe):
+                home = (p * fsdp + f) * expert + e
+                received = np.concatenate([features[x][out.send_XZU[x, home]] for x in range(devices)])
+                for _ in range(2):
+                    for was, now in zip(batch.media_BL[row], out.media_BL[row], strict=True):
+                        assert now == was == -1 or received[now] == was >= 0
+                    row += 1
+    assert row == len(batch.media_BL) and (batch.media_BL >= 0).sum() > 2 * devices
+
+
+def test_capacity_is_the_most_between_two_devices_up_to_a_power_of_two():
+    for seed in range(10):
+        batch = mixed_batch(rows=16, packs=8, seed=seed)
+        out = routed(batch, {"pipe": 1, "fsdp": 8, "expert": 1}, MODEL.vision)
+        pairs = [(i // 32, row // 2) for row in range(16) for i in batch.media_BL[row] if i >= 0]
+        most, capacity = max(pairs.count(pair) for pair in pairs), out.send_XZU.shape[2]
+        assert most <= capacity < 2 * most and capacity & (capacity - 1) == 0
+
+
+EQUAL = """
+import dataclasses, os
+os.environ["XLA_FLAGS"] += " --xla_backend_optimization_level=0"
+import jax, numpy as np
+from k25_jax.config import Experiment, TrainConfig
+from k25_jax.models.k25 import init_params
+from k25_jax.parallel import dep
+from k25_jax.sharding.mesh import make_mesh
+from k25_jax.train.pretrain import loss_fn
+import sys; sys.path[:0] = ["tests", "tests/parallel"]
+from test_dep import MODEL, mixed_batch
+
+text, vision = MODEL.text, dataclasses.replace(MODEL.vision, layers=1)
+model = dataclasses.replace(MODEL, text=dataclasses.replace(text, layers=1, dense_layers=0), vision=vision)
+params = init_params(model, jax.random.key(0))
+mixed = mixed_batch(rows=8, packs=16)
+words = dataclasses.replace(mixed, media_BL=np.full_like(mixed.media_BL, -1),
+                            vision=jax.tree.map(lambda a: a[:0], mixed.vision))
+grads_of = jax.jit(jax.value_and_grad(lambda *a: loss_fn(*a)[0]), static_argnums=2)
+
+def run(batch, arm="dep", axes=None):
+    experiment = Experiment(model=model, train=TrainConfig(vision=arm))
+    if axes is None:
+        return jax.tree.map(np.asarray, grads_of(params, batch, experiment))
+    mesh = make_mesh(*axes)
+    with jax.set_mesh(mesh):
+        placed = dep.place(batch, mesh, vision, arm)
+        if placed.send_XZU is not None:
+            held = placed.vision.patches_PNC.addressable_shards[0].data.shape[0]
+            assert held == 16 // dep.encoders(mesh, arm), held
+        return jax.tree.map(np.asarray, grads_of(params, placed, experiment))
+
+def same(batch, arm, axes):
+    want, got = run(batch), run(batch, arm, axes)
+    np.testing.assert_allclose(got[0], want[0], rtol=1e-5)
+    for (path, a), b in zip(jax.tree_util.tree_leaves_with_path(want[1]), jax.tree.leaves(got[1]), strict=True):
+        error = np.abs(a - b).max() / max(np.abs(a).max(), 1e-12)
+        assert error <= 1e-5, (arm, axes, jax.tree_util.keystr(path), error)
+    return want[1]
+
+assert all(np.abs(a).max() > 0 for a in jax.tree.leaves(same(mixed, "dep", (1, 8, 1))["vision"]))
+same(mixed, "dep", (2, 2, 2))
+same(mixed, "stage0", (2, 2, 2))
+same(mixed, "plain", (2, 2, 2))
+assert not any(np.abs(a).max() > 0 for a in jax.tree.leaves(same(words, "dep", (2, 2, 2))["vision"]))
+mesh = make_mesh(2, 2, 2)
+with jax.set_mesh(mesh):
+    placed = dep.place(mixed, mesh, vision)
+    forward = jax.jit(lambda p, b: dep.vision_at_tokens(p, b, model)).lower(params, placed).compile()
+    assert forward.as_text().count(" all-to-all(") == 1
+print("equal")
+"""
+
+
+def test_gradients_and_losses_equal_those_of_one_device():
+    assert runs.on_eight_devices(EQUAL) == "equal\n"
