@@ -62,3 +62,23 @@ def test_a_later_or_foreign_key_has_no_gradient():
     touched = np.flatnonzero(np.abs(np.asarray(jax.grad(out)(v))[0]).sum((1, 2)))
     allowed = [j for j in range(place + 1) if segments[0, j] == segments[0, place]]
     assert touched.tolist() == allowed
+
+
+@pytest.mark.parametrize("causal", [True, False])
+def test_stripes_together_give_the_whole(causal):
+    q, k, v, segments = draw(2, 48, 2, 8, 4)
+    how = dict(scale=0.4, causal=causal)
+
+    def whole(q, k, v):
+        out, top = reference_attention(q, k, v, segments, **how)
+        return jnp.sum(jnp.sin(out)), (out, top)
+
+    def striped(q, k, v):
+        stripes = [attention(q[:, i::3], k, v, segments, block=8, first=i, **how) for i in range(3)]
+        out = jnp.stack([out for out, _ in stripes], axis=2).reshape(*q.shape[:3], -1)
+        return jnp.sum(jnp.sin(out)), (out, jnp.stack([top for _, top in stripes]).max(axis=0))
+
+    (_, want), want_grads = jax.value_and_grad(whole, (0, 1, 2), has_aux=True)(q, k, v)
+    (_, got), grads = jax.value_and_grad(striped, (0, 1, 2), has_aux=True)(q, k, v)
+    for a, b in zip((*got, *grads), (*want, *want_grads), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5)
