@@ -1,7 +1,7 @@
 """Attention over packed sequences: full or causal inside a segment, never across (K2.5 §3.1, §3.2).
 
 `reference_attention` is the definition. `attention` gives the same numbers in blocks of queries, so that scores of
-[heads, block, L] are held and never [heads, L, L]; causal blocks skip the keys that come after them. For the backward
+[heads, block, L] are held and never [heads, L, L]; causal blocks skip keys that come after them. For the backward
 pass it keeps the output and one log-normaliser a query, and computes each block's scores again.
 """
 
@@ -12,6 +12,7 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
 BLOCK = 256
+GROUPS = 16  # of blocks, each group with all the keys that its last query may see
 MASKED = -1e30  # finite: a row whose keys are all masked stays finite
 
 
@@ -50,15 +51,23 @@ def _blocked(scale, causal, block, q_BHLK, k_BHSK, v_BHSK, segments_BS, first):
 def _forward(scale, causal, block, q_BHLK, k_BHSK, v_BHSK, segments_BS, first):
     outs, normalisers, tops = [], [], []
     segments_BL = _stripe(segments_BS, q_BHLK.shape[2], first)
-    for rows, keys in _blocks(q_BHLK.shape[2], k_BHSK.shape[2], causal, block):
-        scores = _scores(q_BHLK, k_BHSK, segments_BS, first, rows, keys, scale, causal)
-        top = scores.max(axis=-1, keepdims=True)
-        weights = jnp.exp(scores - top)
-        total = weights.sum(axis=-1, keepdims=True)
-        weights = (weights / total).astype(v_BHSK.dtype)
-        outs.append(jnp.einsum("bhls,bhsk->bhlk", weights, v_BHSK[:, :, keys]))
-        normalisers.append(top + jnp.log(total))
-        tops.append(jnp.where(segments_BL[:, None, rows, None] > 0, top, MASKED).max(axis=(0, 2, 3)))
+    for start, size, count, keys in _groups(q_BHLK.shape[2], k_BHSK.shape[2], causal, block):
+        k_BHsK, v_BHsK = k_BHSK[:, :, :keys], v_BHSK[:, :, :keys]
+
+        def one(_, i, at=start, size=size, k=k_BHsK, v=v_BHsK):
+            at = at + i * size
+            scores = _scores(_cut(q_BHLK, at, size), k, segments_BL, segments_BS, first, at, scale, causal)
+            top = scores.max(axis=-1, keepdims=True)
+            weights = jnp.exp(scores - top)
+            total = weights.sum(axis=-1, keepdims=True)
+            weights = (weights / total).astype(v.dtype)
+            seen = jnp.where(_cut(segments_BL[:, None], at, size)[..., None] > 0, top, MASKED).max(axis=(0, 2, 3))
+            return None, (jnp.einsum("bhls,bhsk->bhlk", weights, v), top + jnp.log(total), seen)
+
+        _, (out, normaliser, top_NH) = _scan(one, None, count)
+        outs.append(_in_line(out))
+        normalisers.append(_in_line(normaliser))
+        tops.append(top_NH.max(axis=0))
     kept = jnp.concatenate(outs, axis=2), jnp.concatenate(normalisers, axis=2)
     out_BHLK, normaliser_BHL1 = checkpoint_name(kept, "attention")
     top_H = functools.reduce(jnp.maximum, tops)
@@ -68,21 +77,31 @@ def _forward(scale, causal, block, q_BHLK, k_BHSK, v_BHSK, segments_BS, first):
 def _backward(scale, causal, block, saved, gradients):
     dout_BHLK, _ = gradients  # the largest logits are looked at, not learned from
     q_BHLK, k_BHSK, v_BHSK, segments_BS, first, out_BHLK, normaliser_BHL1 = saved
+    segments_BL = _stripe(segments_BS, q_BHLK.shape[2], first)
     shift_BHL1 = jnp.sum(dout_BHLK.astype(jnp.float32) * out_BHLK, axis=-1, keepdims=True)
     # Keys and values gather their gradients as [..., K, S], a product that XLA's CPU library does faster.
     q_BHKL, dout_BHKL = jax.lax.optimization_barrier((q_BHLK.swapaxes(2, 3), dout_BHLK.swapaxes(2, 3)))
     dk_BHKS, dv_BHKS = (jnp.zeros(x.swapaxes(2, 3).shape, jnp.float32) for x in (k_BHSK, v_BHSK))
     dqs = []
-    for rows, keys in _blocks(q_BHLK.shape[2], k_BHSK.shape[2], causal, block):
-        dout = dout_BHLK[:, :, rows]
-        scores = _scores(q_BHLK, k_BHSK, segments_BS, first, rows, keys, scale, causal)
-        weights = jnp.exp(scores - normaliser_BHL1[:, :, rows])
-        dweights = jnp.einsum("bhlk,bhsk->bhls", dout, v_BHSK[:, :, keys]).astype(jnp.float32)
-        dscores = (weights * (dweights - shift_BHL1[:, :, rows]) * scale).astype(dout.dtype)
-        weights = weights.astype(dout.dtype)
-        dqs.append(jnp.einsum("bhls,bhsk->bhlk", dscores, k_BHSK[:, :, keys]))
-        dk_BHKS = dk_BHKS.at[..., keys].add(jnp.einsum("bhkl,bhls->bhks", q_BHKL[..., rows], dscores))
-        dv_BHKS = dv_BHKS.at[..., keys].add(jnp.einsum("bhkl,bhls->bhks", dout_BHKL[..., rows], weights))
+    for start, size, count, keys in _groups(q_BHLK.shape[2], k_BHSK.shape[2], causal, block):
+        k_BHsK, v_BHsK = k_BHSK[:, :, :keys], v_BHSK[:, :, :keys]
+
+        def one(carry, i, at=start, size=size, keys=keys, k=k_BHsK, v=v_BHsK):
+            dk_BHKS, dv_BHKS = carry
+            at = at + i * size
+            q, dout, shift, normaliser = (_cut(a, at, size) for a in (q_BHLK, dout_BHLK, shift_BHL1, normaliser_BHL1))
+            scores = _scores(q, k, segments_BL, segments_BS, first, at, scale, causal)
+            weights = jnp.exp(scores - normaliser)
+            dweights = jnp.einsum("bhlk,bhsk->bhls", dout, v).astype(jnp.float32)
+            dscores = (weights * (dweights - shift) * scale).astype(dout.dtype)
+            weights = weights.astype(dout.dtype)
+            q_BHKl, dout_BHKl = (_cut(a, at, size, axis=3) for a in (q_BHKL, dout_BHKL))
+            dk_BHKS = dk_BHKS.at[..., :keys].add(jnp.einsum("bhkl,bhls->bhks", q_BHKl, dscores))
+            dv_BHKS = dv_BHKS.at[..., :keys].add(jnp.einsum("bhkl,bhls->bhks", dout_BHKl, weights))
+            return (dk_BHKS, dv_BHKS), jnp.einsum("bhls,bhsk->bhlk", dscores, k)
+
+        (dk_BHKS, dv_BHKS), dq = _scan(one, (dk_BHKS, dv_BHKS), count)
+        dqs.append(_in_line(dq))
     dk, dv = dk_BHKS.swapaxes(2, 3).astype(k_BHSK.dtype), dv_BHKS.swapaxes(2, 3).astype(v_BHSK.dtype)
     return jnp.concatenate(dqs, axis=2), dk, dv, None, None
 
@@ -90,21 +109,45 @@ def _backward(scale, causal, block, saved, gradients):
 _blocked.defvjp(_forward, _backward)
 
 
-def _blocks(queries: int, keys: int, causal: bool, block: int) -> list[tuple[slice, slice]]:
-    """(queries, keys) of each block."""
-    stops = [min(start + block, queries) for start in range(0, queries, block)]
-    stride = keys // queries
-    return [(slice(i * block, stop), slice(0, stop * stride if causal else keys)) for i, stop in enumerate(stops)]
+def _groups(queries: int, keys: int, causal: bool, block: int) -> list[tuple[int, int, int, int]]:
+    """(first query, queries of a block, blocks, keys before which all of them end) of each group of blocks.
+
+    The program has a piece for each group, so there are about GROUPS, of one block if they suffice.
+    """
+    stride, full = keys // queries, queries // block
+    blocks = max(1, -(-full // GROUPS))
+    groups = [(i * block, block, min(blocks, full - i)) for i in range(0, full, blocks)]
+    if queries % block:
+        groups.append((full * block, queries % block, 1))
+    return [(at, size, count, (at + size * count) * stride if causal else keys) for at, size, count in groups]
 
 
-def _scores(q_BHLK, k_BHSK, segments_BS, first, rows: slice, keys: slice, scale: float, causal: bool):
-    """Scaled scores of one block in float32, MASKED where a query may not look."""
-    queries = q_BHLK.shape[2]
-    mask = _stripe(segments_BS, queries, first)[:, rows, None] == segments_BS[:, None, keys]
+def _scan(one, carry, count: int):
+    """`one(carry, i)` for each block of a group; a single block stands in the program as it is."""
+    if count > 1:
+        return jax.lax.scan(one, carry, jnp.arange(count))
+    carry, out = one(carry, 0)
+    return carry, jax.tree.map(lambda a: a[None], out)
+
+
+def _in_line(a_NBHLK):
+    """The queries of all blocks of a group in one axis."""
+    blocks, rows, heads, queries, width = a_NBHLK.shape
+    return jnp.moveaxis(a_NBHLK, 0, 2).reshape(rows, heads, blocks * queries, width)
+
+
+def _cut(a, at, size: int, axis: int = 2):
+    return jax.lax.dynamic_slice_in_dim(a, at, size, axis)
+
+
+def _scores(q_BHLK, k_BHSK, segments_BL, segments_BS, first, at, scale: float, causal: bool):
+    """Scaled scores in float32 of the queries from number `at` on, MASKED where a query may not look."""
+    queries, keys = q_BHLK.shape[2], k_BHSK.shape[2]
+    mask = _cut(segments_BL, at, queries, axis=1)[:, :, None] == segments_BS[:, None, :keys]
     if causal:
-        place_L = first + jnp.arange(rows.start, rows.stop) * (segments_BS.shape[1] // queries)
-        mask &= place_L[:, None] >= jnp.arange(keys.stop)[None, :]
-    scores = jnp.einsum("bhlk,bhsk->bhls", q_BHLK[:, :, rows], k_BHSK[:, :, keys]).astype(jnp.float32) * scale
+        place_L = first + (at + jnp.arange(queries)) * (segments_BS.shape[1] // segments_BL.shape[1])
+        mask &= place_L[:, None] >= jnp.arange(keys)[None, :]
+    scores = jnp.einsum("bhlk,bhsk->bhls", q_BHLK, k_BHSK).astype(jnp.float32) * scale
     return jnp.where(mask[:, None], scores, MASKED)
 
 

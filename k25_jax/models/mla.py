@@ -5,6 +5,7 @@ import jax.numpy as jnp
 
 from k25_jax.config import TextConfig
 from k25_jax.kernels.attention import attention
+from k25_jax.models.context import attend_over_context, context_shares
 from k25_jax.models.layers import declare, ones, rms_norm, zeros
 from k25_jax.models.rope import rotate, softmax_scale
 
@@ -69,13 +70,19 @@ def mla(p, x_BLD, rope, segments_BL, config: TextConfig):
     """
     q_nope, q_rope = queries(p, x_BLD, rope, config)
     c_BLR, r_BLK = latents(p, x_BLD, rope, config)
+    q_BLHK = jnp.concatenate([q_nope, q_rope], axis=-1)
+    attend = attend_over_context if context_shares() > 1 else attend_in_rows
+    out_BLHK, max_logit_H = attend(p, q_BLHK, c_BLR, r_BLK, segments_BL, softmax_scale(config))
+    return _output(p, out_BLHK), max_logit_H, (c_BLR, r_BLK)
+
+
+def attend_in_rows(p, q_BLHK, c_BLR, r_BLK, segments_BL, scale: float):
+    """Causal attention of whole rows: (out_BLHK, the largest logit of each head)."""
     k_nope = jnp.einsum("blr,rhk->blhk", c_BLR, p["k_b"])
     v_BLHK = jnp.einsum("blr,rhk->blhk", c_BLR, p["v_b"])
-    r_BLHK = jnp.broadcast_to(r_BLK[:, :, None], (*k_nope.shape[:3], config.qk_rope_dim))
-    q_BLHK = jnp.concatenate([q_nope, q_rope], axis=-1)
+    r_BLHK = jnp.broadcast_to(r_BLK[:, :, None], (*k_nope.shape[:3], r_BLK.shape[-1]))
     k_BLHK = jnp.concatenate([k_nope, r_BLHK], axis=-1)
-    out_BLHK, max_logit_H = attention(q_BLHK, k_BLHK, v_BLHK, segments_BL, scale=softmax_scale(config), causal=True)
-    return _output(p, out_BLHK), max_logit_H, (c_BLR, r_BLK)
+    return attention(q_BLHK, k_BLHK, v_BLHK, segments_BL, scale=scale, causal=True)
 
 
 def mla_decode(p, x_BLD, rope, cache, valid_BLS, config: TextConfig):

@@ -1,0 +1,60 @@
+"""Attention over a sequence that is shared out over the `context` axis of the mesh (K2.5 §3.3, long context).
+
+Each device has a stripe of the sequence, places i, i + n, i + 2 n, ..., so that under a causal mask all have as much to do.
+What is gathered is MLA's latent, one vector a token, not keys and values, which are expanded from it a few heads at a time.
+"""
+
+import jax
+import jax.numpy as jnp
+from einops import rearrange
+from jax.sharding import PartitionSpec
+
+from k25_jax.kernels.attention import attention
+
+HEADS = 8  # whose keys and values are held at once
+
+
+def context_shares() -> int:
+    """Over how many devices the mesh in use (jax.set_mesh) shares out a sequence."""
+    mesh = jax.sharding.get_abstract_mesh()
+    return 1 if mesh.empty else mesh.shape["context"]
+
+
+def attend_over_context(p, q_BLHK, c_BLR, r_BLK, segments_BL, scale: float):
+    """Causal attention of striped rows: (out_BLHK, the largest logit of each head).
+
+    `p` has the expansions k_b and v_b; q_BLHK holds both parts of the query, c_BLR the latents, r_BLK the rotary keys.
+    """
+
+    def body(k_b_RHK, v_b_RHK, q_BLHK, c_BLR, r_BLK, segments_BL):
+        c_BSR, r_BSK, segments_BS = (_whole(a) for a in (c_BLR, r_BLK, segments_BL))
+        first, heads = jax.lax.axis_index("context"), q_BLHK.shape[2]
+        held = HEADS if heads % HEADS == 0 else heads
+
+        @jax.checkpoint
+        def some_heads(piece):
+            q_BLGK, k_b_RGK, v_b_RGK = piece
+            r_BSGK = jnp.broadcast_to(r_BSK[:, :, None], (*r_BSK.shape[:2], held, r_BSK.shape[-1]))
+            k_BSGK = jnp.concatenate([jnp.einsum("bsr,rgk->bsgk", c_BSR, k_b_RGK), r_BSGK], axis=-1)
+            v_BSGK = jnp.einsum("bsr,rgk->bsgk", c_BSR, v_b_RGK)
+            return attention(q_BLGK, k_BSGK, v_BSGK, segments_BS, scale=scale, causal=True, first=first)
+
+        pieces = [rearrange(a, "... (n g) k -> n ... g k", g=held) for a in (q_BLHK, k_b_RHK, v_b_RHK)]
+        out, top_NG = jax.lax.map(some_heads, pieces)
+        top_H = jax.lax.pmax(jax.lax.stop_gradient(top_NG.reshape(-1)), "context")
+        return rearrange(out, "n ... g k -> ... (n g) k"), top_H
+
+    whole, stripe = PartitionSpec(), PartitionSpec(None, "context")
+    return jax.shard_map(
+        body,
+        in_specs=(whole, whole, stripe, stripe, stripe, stripe),
+        out_specs=(stripe, whole),
+        axis_names={"context"},
+        check_vma=False,
+    )(p["k_b"], p["v_b"], q_BLHK, c_BLR, r_BLK, segments_BL)
+
+
+def _whole(a_BL):
+    """The stripes of all devices, in natural order."""
+    a_BLN = jax.lax.all_gather(a_BL, "context", axis=2)
+    return a_BLN.reshape(len(a_BL), -1, *a_BL.shape[2:])
