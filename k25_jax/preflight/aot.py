@@ -180,7 +180,7 @@ def _memory(report: Report, memory) -> None:
 
 
 def _refused(report: Report, message: str) -> None:
-    """What the compiler says when memory does not suffice: how much it needs, and its largest allocations if it lists them."""
+    """What the compiler says when memory does not suffice: how much it needs, and its largest allocations if listed."""
     report.fits = False
     report.reason = message.split("RESOURCE_EXHAUSTED:")[-1].strip().splitlines()[0]
     if needed := re.search(r"\(?([\d.]+)([MGT])\)? (?:exceeds|of)|Used ([\d.]+)([MGT])", report.reason):

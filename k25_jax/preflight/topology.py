@@ -17,6 +17,9 @@ from k25_jax.config import ConfigError
 
 REMEDY = 'no TPU compiler here: pip install -e ".[preflight]", or --topology=cpu'
 
+# No metadata server to ask, no hosts to find; and several processes may compile at once, as none of them takes a chip.
+QUIET = {"TPU_SKIP_MDS_QUERY": "1", "TPU_WORKER_HOSTNAMES": "localhost", "ALLOW_MULTIPLE_LIBTPU_LOAD": "1"}
+
 
 @dataclass(frozen=True)
 class Chip:
@@ -123,7 +126,8 @@ def devices_of(topology: Topology) -> list:
             raise ConfigError(f"--topology={topology.name}: no such device here ({error})") from error
     if importlib.util.find_spec("libtpu") is None:
         raise ConfigError(f"--topology={topology.name}: {REMEDY}")
-    os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")  # there is no metadata server to ask
+    for name, value in QUIET.items():
+        os.environ.setdefault(name, value)
     jax.config.update("jax_platforms", "cpu")  # even on a TPU machine: its chips are not needed, and may be in use
     from jax.experimental import topologies
 
