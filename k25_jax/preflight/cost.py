@@ -66,7 +66,8 @@ def _equation(eqn, around: Jaxpr, devices: int, filled: float) -> Flops:
     if name == "cond":
         return max((jaxpr_flops(branch, devices, filled) for branch in params["branches"]), key=lambda f: f.total)
     if name == "shard_map":
-        devices //= math.prod(params["mesh"].shape[axis] for axis in params["manual_axes"])
+        manual = params.get("newly_manual_axes", params.get("manual_axes"))  # as one JAX or another calls it
+        devices //= math.prod(params["mesh"].shape[axis] for axis in manual)
     total = Flops()
     for value in params.values():
         for inner in value if isinstance(value, (tuple, list)) else [value]:
