@@ -152,6 +152,7 @@ REFUSAL = (
 )
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="needs the preflight extra")
 def test_a_step_for_eight_chips_that_are_not_here():
     flags = ("--topology=v5e-8", "--config.mesh.expert=4", "--json", *SMALL)
