@@ -40,7 +40,7 @@ bench: export GLIBC_TUNABLES := glibc.malloc.hugetlb=1:glibc.malloc.mmap_max=0:g
 bench: ## a benchmark: make bench NAME=<file of benchmarks/, without .py> [ARGS=--json]
 	@if [ ! -f "benchmarks/$(NAME).py" ]; then \
 	  echo "make bench NAME=<name>, where <name> is one of:" >&2; ls benchmarks | sed -n 's/\.py$$//p' >&2; exit 2; fi
-	@$(MAKE) --no-print-directory .venv/.test
+	@$(MAKE) --no-print-directory .venv/.$$(grep -q 'k25_jax\.preflight' benchmarks/$(NAME).py && echo preflight || echo test)
 	JAX_PLATFORMS=$${JAX_PLATFORMS:-cpu} $(BIN)/python -m benchmarks.$(NAME) $(ARGS)
 
 clean: ## remove .venv, caches and build outputs
@@ -62,3 +62,8 @@ clean: ## remove .venv, caches and build outputs
 .venv/.test: $(REQUIREMENTS) | .venv/.made
 	$(PIP) -e ".[demo,test]"
 	touch $@ .venv/.demo
+
+# With the TPU compiler, for benchmarks that import k25_jax.preflight; the rest works as before.
+.venv/.preflight: $(REQUIREMENTS) | .venv/.made
+	$(PIP) -e ".[demo,test,preflight]"
+	touch $@ .venv/.demo .venv/.test

@@ -9,20 +9,18 @@ pip install -e ".[preflight]". With --json one JSON line.
 import argparse
 import json
 import math
-import os
 import sys
-
-os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from jax.experimental import topologies
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from optax.contrib import _muon
 
+from k25_jax.config import ConfigError
 from k25_jax.optim.newton_schulz import STEPS, sharded_newton_schulz
+from k25_jax.preflight.topology import devices_of, parse_topology
 from k25_jax.sharding.mesh import AXES
 
 SHAPE, TOPOLOGY, FSDP, EXPERT = (4, 384, 7168, 2048), "v5p:4x4x8", 8, 16
@@ -52,9 +50,9 @@ def main():
     parser.add_argument("--json", action="store_true", help="one JSON line instead of text")
     args = parser.parse_args()
     try:
-        devices = topologies.get_topology_desc(platform="tpu", topology_name=TOPOLOGY).devices
-    except Exception as error:
-        sys.exit(f'no TPU compiler here ({type(error).__name__}: {error}); pip install -e ".[preflight]"')
+        devices = devices_of(parse_topology(TOPOLOGY))
+    except ConfigError as error:
+        sys.exit(str(error))
     mesh = Mesh(np.asarray(devices).reshape(1, FSDP, EXPERT), AXES)
     layout = NamedSharding(mesh, PartitionSpec(None, "expert", "fsdp", None))
     matrices = SHAPE[0] * SHAPE[1] // (FSDP * EXPERT)  # a chip's own, one after the other in a loop

@@ -1,6 +1,7 @@
-"""The command `k25`: train, generate, chat, convert, params, report, demo."""
+"""The command `k25`: train, generate, chat, convert, params, preflight, report, demo."""
 
 import argparse
+import dataclasses
 import json
 import logging
 import pathlib
@@ -14,7 +15,7 @@ def main(argv: list[str] | None = None) -> int:
     """Entry point; returns the exit status. Errors that a user can mend are one line on stderr and status 2."""
     parser = build_parser()
     args, rest = parser.parse_known_args(argv)
-    if rest and args.command not in ("train", "params"):
+    if rest and args.command not in ("train", "params", "preflight"):
         args.parser.error(f"unknown argument {rest[0]}")
     args.overrides = [override(item, args.parser) for item in rest]
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
@@ -88,6 +89,15 @@ def build_parser() -> argparse.ArgumentParser:
     what.add_argument("--preset", help="k25_1t, moonlight_16b, 1b, 100m or tiny")
     params.add_argument("--json", action="store_true", help="print JSON")
 
+    preflight = command("preflight", run_preflight, "compile a training step for chips that are not here; does it fit?")
+    preflight.add_argument("--config", required=True, metavar="FILE[:ARG]", help="experiment file")
+    preflight.add_argument(
+        "--topology", required=True, help="v5p-1024 as gcloud has it, v5p:8x8x8, or cpu, gpu of here"
+    )
+    preflight.add_argument("--rows", type=int, default=0, help="rows in a step; default data.batch_size")
+    preflight.add_argument("--layout", action="store_true", help="only list every array's sharding and bytes a device")
+    preflight.add_argument("--json", action="store_true", help="print JSON")
+
     generate = command("generate", run_generate, "continue a prompt of text, images and video")
     add_sampling(generate)
     text = generate.add_mutually_exclusive_group()
@@ -158,6 +168,24 @@ def run_params(args) -> None:
         return
     for name, number in counts.items():
         print(f"{name:16s}{number:22,d}{100 * number / counts['total']:9.2f} %")
+
+
+def run_preflight(args) -> int:
+    """A report, or where every array lies. Status 1 when the step does not fit."""
+    from k25_jax.config import load_experiment
+    from k25_jax.preflight import aot, table
+    from k25_jax.preflight.topology import parse_topology
+
+    topology = parse_topology(args.topology)
+    experiment = aot.with_choices(load_experiment(args.config, args.overrides), topology, args.rows)
+    if args.layout:
+        tensors = aot.layout(experiment, topology)
+        rows = [dataclasses.asdict(tensor) for tensor in tensors]
+        print(json.dumps(rows) if args.json else table.render_layout(tensors))
+        return 0
+    report = aot.preflight(experiment, topology, say=lambda text: print(text, file=sys.stderr, flush=True))
+    print(json.dumps(dataclasses.asdict(report)) if args.json else table.render(report))
+    return 0 if report.fits else 1
 
 
 def run_generate(args) -> int:

@@ -12,7 +12,11 @@ import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
-TILE = 128  # the TPU kernel takes rows in whole tiles
+# Of the TPU kernel. It takes rows in whole tiles, and one that lies on a border between experts twice: tiles are small. Of
+# a matrix it holds a large part, twice over, in a cache of 16 MB.
+TILE, LANES = 128, 128
+MATRIX_TILE = 2**21  # entries
+SIDE = 1024  # of a tile of a gradient of a matrix
 BLOCKS = (256, 64)  # rows that are multiplied at once, outside of it: fast, and little waste on an expert's last rows
 
 
@@ -35,11 +39,8 @@ def grouped_matmul(x_ND, w_EDF, sizes_E, implementation: str):
     if implementation == "ragged":
         return jax.lax.ragged_dot(x_ND, w_EDF, sizes_E.astype(jnp.int32))
     if implementation == "megablox":
-        from jax.experimental.pallas.ops.tpu.megablox import gmm  # importable only where Pallas knows TPUs
-
         tiles_ND = jnp.pad(x_ND, ((0, -x_ND.shape[0] % TILE), (0, 0)))
-        out_NF = gmm(tiles_ND, w_EDF, sizes_E.astype(jnp.int32), preferred_element_type=x_ND.dtype)
-        return out_NF[: x_ND.shape[0]]
+        return megablox(tiles_ND, w_EDF, sizes_E.astype(jnp.int32))[: x_ND.shape[0]]
     if implementation == "reference":
         return reference_grouped_matmul(x_ND, w_EDF, sizes_E)
     raise ValueError(f"moe.grouped_matmul={implementation!r} is none of auto, blocked, megablox, ragged, reference")
@@ -51,6 +52,41 @@ def reference_grouped_matmul(x_ND, w_EDF, sizes_E):
     owner_N = jnp.searchsorted(ends_E, jnp.arange(x_ND.shape[0]), side="right")
     one_hot_NE = jax.nn.one_hot(owner_N, w_EDF.shape[0], dtype=x_ND.dtype)
     return jnp.einsum("nd,edf,ne->nf", x_ND, w_EDF, one_hot_NE)
+
+
+# ------------------------------------------------------------------------------------------------------------- megablox
+@jax.custom_vjp
+def megablox(x_ND, w_EDF, sizes_E):
+    """JAX's TPU kernel with tiles of our choice; N is a multiple of TILE. Rows beyond sum(sizes_E) hold anything."""
+    return _gmm(x_ND, w_EDF, sizes_E, transposed=False)
+
+
+def _megablox_backward(saved, dy_NF):
+    from jax.experimental.pallas.ops.tpu.megablox.gmm import tgmm  # importable only where Pallas knows TPUs
+
+    x_ND, w_EDF, sizes_E = saved
+    dx_ND = _gmm(dy_NF, w_EDF, sizes_E, transposed=True)
+    tiling = TILE, _largest_tile(x_ND.shape[1], SIDE), _largest_tile(dy_NF.shape[1], SIDE)
+    return dx_ND, tgmm(x_ND.swapaxes(0, 1), dy_NF, sizes_E, w_EDF.dtype, tiling), None
+
+
+megablox.defvjp(lambda x, w, sizes: (megablox(x, w, sizes), (x, w, sizes)), _megablox_backward)
+
+
+def _gmm(x_NK, w, sizes_E, transposed: bool):
+    """[N,K] by [E,K,M], or by [E,M,K] transposed. All of K in one tile: a matrix then stays for all rows of its expert."""
+    from jax.experimental.pallas.ops.tpu.megablox.gmm import gmm
+
+    inner, outer = x_NK.shape[1], w.shape[1 if transposed else 2]
+    tile_k = _largest_tile(inner, 2 * MATRIX_TILE // LANES)
+    tiling = TILE, tile_k, _largest_tile(outer, max(MATRIX_TILE // tile_k, LANES))
+    return gmm(x_NK, w, sizes_E, x_NK.dtype, tiling, transpose_rhs=transposed)
+
+
+def _largest_tile(size: int, most: int) -> int:
+    """The largest multiple of LANES up to `most` that divides `size` rounded up to one: no tile is partly empty."""
+    blocks = -(-size // LANES)
+    return LANES * max(n for n in range(1, blocks + 1) if not blocks % n and (n == 1 or n * LANES <= most))
 
 
 # -------------------------------------------------------------------------------------------------------------- blocked

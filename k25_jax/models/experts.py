@@ -69,8 +69,10 @@ def _parallel(p, x_TD, weights_TK, experts_TK, config: MoEConfig):
     tokens = PartitionSpec(BOTH, None)
     matrices = {name: PartitionSpec("expert", *("fsdp" if i == axis else None for i in (1, 2))) for name, axis in SPLIT}
     weights = {name: p[name] for name in matrices}
+    mesh = jax.sharding.get_abstract_mesh()
+    manual = set(mesh.axis_names) - set(mesh.manual_axes)  # every axis, as TPU kernels demand, but an outer shard_map's
     return jax.shard_map(
-        body, in_specs=(matrices, tokens, tokens, tokens), out_specs=tokens, axis_names=set(BOTH), check_vma=False
+        body, in_specs=(matrices, tokens, tokens, tokens), out_specs=tokens, axis_names=manual, check_vma=False
     )(weights, x_TD, weights_TK, experts_TK)
 
 

@@ -84,10 +84,10 @@ def train(experiment: Experiment, directory: str | pathlib.Path, on_step=None) -
     return (read_metrics(directory) or [{}])[-1]
 
 
-def mesh_of(experiment: Experiment) -> Mesh:
-    """The mesh of this run over all devices; raises ConfigError where the devices or the batch do not divide."""
+def mesh_of(experiment: Experiment, devices=None) -> Mesh:
+    """The mesh of this run over `devices` (default: all); raises ConfigError where the devices or the batch do not divide."""
     try:
-        mesh = make_mesh(**dataclasses.asdict(experiment.mesh))
+        mesh = make_mesh(**dataclasses.asdict(experiment.mesh), devices=devices)
     except ValueError as error:
         raise ConfigError(f"{error}; set mesh.pipe, mesh.fsdp and mesh.expert") from error
     rows, packs, vision = experiment.data.batch_size, experiment.data.packs, experiment.train.vision

@@ -1,9 +1,9 @@
 """The experts' feed-forward and its products against the dense definition, forwards and backwards."""
 
 import functools
+import importlib
 
 import jax
-import jax.experimental.pallas.ops.tpu.megablox as megablox
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -11,6 +11,7 @@ from jax.test_util import check_grads
 
 from k25_jax.kernels import grouped_matmul as kernel
 
+megablox = importlib.import_module("jax.experimental.pallas.ops.tpu.megablox.gmm")  # a function has the same name
 D, F = 24, 10
 
 
@@ -86,7 +87,8 @@ def test_gradient_by_finite_differences():
 @pytest.mark.parametrize("case", CASES)
 def test_the_tpu_kernel_interpreted_gives_the_same_and_the_same_gradients(case, monkeypatch):
     """Whatever the number of rows: its own tiles are of 128."""
-    monkeypatch.setattr(megablox, "gmm", functools.partial(megablox.gmm, interpret=True))
+    for name in ("gmm", "tgmm"):
+        monkeypatch.setattr(megablox, name, functools.partial(getattr(megablox, name), interpret=True))
     rows, sizes = CASES[case]
     x, (w, _, _), sizes_E = draw(rows, sizes, seed=2)
     used = sum(sizes)
@@ -100,6 +102,17 @@ def test_the_tpu_kernel_interpreted_gives_the_same_and_the_same_gradients(case, 
     (dx, dw), (want_dx, want_dw) = (jax.grad(loss, (0, 1))(x, w, name) for name in ("megablox", "reference"))
     np.testing.assert_allclose(dx[:used], want_dx[:used], rtol=1e-3, atol=1e-3)
     np.testing.assert_allclose(dw, want_dw, rtol=1e-3, atol=1e-3)
+
+
+def test_tiles_of_the_tpu_kernel_divide_and_are_as_large_as_allowed():
+    for size, most, want in (
+        (7168, 1024, 1024),
+        (2048, 300, 256),
+        (1408, 1024, 128),
+        (1408, 2048, 1408),
+        (10, 1024, 128),
+    ):
+        assert kernel._largest_tile(size, most) == want
 
 
 def test_a_row_keeps_its_bits_wherever_it_stands():

@@ -1,0 +1,177 @@
+"""What a step costs: FLOPs of its jaxpr, counted right through loops and kernels, and a roofline of the compiled program.
+
+`jaxpr_flops` says what the step asks for, `hlo.products` what the compiler made of it. The two differ where the compiler
+gives several devices the same work, and where it saves or repeats some.
+"""
+
+import math
+from dataclasses import dataclass
+
+from jax.extend.core import ClosedJaxpr, Jaxpr, Literal
+
+from k25_jax.config import Experiment
+from k25_jax.models.count import count_params
+from k25_jax.preflight.topology import Topology
+
+
+@dataclass
+class Flops:
+    """FLOPs of a device: `products` in plain XLA, `kernels` in Pallas. `unknown_loops` counted once, not by their trips."""
+
+    products: float = 0.0
+    kernels: float = 0.0
+    unknown_loops: int = 0
+
+    @property
+    def total(self) -> float:
+        return self.products + self.kernels
+
+    def add(self, other: "Flops", times: float = 1.0) -> None:
+        """Add `times` the other."""
+        self.products += other.products * times
+        self.kernels += other.kernels * times
+        self.unknown_loops += other.unknown_loops
+
+
+# ---------------------------------------------------------------------------------------------------------------- jaxpr
+def jaxpr_flops(jaxpr: Jaxpr | ClosedJaxpr, devices: int = 1, filled: float = 1.0) -> Flops:
+    """FLOPs of one device in matrix products, convolutions and kernels; elementwise work is not counted.
+
+    Outside of a shard_map shapes are those of all devices, and each takes an equal share; inside they are its own.
+    `filled` is the share of rows that hold something in products over groups of rows (`ragged_dot`, kernels whose grid
+    depends on the data): with expert parallelism every device reserves rows for all tokens that it sees, and about one
+    in `mesh.expert` of them chooses its experts. A conditional counts its most expensive branch.
+    """
+    jaxpr = jaxpr.jaxpr if isinstance(jaxpr, ClosedJaxpr) else jaxpr
+    total = Flops()
+    for eqn in jaxpr.eqns:
+        total.add(_equation(eqn, jaxpr, devices, filled))
+    return total
+
+
+def _equation(eqn, around: Jaxpr, devices: int, filled: float) -> Flops:
+    name, params = eqn.primitive.name, eqn.params
+    if name in PRODUCTS:
+        return Flops(PRODUCTS[name](eqn) / devices * (filled if name == "ragged_dot_general" else 1.0))
+    if name == "pallas_call":
+        return Flops(kernels=_kernel(params, filled) / devices)
+    if name == "scan":
+        inner = jaxpr_flops(params["jaxpr"], devices, filled)
+        return _times(inner, params["length"])
+    if name == "while":
+        inner, trips = jaxpr_flops(params["body_jaxpr"], devices, filled), _trips(eqn)
+        if trips is None and inner.total:
+            inner.unknown_loops += 1
+        return _times(inner, 1 if trips is None else trips)
+    if name == "cond":
+        return max((jaxpr_flops(branch, devices, filled) for branch in params["branches"]), key=lambda f: f.total)
+    if name == "shard_map":
+        manual = params.get("newly_manual_axes", params.get("manual_axes"))  # as one JAX or another calls it
+        devices //= math.prod(params["mesh"].shape[axis] for axis in manual)
+    total = Flops()
+    for value in params.values():
+        for inner in value if isinstance(value, (tuple, list)) else [value]:
+            if isinstance(inner, (Jaxpr, ClosedJaxpr)):
+                total.add(jaxpr_flops(inner, devices, filled))
+    return total
+
+
+def _times(flops: Flops, times: int) -> Flops:
+    return Flops(flops.products * times, flops.kernels * times, flops.unknown_loops)
+
+
+def _dot(eqn) -> float:
+    (contracted, _), _ = eqn.params["dimension_numbers"]
+    left = eqn.invars[0].aval.shape
+    return 2.0 * eqn.outvars[0].aval.size * math.prod(left[d] for d in contracted)
+
+
+def _convolution(eqn) -> float:
+    numbers, kernel = eqn.params["dimension_numbers"], eqn.invars[1].aval
+    return 2.0 * eqn.outvars[0].aval.size * kernel.size / kernel.shape[numbers.rhs_spec[0]]
+
+
+def _ragged(eqn) -> float:
+    """Each row meets one matrix: rows x contracted x columns, whichever dimension is in groups."""
+    numbers = eqn.params["ragged_dot_dimension_numbers"]
+    (_, contracted), (_, batch) = numbers.dot_dimension_numbers
+    left, right = (v.aval.shape for v in eqn.invars[:2])
+    taken = {*contracted, *batch, *numbers.rhs_group_dimensions}
+    return 2.0 * math.prod(left) * math.prod(n for d, n in enumerate(right) if d not in taken)
+
+
+PRODUCTS = {"dot_general": _dot, "conv_general_dilated": _convolution, "ragged_dot_general": _ragged}
+
+
+def _kernel(params: dict, filled: float) -> float:
+    """The kernel's own estimate, else its body over its grid; by the filled rows where the grid depends on the data."""
+    grid = params["grid_mapping"].grid
+    dynamic = any(not isinstance(n, int) for n in grid)
+    estimate = params.get("cost_estimate")
+    if estimate is not None and estimate.flops:
+        return float(estimate.flops) * (filled if dynamic else 1.0)
+    return jaxpr_flops(params["jaxpr"]).total * math.prod(n for n in grid if isinstance(n, int))
+
+
+def _trips(eqn) -> int | None:
+    """Of `while counter < constant`, with a counter that starts at a constant and rises by one; else None."""
+    cond, body = eqn.params["cond_jaxpr"].jaxpr, eqn.params["body_jaxpr"].jaxpr
+    test = cond.eqns[0] if len(cond.eqns) == 1 else None
+    if test is None or test.primitive.name != "lt" or not isinstance(test.invars[1], Literal):
+        return None
+    skipped = eqn.params["cond_nconsts"]
+    if test.invars[0] not in cond.invars[skipped:]:
+        return None
+    index = cond.invars[skipped:].index(test.invars[0])
+    start = eqn.invars[skipped + eqn.params["body_nconsts"] + index]
+    counter = body.invars[eqn.params["body_nconsts"] + index]
+    rises = [e for e in body.eqns if body.outvars[index] in e.outvars and e.primitive.name == "add"]
+    by_one = rises and rises[0].invars[0] is counter and isinstance(rises[0].invars[1], Literal)
+    if not isinstance(start, Literal) or not by_one or rises[0].invars[1].val != 1:
+        return None
+    return max(int(test.invars[1].val) - int(start.val), 0)
+
+
+# ------------------------------------------------------------------------------------------------------------- roofline
+def model_flops(experiment: Experiment) -> float:
+    """FLOPs that training on one batch needs on all devices together, nothing computed twice.
+
+    Text: 6 for each active parameter and token (the embedding is looked up, not multiplied), and causal attention over
+    whole rows: half of the scores. Vision: 6 for each parameter and patch or, in the projector, each token; and
+    attention inside images of `max_image_patches`.
+    """
+    text, vision, data = experiment.model.text, experiment.model.vision, experiment.data
+    counts = count_params(experiment.model)
+    tokens, patches = data.batch_size * data.seq_len, data.packs * data.pack_patches
+    products = 6.0 * tokens * (counts["active"] - (0 if text.tie_embeddings else counts["embedding"]))
+    attention = 6.0 * tokens * text.layers * text.heads * (text.qk_dim + text.v_dim) * data.seq_len / 2
+    seen = min(data.max_image_patches, data.pack_patches)
+    images = 12.0 * patches * vision.layers * vision.width * seen
+    return products + attention + images + 6.0 * patches * (counts["vision"] + counts["projector"] / vision.group)
+
+
+@dataclass(frozen=True)
+class Roofline:
+    """Bounds of a step's time in seconds: each alone, and the largest. Zero where the chip's figure is not known."""
+
+    compute: float
+    memory: float
+    network: float
+    mfu: float  # model FLOPs over what the chips could do in `step`; no run can be above it
+
+    @property
+    def step(self) -> float:
+        return max(self.compute, self.memory, self.network)
+
+
+def roofline(topology: Topology, devices: int, flops: float, traffic: float, sent: float, model: float) -> Roofline:
+    """Of one device's FLOPs, bytes to and from memory, and bytes sent, each at the chip's peak and all at once.
+
+    Left out: that products seldom reach the peak, latencies, and what cannot overlap. Bytes sent are taken to spread
+    over all links of a chip, though an exchange along one axis of the mesh uses few of them.
+    """
+    chip = topology.chip
+    figures = ((flops, chip.peak_flops), (traffic, chip.hbm_bandwidth), (sent, chip.ici_bandwidth))
+    seconds = [amount / topology.share(peak) if peak else 0.0 for amount, peak in figures]
+    longest, peak = max(seconds), topology.share(chip.peak_flops) * devices
+    return Roofline(*seconds, mfu=model / (longest * peak) if longest and peak else 0.0)

@@ -1,0 +1,60 @@
+"""Reports of the preflight as text for a terminal."""
+
+from collections.abc import Sequence
+
+from k25_jax.preflight.aot import GB, Report, Tensor
+
+
+def render(report: Report) -> str:
+    """The whole report, a line a figure; figures are those of one device and one step."""
+    mesh = " x ".join(f"{name} {n}" for name, n in report.mesh.items())
+    chips = f"{report.chips} chip{'s' * (report.chips != 1)}, mesh {mesh}" if report.hbm_gb else f"mesh {mesh}"
+    lines = [
+        f"{report.topology}: {chips}; {report.rows} rows, {report.packs} packs of patches in a step",
+        f"memory     {_memory(report)}",
+    ]
+    if report.temp_gb or report.fits:
+        lines.append(
+            f"           arguments {report.argument_gb:.2f} GB, results beside them "
+            f"{report.output_gb - report.alias_gb:.2f}, temporaries {report.temp_gb:.2f}, program {report.code_gb:.2f}"
+        )
+    lines.append(f"FLOPs      {report.flops:.3e} asked {report.flops_asked:.3e}, compiled {report.flops_compiled:.3e}")
+    if report.hbm_bytes:
+        lines.append(
+            f"traffic    {report.hbm_bytes / GB:.1f} GB of memory, intensity {report.intensity:.0f} FLOPs a byte"
+        )
+    for entry in report.collectives:
+        axes = " x ".join(entry["axes"]) or "itself"
+        sent = f"{entry['bytes'] / GB:.3f} GB in {entry['times']:.0f}"
+        lines.append(f"exchange   {entry['kind']:19s}over {axes:22s}{sent}")
+    if report.step_seconds_bound:
+        lines.append(
+            f"bound      {report.step_seconds_bound:.4f} s a step, by {report.bound_by}; MFU at most {report.mfu_bound:.1%}"
+        )
+    if report.unknown_loops:
+        lines.append(f"           {report.unknown_loops} loops of unknown length count once")
+    lines.append(
+        f"took       {report.lower_s:.0f} s to lower, {report.compile_s:.0f} s to compile, {report.rss_gb:.1f} GB here"
+    )
+    lines.append("largest    on one device:")
+    lines += [_row(Tensor(**tensor)) for tensor in report.largest]
+    return "\n".join(lines)
+
+
+def _memory(report: Report) -> str:
+    if not report.hbm_gb:
+        return f"{report.peak_hbm_gb:.2f} GB at the peak"
+    if report.fits:
+        return f"fits: {report.peak_hbm_gb:.2f} GB at the peak of {report.hbm_gb:.0f} GB"
+    return f"DOES NOT FIT: {report.reason}"
+
+
+def render_layout(tensors: Sequence[Tensor]) -> str:
+    """Every array: bytes on one device, name, type, shape and the mesh axes of its dimensions."""
+    total = sum(tensor.bytes for tensor in tensors)
+    return "\n".join([*(_row(tensor) for tensor in tensors), f"{total / GB:11.4f} GB in all on one device"])
+
+
+def _row(tensor: Tensor) -> str:
+    shape = "x".join(map(str, tensor.shape))
+    return f"{tensor.bytes / GB:11.4f} GB  {tensor.name:55s} {tensor.dtype} {shape} [{tensor.layout}]"
