@@ -21,17 +21,17 @@ import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
 from k25_jax.config import MoEConfig
-from k25_jax.models.experts import BOTH, routed
+from k25_jax.models.experts import ROWS, routed
 from k25_jax.sharding.mesh import make_mesh
 
 BOUND, ERROR_BOUND = 10.0, 1e-5
 
 
-def dense(p, x_TD, weights_TK, experts_TK):
+def dense(p, x_BLD, weights_BLK, experts_BLK):
     """Every token through every expert in three plain products, kept by the one-hot of the choice; the definition."""
-    combine_TE = jnp.einsum("tk,tke->te", weights_TK, jax.nn.one_hot(experts_TK, p["gate"].shape[0]))
-    hidden_TEF = jax.nn.silu(jnp.einsum("td,edf->tef", x_TD, p["gate"])) * jnp.einsum("td,edf->tef", x_TD, p["up"])
-    return jnp.einsum("tef,efd->td", hidden_TEF * combine_TE[:, :, None], p["down"])
+    combine_BLE = jnp.einsum("blk,blke->ble", weights_BLK, jax.nn.one_hot(experts_BLK, p["gate"].shape[0]))
+    gate_BLEF, up_BLEF = (jnp.einsum("bld,edf->blef", x_BLD, p[name]) for name in ("gate", "up"))
+    return jnp.einsum("blef,efd->bld", jax.nn.silu(gate_BLEF) * up_BLEF * combine_BLE[..., None], p["down"])
 
 
 def problem(tokens: int, width: int, ffn: int, mesh):
@@ -49,15 +49,15 @@ def problem(tokens: int, width: int, ffn: int, mesh):
     )
     weights_TK, experts_TK = jax.lax.top_k(jax.nn.sigmoid(scores_TE), config.top_k)
     x_TD = jax.random.normal(keys[5], (tokens, width))
-    return config, p, place(x_TD, BOTH), place(weights_TK, BOTH), place(experts_TK, BOTH)
+    return config, p, *(place(a.reshape(8, tokens // 8, -1), ROWS) for a in (x_TD, weights_TK, experts_TK))
 
 
 def gradients(layer):
     """(result, gradients of weights, tokens and router weights) of a layer, compiled."""
 
-    def loss(p, x_TD, weights_TK, experts_TK):
-        y_TD = layer(p, x_TD, weights_TK, experts_TK)
-        return (y_TD * jnp.sin(jnp.arange(y_TD.shape[1]))).mean(), y_TD
+    def loss(p, x_BLD, weights_BLK, experts_BLK):
+        y_BLD = layer(p, x_BLD, weights_BLK, experts_BLK)
+        return (y_BLD * jnp.sin(jnp.arange(y_BLD.shape[-1]))).mean(), y_BLD
 
     return jax.jit(jax.value_and_grad(loss, argnums=(0, 1, 2), has_aux=True))
 

@@ -270,9 +270,10 @@ class MeshConfig:
     pipe: int = 1
     fsdp: int = -1
     expert: int = 1
+    context: int = 1  # devices that share out the tokens of a row
 
     def __post_init__(self):
-        _require_positive(self, "pipe expert".split())
+        _require_positive(self, "pipe expert context".split())
         if self.fsdp != -1 and self.fsdp < 1:
             raise ConfigError(f"mesh.fsdp={self.fsdp} must be positive, or -1 for the devices that are left")
 

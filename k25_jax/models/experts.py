@@ -10,24 +10,31 @@ from jax.sharding import PartitionSpec
 from k25_jax.config import MoEConfig
 from k25_jax.kernels.grouped_matmul import copy_rows, expert_swiglu, permute_rows
 
-BOTH = ("fsdp", "expert")  # the axes of the mesh that share out the tokens
+ROWS = ("fsdp", "expert")  # the axes of the mesh that share out the rows of a batch; `context` shares out their tokens
+WIDTH = ("fsdp", "context")  # the axes that share out an expert's matrices
 ROOM = 1.25  # rows in a chunk, over those that a device gets when all get alike
-SPLIT = (("gate", 1), ("up", 1), ("down", 2))  # the axis of each matrix that fsdp splits: the width of the model
+SPLIT = (("gate", 1), ("up", 1), ("down", 2))  # which axis of each matrix they split: the width of the model
 
 
-def routed(p, x_TD, weights_TK, experts_TK, load_E, config: MoEConfig):
-    """What the chosen experts make of each token, weighted and added up: [T,D].
+def routed(p, x_BLD, weights_BLK, experts_BLK, load_E, config: MoEConfig):
+    """What the chosen experts make of each token, weighted and added up: [B,L,D].
 
-    `experts_TK` is the number of experts where nothing is chosen, as in padding. In a mesh with more than one device
-    along fsdp and expert (jax.set_mesh) the tokens, the experts and their matrices are shared out over them, unless
+    `experts_BLK` is the number of experts where nothing is chosen, as in padding. In a mesh of more than one device
+    (jax.set_mesh; stages of a pipeline aside) the tokens, the experts and their matrices are shared out over it, unless
     one of the three does not divide: then the compiler lays out the form for one device.
     """
     mesh = jax.sharding.get_abstract_mesh()
-    devices = 1 if mesh.empty else mesh.shape["fsdp"] * mesh.shape["expert"]
-    tokens, width = x_TD.shape
-    if devices == 1 or tokens % devices or config.experts % mesh.shape["expert"] or width % mesh.shape["fsdp"]:
-        return _local(p, x_TD, weights_TK, experts_TK, load_E, config.grouped_matmul)
-    return _parallel(p, x_TD, weights_TK, experts_TK, config)
+    rows, tokens, width = x_BLD.shape
+    if not mesh.empty and _devices(mesh, (*ROWS, "context")) > 1:
+        parts = (rows, ROWS), (tokens, ("context",)), (config.experts, ("expert",)), (width, WIDTH)
+        if not any(size % _devices(mesh, axes) for size, axes in parts):
+            return _parallel(p, x_BLD, weights_BLK, experts_BLK, config)
+    x_TD, *chosen = (a.reshape(rows * tokens, -1) for a in (x_BLD, weights_BLK, experts_BLK))
+    return _local(p, x_TD, *chosen, load_E, config.grouped_matmul).reshape(x_BLD.shape)
+
+
+def _devices(mesh, axes) -> int:
+    return math.prod(mesh.shape[axis] for axis in axes)
 
 
 def _local(p, x_TD, weights_TK, experts_TK, load_E, implementation: str):
@@ -41,39 +48,41 @@ def _local(p, x_TD, weights_TK, experts_TK, load_E, implementation: str):
     return jnp.einsum("tkd,tk->td", out_TKD, weights_TK.astype(out_TKD.dtype))
 
 
-def _parallel(p, x_TD, weights_TK, experts_TK, config: MoEConfig):
+def _parallel(p, x_BLD, weights_BLK, experts_BLK, config: MoEConfig):
     """Expert parallelism, dropless, by all-gather and reduce-scatter.
 
     Every device sees the tokens of its row of the `expert` axis, computes what its own experts make of them, and the
     contributions to a token are added up where it lives. A device takes its token copies in chunks, usually one. Were
     all tokens to choose the same experts there would be many, but memory is held for a single one. Matrices are split
-    over fsdp too and gathered for use; in the backward pass the same exchanges run the other way round and add up the
+    over WIDTH too and gathered for use; in the backward pass the same exchanges run the other way round and add up the
     gradients.
     """
 
-    def body(p, x_TD, weights_TK, experts_TK):
-        p = {name: jax.lax.all_gather(p[name], "fsdp", axis=axis, tiled=True) for name, axis in SPLIT}
+    def body(p, x_BLD, weights_BLK, experts_BLK):
+        p = {name: jax.lax.all_gather(p[name], WIDTH, axis=axis, tiled=True) for name, axis in SPLIT}
         x_TD, weights_TK, experts_TK = (
-            jax.lax.all_gather(a, "expert", axis=0, tiled=True) for a in (x_TD, weights_TK, experts_TK)
+            jax.lax.all_gather(a.reshape(-1, a.shape[-1]), "expert", axis=0, tiled=True)
+            for a in (x_BLD, weights_BLK, experts_BLK)
         )
         own = p["gate"].shape[0]
         number_TK = experts_TK - jax.lax.axis_index("expert") * own
         number_TK = jnp.where((number_TK >= 0) & (number_TK < own), number_TK, own)  # another device's: like padding
         load_E = jnp.bincount(number_TK.reshape(-1), length=own)
         if own == config.experts:
-            return _local(p, x_TD, weights_TK, number_TK, load_E, config.grouped_matmul)
-        rows = min(number_TK.size, 128 * math.ceil(ROOM * number_TK.size * own / config.experts / 128))
-        y_TD = _in_chunks(rows, config.grouped_matmul, p, x_TD, weights_TK, number_TK, load_E)
-        return jax.lax.psum_scatter(y_TD, "expert", scatter_dimension=0, tiled=True)
+            y_TD = _local(p, x_TD, weights_TK, number_TK, load_E, config.grouped_matmul)
+        else:
+            rows = min(number_TK.size, 128 * math.ceil(ROOM * number_TK.size * own / config.experts / 128))
+            y_TD = _in_chunks(rows, config.grouped_matmul, p, x_TD, weights_TK, number_TK, load_E)
+        return jax.lax.psum_scatter(y_TD, "expert", scatter_dimension=0, tiled=True).reshape(x_BLD.shape)
 
-    tokens = PartitionSpec(BOTH, None)
-    matrices = {name: PartitionSpec("expert", *("fsdp" if i == axis else None for i in (1, 2))) for name, axis in SPLIT}
+    tokens = PartitionSpec(ROWS, "context", None)
+    matrices = {name: PartitionSpec("expert", *(WIDTH if i == axis else None for i in (1, 2))) for name, axis in SPLIT}
     weights = {name: p[name] for name in matrices}
     mesh = jax.sharding.get_abstract_mesh()
     manual = set(mesh.axis_names) - set(mesh.manual_axes)  # every axis, as TPU kernels demand, but an outer shard_map's
     return jax.shard_map(
         body, in_specs=(matrices, tokens, tokens, tokens), out_specs=tokens, axis_names=manual, check_vma=False
-    )(weights, x_TD, weights_TK, experts_TK)
+    )(weights, x_BLD, weights_BLK, experts_BLK)
 
 
 # ------------------------------------------------------------------------------------------------------------ in chunks

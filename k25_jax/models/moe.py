@@ -44,7 +44,10 @@ class MoE(nn.Module):
 
 
 def route(router_DE, bias_E, x_TD, config: MoEConfig):
-    """Choose experts by score plus bias, weigh them by the score alone: (weights_TK, experts_TK), float32."""
+    """Choose experts by score plus bias, weigh them by the score alone: (weights_TK, experts_TK), float32.
+
+    T may be several axes.
+    """
     logits_TE = jnp.dot(x_TD.astype(jnp.float32), router_DE.astype(jnp.float32), precision="highest")
     scores_TE = jax.nn.sigmoid(logits_TE)
     choice_TE = jax.lax.stop_gradient(scores_TE + bias_E)
@@ -59,24 +62,23 @@ def route(router_DE, bias_E, x_TD, config: MoEConfig):
 
 def _keep_best_groups(choice_TE, config: MoEConfig):
     """A group's worth is the sum of its two best experts; experts of the other groups cannot be chosen."""
-    grouped_TGE = choice_TE.reshape(choice_TE.shape[0], config.groups, -1)
+    grouped_TGE = choice_TE.reshape(*choice_TE.shape[:-1], config.groups, -1)
     worth_TG = jax.lax.top_k(grouped_TGE, 2)[0].sum(axis=-1)
     _, best_TG = jax.lax.top_k(worth_TG, config.top_groups)
-    kept_TG = jax.nn.one_hot(best_TG, config.groups, dtype=bool).any(axis=1)
-    return jnp.where(kept_TG[:, :, None], grouped_TGE, -jnp.inf).reshape(choice_TE.shape)
+    kept_TG = jax.nn.one_hot(best_TG, config.groups, dtype=bool).any(axis=-2)
+    return jnp.where(kept_TG[..., None], grouped_TGE, -jnp.inf).reshape(choice_TE.shape)
 
 
 def moe(p, x_BLD, valid_BL, config: MoEConfig):
     """Dropless MoE feed-forward: (y_BLD, load_E). Padding (valid False) is neither computed nor counted."""
-    x_TD, valid_T = x_BLD.reshape(-1, x_BLD.shape[-1]), valid_BL.reshape(-1)
-    weights_TK, experts_TK = route(p["router"], p["router_bias"], x_TD, config)
-    weights_TK = jnp.where(valid_T[:, None], weights_TK, 0.0)
-    experts_TK = jnp.where(valid_T[:, None], experts_TK, config.experts)
-    load_E = jnp.bincount(experts_TK.reshape(-1), length=config.experts)  # padding's number falls outside
-    y_TD = routed(p["experts"], x_TD, weights_TK, experts_TK, load_E, config).reshape(x_BLD.shape)
+    weights_BLK, experts_BLK = route(p["router"], p["router_bias"], x_BLD, config)
+    weights_BLK = jnp.where(valid_BL[..., None], weights_BLK, 0.0)
+    experts_BLK = jnp.where(valid_BL[..., None], experts_BLK, config.experts)
+    load_E = jnp.bincount(experts_BLK.reshape(-1), length=config.experts)  # padding's number falls outside
+    y_BLD = routed(p["experts"], x_BLD, weights_BLK, experts_BLK, load_E, config)
     if "shared" in p:
-        y_TD = y_TD + swiglu(p["shared"], x_BLD)
-    return y_TD, load_E
+        y_BLD = y_BLD + swiglu(p["shared"], x_BLD)
+    return y_BLD, load_E
 
 
 def balanced_bias(bias_YE, load_YE, rate: float):

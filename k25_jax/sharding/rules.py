@@ -6,14 +6,14 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 RULES: dict[str | None, str | tuple[str, ...] | None] = {
     # parameters of the language model
     "layers": None,
-    "vocab": ("fsdp", "expert"),
-    "embed": ("fsdp", "expert"),
+    "vocab": ("fsdp", "context", "expert"),
+    "embed": ("fsdp", "context", "expert"),
     "mlp": None,
     "latent": None,
-    "heads": ("fsdp", "expert"),
+    "heads": ("fsdp", "context", "expert"),
     "head_dim": None,
     "expert": "expert",
-    "expert_embed": "fsdp",
+    "expert_embed": ("fsdp", "context"),
     "expert_mlp": None,
     "router_in": None,
     "router_out": None,
@@ -24,7 +24,8 @@ RULES: dict[str | None, str | tuple[str, ...] | None] = {
     "vision_mlp": None,
     # activations
     "batch": ("fsdp", "expert", "pipe"),  # pipe innermost: the rows of a (fsdp, expert) share are its microbatches
-    "packs": ("pipe", "fsdp", "expert"),
+    "length": "context",
+    "packs": ("pipe", "fsdp", "context", "expert"),
 }
 
 
@@ -55,7 +56,7 @@ def shardings(axes_tree, shapes_tree, mesh: Mesh):
 
 def batch_shardings(batch, mesh: Mesh):
     """NamedShardings of a `Batch`: rows over all devices, every pack of patches on each device."""
-    rows = jax.tree.map(lambda a: NamedSharding(mesh, spec(PartitionSpec("batch"), a.shape, mesh)), batch)
+    rows = jax.tree.map(lambda a: NamedSharding(mesh, spec(PartitionSpec("batch", "length"), a.shape, mesh)), batch)
     packs = jax.tree.map(lambda a: NamedSharding(mesh, PartitionSpec()), batch.vision)
     return rows.replace(vision=packs)
 

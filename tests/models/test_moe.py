@@ -140,7 +140,7 @@ def test_rows_that_a_kernel_leaves_undefined_reach_no_gradient(monkeypatch):
     def gradients(implementation):
         def total(p, x_TD, weights_TK):
             how = dataclasses.replace(config, grouped_matmul=implementation)
-            return jnp.sin(routed(p, x_TD, weights_TK, experts_TK, load_E, how)).sum()
+            return jnp.sin(routed(p, x_TD[None], weights_TK[None], experts_TK[None], load_E, how)).sum()
 
         return jax.grad(total, (0, 1, 2))(p, x_TD, weights_TK)
 
