@@ -35,35 +35,45 @@ def place(batch: Batch, mesh: Mesh, config: VisionConfig, vision: str = "dep") -
     if mesh.size > 1 and len(batch.vision.patches_PNC) and vision in ENCODERS:
         batch = routed(batch, dict(mesh.shape), config, vision)
         packs, table = (NamedSharding(mesh, PartitionSpec(axes)) for axes in (ENCODERS[vision], AXES))
-        layout = layout.replace(vision=jax.tree.map(lambda _: packs, batch.vision), send_XZU=table)
+        layout = layout.replace(vision=jax.tree.map(lambda _: packs, batch.vision), routes=(table, table))
     return jax.device_put(batch, layout)
 
 
 def routed(batch: Batch, shape: dict[str, int], config: VisionConfig, vision: str = "dep") -> Batch:
-    """The batch with `send_XZU`, and with `media_BL` as an index into what the device of each row receives.
+    """The batch with `routes` = (send_XJZU, land_ZJXU), by which features travel in J rounds.
 
-    send_XZU[x, z] lists the features that device x sends to device z, as indices into its own. U is the largest number
-    that any device sends to any other, rounded up to a power of two, so that few programs serve all batches of a run. A
-    place that is not needed holds 0, and nobody reads what arrives there. Devices are numbered as in mesh.devices.
+    In round j device x sends device z its features send_XJZU[x, j, z], and they land on the tokens land_ZJXU[z, j, x] of
+    the rows of z, flattened. U is so small that a round carries about what a device has, and J is as many rounds as the
+    two devices with most between them need; both are powers of two, so that few programs serve all batches of a run. A
+    place that is not needed sends feature 0 to no token. Devices are numbered as in mesh.devices.
     """
     number = np.arange(np.prod([shape[axis] for axis in AXES])).reshape([shape[axis] for axis in AXES])
     homes = number.transpose([AXES.index(axis) for axis in RULES["batch"]]).reshape(-1)  # of each block of rows
     senders = number.reshape(-1) if vision == "dep" else number[0].reshape(-1)  # of each block of packs
     own = batch.vision.segments_PN.size // config.group // len(senders)  # features of a sender
-    where = np.nonzero(batch.media_BL >= 0)
-    feature = batch.media_BL[where]
-    sender, receiver = senders[feature // own], homes[where[0] * len(homes) // len(batch.media_BL)]
+    tokens = batch.media_BL.size // len(homes)
+    token = np.flatnonzero(batch.media_BL >= 0)
+    feature = batch.media_BL.reshape(-1)[token]
+    sender, receiver = senders[feature // own], homes[token // tokens]
     pair = sender * number.size + receiver
     counts = np.bincount(pair, minlength=number.size**2)
     order = np.argsort(pair, kind="stable")
     place = np.empty_like(order)  # of each feature among those of its pair
     place[order] = np.arange(len(order)) - np.repeat(np.cumsum(counts) - counts, counts)
-    capacity = 1 << int(counts.max() - 1).bit_length()
-    send_XZU = np.zeros((number.size, number.size, capacity), np.int32)
-    send_XZU[sender, receiver, place] = feature % own
-    media_BL = np.full_like(batch.media_BL, -1)
-    media_BL[where] = sender * capacity + place
-    return batch.replace(media_BL=media_BL, send_XZU=send_XZU)
+    width = _power_of_two(own / number.size)
+    rounds = _power_of_two(counts.max() / width)
+    table = (number.size, rounds, number.size, width)
+    send_XJZU = np.zeros(table, np.int32)
+    send_XJZU[sender, place // width, receiver, place % width] = feature % own
+    land_ZJXU = np.broadcast_to(
+        tokens + np.arange(number.size * width, dtype=np.int32).reshape(-1, width), table
+    ).copy()
+    land_ZJXU[receiver, place // width, sender, place % width] = token % tokens
+    return batch.replace(routes=(send_XJZU, land_ZJXU))
+
+
+def _power_of_two(least: float) -> int:
+    return 1 << max(0, int(np.ceil(least)) - 1).bit_length()
 
 
 def vision_at_tokens(params, batch: Batch, config: K25Config, dtype=jnp.float32, vision: str = "dep"):
@@ -72,26 +82,35 @@ def vision_at_tokens(params, batch: Batch, config: K25Config, dtype=jnp.float32,
     `batch` comes from `place`; call it under jax.set_mesh of the same mesh.
     """
 
-    def body(weights, packs, send_XZU, media_BL):
+    def body(weights, packs, routes, media_BL):
         if vision == "stage0":
             features_MD = _on_first_stage(lambda: vision_features(weights, packs, config, "full", dtype))
         else:
             features_MD = vision_features(weights, packs, config, "full", dtype)
-        return exchange(features_MD, send_XZU[0], media_BL)
+        x_TD = exchange(features_MD, routes[0][0], routes[1][0], media_BL.size)
+        return x_TD.reshape(*media_BL.shape, -1)
 
     weights = {"vision": params["vision"], "projector": params["projector"]}
     rows, every, packs = (PartitionSpec(axes) for axes in (RULES["batch"], AXES, ENCODERS[vision]))
     specs = (PartitionSpec(), packs, every, rows)
     return jax.shard_map(body, in_specs=specs, out_specs=rows, check_vma=False)(
-        weights, batch.vision, batch.send_XZU, batch.media_BL
+        weights, batch.vision, batch.routes, batch.media_BL
     )
 
 
-def exchange(features_MD, send_ZU, media_BL):
-    """One device's features to the devices of their tokens; what its own rows get, [B,L,D]. Inside shard_map."""
-    received_ZUD = jax.lax.all_to_all(features_MD[send_ZU], AXES, split_axis=0, concat_axis=0, tiled=True)
-    received_MD = received_ZUD.reshape(-1, received_ZUD.shape[-1])
-    return jnp.where(media_BL[..., None] >= 0, received_MD[jnp.maximum(media_BL, 0)], 0)
+def exchange(features_MD, send_JZU, land_JXU, tokens: int):
+    """One device's features to the devices of their tokens; what its own tokens get, [T,D]. Inside shard_map.
+
+    Rounds follow each other in a loop, so that each takes the memory of the one before.
+    """
+
+    def one_round(out_TD, tables):
+        send_ZU, land_XU = tables
+        received_XUD = jax.lax.all_to_all(features_MD[send_ZU], AXES, split_axis=0, concat_axis=0, tiled=True)
+        return out_TD.at[land_XU].add(received_XUD, mode="drop", unique_indices=True), None
+
+    out_TD = jnp.zeros((tokens, features_MD.shape[-1]), features_MD.dtype)
+    return jax.lax.scan(one_round, out_TD, (send_JZU, land_JXU))[0]
 
 
 def _on_first_stage(compute):

@@ -13,7 +13,7 @@ def loss_fn(params, batch, experiment: Experiment):
     """(loss, (metrics, what the forward pass observed)); of a batch as parallel/dep.py placed it, or of one device."""
     model, config = experiment.model, experiment.train
     dtype, vision_BLD = jnp.dtype(config.compute_dtype), None
-    if batch.send_XZU is not None:
+    if batch.routes is not None:
         vision_BLD = dep.vision_at_tokens(params, batch, model, dtype, config.vision)
     x_BLD, stats = hidden_states(params, batch, model, config.remat, dtype, vision_BLD)
     head_DV = head(params).astype(dtype)
