@@ -12,6 +12,7 @@ compiler: every device encodes every pack, and `train.remat` says what is held.
 import jax
 import jax.numpy as jnp
 import numpy as np
+from einops import rearrange
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from k25_jax.config import K25Config, VisionConfig
@@ -21,7 +22,7 @@ from k25_jax.sharding.mesh import AXES
 from k25_jax.sharding.rules import RULES, batch_shardings
 from k25_jax.vision.patchpack import pack_flops
 
-ENCODERS = {"dep": RULES["packs"], "stage0": ("fsdp", "expert")}  # the axes that the packs are split over
+ENCODERS = {"dep": AXES, "stage0": AXES[1:]}  # the axes that the packs are split over
 
 
 def encoders(mesh: Mesh, vision: str = "dep") -> int:
@@ -30,13 +31,23 @@ def encoders(mesh: Mesh, vision: str = "dep") -> int:
 
 
 def place(batch: Batch, mesh: Mesh, config: VisionConfig, vision: str = "dep") -> Batch:
-    """The batch on the devices of `mesh`, with tables where features must travel: not on one device, nor for text."""
+    """The batch on the devices of `mesh`, with tables where features must travel: not on one device, nor for text.
+
+    Where `context` shares out a row's tokens they are reordered, so that each device has a stripe (models/context.py).
+    """
+    batch = striped(batch, mesh.shape["context"])
     layout = batch_shardings(batch, mesh)
     if mesh.size > 1 and len(batch.vision.patches_PNC) and vision in ENCODERS:
         batch = routed(batch, dict(mesh.shape), config, vision)
         packs, table = (NamedSharding(mesh, PartitionSpec(axes)) for axes in (ENCODERS[vision], AXES))
         layout = layout.replace(vision=jax.tree.map(lambda _: packs, batch.vision), routes=(table, table))
     return jax.device_put(batch, layout)
+
+
+def striped(batch: Batch, shares: int) -> Batch:
+    """Rows in which places 0, n, 2 n, ... come first, then 1, n + 1, ...; n shares."""
+    reorder = lambda a: rearrange(a, "b (l n) -> b (n l)", n=shares)  # noqa: E731
+    return jax.tree.map(reorder, batch.replace(vision=None)).replace(vision=batch.vision)
 
 
 def routed(batch: Batch, shape: dict[str, int], config: VisionConfig, vision: str = "dep") -> Batch:
@@ -48,13 +59,15 @@ def routed(batch: Batch, shape: dict[str, int], config: VisionConfig, vision: st
     place that is not needed sends feature 0 to no token. Devices are numbered as in mesh.devices.
     """
     number = np.arange(np.prod([shape[axis] for axis in AXES])).reshape([shape[axis] for axis in AXES])
-    homes = number.transpose([AXES.index(axis) for axis in RULES["batch"]]).reshape(-1)  # of each block of rows
+    axes = [AXES.index(axis) for axis in (*RULES["batch"], RULES["length"])]
+    homes = number.transpose(axes).reshape(-1, shape["context"])  # of each block of rows, and of the tokens in them
     senders = number.reshape(-1) if vision == "dep" else number[0].reshape(-1)  # of each block of packs
     own = batch.vision.segments_PN.size // config.group // len(senders)  # features of a sender
-    tokens = batch.media_BL.size // len(homes)
-    token = np.flatnonzero(batch.media_BL >= 0)
-    feature = batch.media_BL.reshape(-1)[token]
-    sender, receiver = senders[feature // own], homes[token // tokens]
+    where = np.nonzero(batch.media_BL >= 0)
+    feature = batch.media_BL[where]
+    high, wide = (size // blocks for size, blocks in zip(batch.media_BL.shape, homes.shape, strict=True))
+    tokens, token = high * wide, where[0] % high * wide + where[1] % wide  # of one device
+    sender, receiver = senders[feature // own], homes[where[0] // high, where[1] // wide]
     pair = sender * number.size + receiver
     counts = np.bincount(pair, minlength=number.size**2)
     order = np.argsort(pair, kind="stable")
@@ -68,7 +81,7 @@ def routed(batch: Batch, shape: dict[str, int], config: VisionConfig, vision: st
     land_ZJXU = np.broadcast_to(
         tokens + np.arange(number.size * width, dtype=np.int32).reshape(-1, width), table
     ).copy()
-    land_ZJXU[receiver, place // width, sender, place % width] = token % tokens
+    land_ZJXU[receiver, place // width, sender, place % width] = token
     return batch.replace(routes=(send_XJZU, land_ZJXU))
 
 
@@ -91,7 +104,8 @@ def vision_at_tokens(params, batch: Batch, config: K25Config, dtype=jnp.float32,
         return x_TD.reshape(*media_BL.shape, -1)
 
     weights = {"vision": params["vision"], "projector": params["projector"]}
-    rows, every, packs = (PartitionSpec(axes) for axes in (RULES["batch"], AXES, ENCODERS[vision]))
+    rows = PartitionSpec(RULES["batch"], RULES["length"])
+    every, packs = (PartitionSpec(axes) for axes in (AXES, ENCODERS[vision]))
     specs = (PartitionSpec(), packs, every, rows)
     return jax.shard_map(body, in_specs=specs, out_specs=rows, check_vma=False)(
         weights, batch.vision, batch.routes, batch.media_BL

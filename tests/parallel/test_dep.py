@@ -1,12 +1,15 @@
 """DEP: the tables against a simulation in numpy; gradients and losses on eight devices against one, in their own process."""
 
+import itertools
+
 import numpy as np
 import pytest
 
 import runs
 from k25_jax.config import DataConfig, preset
 from k25_jax.data.packing import make_example, pack_examples
-from k25_jax.parallel.dep import routed
+from k25_jax.parallel.dep import routed, striped
+from k25_jax.sharding.mesh import AXES
 from k25_jax.vision.patchpack import Clip
 
 MODEL = preset("tiny")
@@ -23,39 +26,45 @@ def mixed_batch(rows, packs, seed=0):
             clips.append(Clip(patches, (1, int(height), int(width))))
         tokens = [1] + [MODEL.media_pad_id] * len(clips) + [2] * 8
         examples.append(make_example(tokens, [1.0] * len(tokens), clips, MODEL.media_pad_id))
-    return pack_examples(examples, DataConfig(batch_size=rows, seq_len=41, packs=packs, pack_patches=128), MODEL)
+    return pack_examples(examples, DataConfig(batch_size=rows, seq_len=42, packs=packs, pack_patches=128), MODEL)
 
 
-@pytest.mark.parametrize("shape", [(1, 8, 1), (2, 2, 2), (4, 2, 3), (1, 1, 2)])
+@pytest.mark.parametrize("shape", [(1, 8, 1, 1), (2, 2, 1, 2), (4, 2, 1, 3), (2, 2, 3, 2), (1, 1, 1, 2)])
 @pytest.mark.parametrize("vision", ["dep", "stage0"])
 def test_every_token_gets_its_feature(shape, vision):
-    """Features stand for their own numbers; devices are numbered pipe, fsdp, expert; rows lie fsdp, expert, pipe."""
-    pipe, fsdp, expert = shape
-    devices, senders = pipe * fsdp * expert, (pipe if vision == "dep" else 1) * fsdp * expert
+    """Features stand for their own numbers; devices are numbered pipe, fsdp, context, expert; rows lie fsdp, expert, pipe."""
+    pipe, fsdp, context, expert = shape
+    devices, senders = int(np.prod(shape)), int(np.prod(shape[1:])) * (pipe if vision == "dep" else 1)
     batch = mixed_batch(rows=2 * devices, packs=2 * devices)
-    out = routed(batch, dict(zip(("pipe", "fsdp", "expert"), shape, strict=True)), MODEL.vision, vision)
+    out = routed(batch, dict(zip(AXES, shape, strict=True)), MODEL.vision, vision)
     send_XJZU, land_ZJXU = out.routes
     features = np.full((devices, 2 * devices * 32 // senders), -1)
     features[:senders] = np.arange(2 * devices * 32).reshape(senders, -1)
-    row = 0
-    for f in range(fsdp):
-        for e in range(expert):
-            for p in range(pipe):
-                home = (p * fsdp + f) * expert + e
-                got = np.full(2 * 41, -1)
-                for x in range(devices):
-                    land, sent = land_ZJXU[home, :, x].reshape(-1), features[x][send_XJZU[x, :, home].reshape(-1)]
-                    assert len(set(land[land < got.size])) == (land < got.size).sum() and land.min() >= 0
-                    got[land[land < got.size]] = sent[land < got.size]
-                assert got.tolist() == batch.media_BL[row : row + 2].reshape(-1).tolist()
-                row += 2
-    assert row == len(batch.media_BL) and (batch.media_BL >= 0).sum() > 2 * devices
+    high, wide = 2 * context, 42 // context
+    for row, (f, e, p) in enumerate(itertools.product(range(fsdp), range(expert), range(pipe))):
+        for c in range(context):
+            home = ((p * fsdp + f) * context + c) * expert + e
+            got = np.full(high * wide, -1)
+            for x in range(devices):
+                land, sent = land_ZJXU[home, :, x].reshape(-1), features[x][send_XJZU[x, :, home].reshape(-1)]
+                assert len(set(land[land < got.size])) == (land < got.size).sum() and land.min() >= 0
+                got[land[land < got.size]] = sent[land < got.size]
+            own = batch.media_BL[row * high : (row + 1) * high, c * wide : (c + 1) * wide]
+            assert got.tolist() == own.reshape(-1).tolist()
+    assert (batch.media_BL >= 0).sum() > 2 * devices
+
+
+def test_stripes():
+    batch = mixed_batch(rows=2, packs=2)
+    out = striped(batch, 3)
+    assert out.tokens_BL[:, 14:28].tolist() == batch.tokens_BL[:, 1::3].tolist() and out.vision is batch.vision
+    np.testing.assert_array_equal(striped(striped(batch, 3), 14).media_BL, batch.media_BL)
 
 
 def test_rounds_serve_the_most_between_two_devices_up_to_a_power_of_two():
     for seed in range(10):
         batch = mixed_batch(rows=16, packs=8, seed=seed)
-        out = routed(batch, {"pipe": 1, "fsdp": 8, "expert": 1}, MODEL.vision)
+        out = routed(batch, dict(zip(AXES, (1, 8, 1, 1), strict=True)), MODEL.vision)
         pairs = [(i // 32, row // 2) for row in range(16) for i in batch.media_BL[row] if i >= 0]
         most, (_, rounds, _, width) = max(pairs.count(pair) for pair in pairs), out.routes[0].shape
         assert width == 32 // 8 and rounds & (rounds - 1) == 0
