@@ -13,15 +13,14 @@ import sys
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import optax
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import NamedSharding, PartitionSpec
 from optax.contrib import _muon
 
 from k25_jax.config import ConfigError
 from k25_jax.optim.newton_schulz import STEPS, sharded_newton_schulz
 from k25_jax.preflight.topology import devices_of, parse_topology
-from k25_jax.sharding.mesh import AXES
+from k25_jax.sharding.mesh import make_mesh
 
 SHAPE, TOPOLOGY, FSDP, EXPERT = (4, 384, 7168, 2048), "v5p:4x4x8", 8, 16
 BOUND, MEMORY_BOUND_GB = 1.05, 1.0
@@ -53,7 +52,7 @@ def main():
         devices = devices_of(parse_topology(TOPOLOGY))
     except ConfigError as error:
         sys.exit(str(error))
-    mesh = Mesh(np.asarray(devices).reshape(1, FSDP, EXPERT), AXES)
+    mesh = make_mesh(fsdp=FSDP, expert=EXPERT, devices=devices)
     layout = NamedSharding(mesh, PartitionSpec(None, "expert", "fsdp", None))
     matrices = SHAPE[0] * SHAPE[1] // (FSDP * EXPERT)  # a chip's own, one after the other in a loop
     ours = figures(compiled(lambda a: sharded_newton_schulz(a, layout), layout), calls=matrices)
