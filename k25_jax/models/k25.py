@@ -65,14 +65,16 @@ def splice(params, tokens_BL, media_BL, features_MD, config: K25Config):
     return jnp.where(media_BL[..., None] >= 0, features_MD[jnp.maximum(media_BL, 0)].astype(embedded.dtype), embedded)
 
 
-def hidden_states(params, batch: Batch, config: K25Config, remat: str = "none", dtype=jnp.float32):
-    """The model up to its last norm: (x_BLD, Stats). `params` are used in `dtype`."""
+def hidden_states(
+    params, batch: Batch, config: K25Config, remat: str = "none", dtype=jnp.float32, moe_layers=decoder.scan_layers
+):
+    """The model up to its last norm: (x_BLD, Stats). `params` are used in `dtype`; `moe_layers` runs the MoE stack."""
     params = cast(params, dtype)
     features_MD = None
     if batch.vision.patches_PNC.shape[0]:
         features_MD = vision_features(params, batch.vision, config, remat, dtype)
     x_BLD = splice(params, batch.tokens_BL, batch.media_BL, features_MD, config)
-    return decoder.decode(params, x_BLD, batch.segments_BL, batch.positions_BL, config.text, remat)
+    return decoder.decode(params, x_BLD, batch.segments_BL, batch.positions_BL, config.text, remat, moe_layers)
 
 
 def forward(params, batch: Batch, config: K25Config):

@@ -6,6 +6,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 RULES: dict[str | None, str | tuple[str, ...] | None] = {
     # parameters of the language model
     "layers": None,
+    "stages": "pipe",  # the layers of the MoE stack
     "vocab": ("fsdp", "expert"),
     "embed": ("fsdp", "expert"),
     "mlp": None,
@@ -23,7 +24,7 @@ RULES: dict[str | None, str | tuple[str, ...] | None] = {
     "vision_heads": None,
     "vision_mlp": None,
     # activations
-    "batch": ("fsdp", "expert"),
+    "batch": ("fsdp", "expert", "pipe"),
     "packs": ("pipe", "fsdp", "expert"),
 }
 

@@ -1,7 +1,6 @@
 """The training loop, one screen: restore, step, log, checkpoint. A killed run started again goes on exactly."""
 
 import contextlib
-import dataclasses
 import importlib.metadata
 import json
 import logging
@@ -22,6 +21,7 @@ from k25_jax.config import ConfigError, Experiment, to_dict
 from k25_jax.data.packing import batch_stats
 from k25_jax.data.pipeline import make_pipeline
 from k25_jax.models.k25 import abstract_params
+from k25_jax.parallel.pipeline import bubble
 from k25_jax.report.metrics import MetricsWriter, read_metrics
 from k25_jax.sharding.mesh import make_mesh
 from k25_jax.sharding.rules import batch_shardings
@@ -85,13 +85,26 @@ def train(experiment: Experiment, directory: str | pathlib.Path, on_step=None) -
 
 def mesh_of(experiment: Experiment) -> Mesh:
     """The mesh of this run over all devices; raises ConfigError where the devices or the batch do not divide."""
+    config = experiment.mesh
     try:
-        mesh = make_mesh(**dataclasses.asdict(experiment.mesh))
+        mesh = make_mesh(config.pipe, config.fsdp, config.expert)
     except ValueError as error:
         raise ConfigError(f"{error}; set mesh.pipe, mesh.fsdp and mesh.expert") from error
     rows, devices = experiment.data.batch_size, mesh.shape["fsdp"] * mesh.shape["expert"]
+    microbatches = config.microbatches or config.pipe
     if rows % devices:
         raise ConfigError(f"data.batch_size={rows} must be a multiple of mesh.fsdp x mesh.expert = {devices}")
+    if config.pipe > 1 and rows % (devices * microbatches):
+        raise ConfigError(
+            f"data.batch_size={rows} must be a multiple of mesh.fsdp x mesh.expert x mesh.microbatches = "
+            f"{devices * microbatches}; raise it, or lower mesh.microbatches (0 is mesh.pipe={config.pipe})"
+        )
+    layers, blocks = experiment.model.text.moe_layers, config.pipe * config.repeats
+    if config.pipe > 1 and layers % blocks:
+        raise ConfigError(
+            f"{layers} MoE layers (text.layers less text.dense_layers) must be a multiple of mesh.pipe x mesh.repeats = "
+            f"{blocks}; change mesh.pipe, mesh.repeats or the number of layers"
+        )
     experts, shares = experiment.model.text.moe.experts, mesh.shape["expert"]
     if experts % shares:
         raise ConfigError(f"moe.experts={experts} must be a multiple of mesh.expert={shares}")
@@ -126,11 +139,13 @@ def save_run(experiment: Experiment, directory: pathlib.Path) -> None:
     directory.mkdir(parents=True, exist_ok=True)
     if (directory / "experiment.json").exists() and read_experiment(directory).model != experiment.model:
         raise ConfigError(f"{directory} holds a run of another model; choose another --workdir or delete it")
+    mesh = experiment.mesh
     packages = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy")
     info = {
         "revision": revision(),
         "versions": {name: importlib.metadata.version(name) for name in packages},
         "devices": [str(d) for d in jax.devices()],
+        "pipeline_bubble": bubble(mesh.pipe, mesh.repeats, mesh.microbatches or mesh.pipe),
     }
     for name, values in (("experiment.json", to_dict(experiment)), ("run.json", info)):
         temporary = directory / f"{name}.tmp"  # a kill or a full disk must not leave half a file

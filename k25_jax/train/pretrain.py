@@ -1,18 +1,30 @@
 """The loss of pre-training: next-token cross-entropy over packed text and vision (K2.5 §3.3)."""
 
+import functools
+
+import jax
 import jax.numpy as jnp
 
 from k25_jax.config import Experiment
 from k25_jax.losses.lm import cross_entropy
-from k25_jax.models.decoder import logits
+from k25_jax.models.decoder import logits, scan_layers
 from k25_jax.models.k25 import hidden_states
+from k25_jax.parallel.pipeline import pipelined
 
 
 def loss_fn(params, batch, experiment: Experiment):
     """(loss, (metrics, what the forward pass observed))."""
     dtype = jnp.dtype(experiment.train.compute_dtype)
-    x_BLD, stats = hidden_states(params, batch, experiment.model, experiment.train.remat, dtype)
+    x_BLD, stats = hidden_states(params, batch, experiment.model, experiment.train.remat, dtype, moe_layers(experiment))
     head = {name: params[name] for name in ("head", "embed") if name in params}
     scores_BLV = logits({k: v.astype(dtype) for k, v in head.items()}, x_BLD)
     loss, metrics = cross_entropy(scores_BLV, batch.targets_BL, batch.loss_weights_BL)
     return loss, (metrics, stats)
+
+
+def moe_layers(experiment: Experiment):
+    """How the MoE stack runs: as a pipeline where the mesh (jax.set_mesh) has stages, else layer by layer."""
+    mesh, config = jax.sharding.get_abstract_mesh(), experiment.mesh
+    if mesh.empty or mesh.shape["pipe"] == 1:
+        return scan_layers
+    return functools.partial(pipelined, repeats=config.repeats, microbatches=config.microbatches or mesh.shape["pipe"])
