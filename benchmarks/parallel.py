@@ -24,7 +24,7 @@ from k25_jax.data.packing import Batch, make_example, pack_examples
 from k25_jax.sharding.rules import batch_shardings
 from k25_jax.train.loop import mesh_of
 from k25_jax.train.pretrain import loss_fn
-from k25_jax.train.state import init_state
+from k25_jax.train.state import init_state, state_shardings
 from k25_jax.train.step import make_step
 from k25_jax.vision.patchpack import Clip
 
@@ -66,22 +66,32 @@ def make_batch() -> Batch:
     return pack_examples(examples, DATA, config)
 
 
+def observed_loss(params, batch, experiment: Experiment):
+    """The loss, with all that the forward pass observed among its metrics."""
+    loss, (metrics, stats) = loss_fn(params, batch, experiment)
+    return loss, (metrics | stats._asdict(), stats)
+
+
 def run(arm: Arm, batch: Batch, one_device: bool):
-    """(gradients, Stats, losses of STEPS steps, the largest difference of a load) on the arm's mesh or on one device."""
-    optim = OptimConfig(name=arm.optimizer, muon_dtype="float32", warmup_steps=1, peak_lr=1e-3)
+    """(gradients, load_YE, max_logit_YH, losses of STEPS steps) on the arm's mesh or on one device.
+
+    Gradients are read from the first step's means, which are they, but for a factor, as long as nothing is clipped.
+    """
+    optim = OptimConfig(name=arm.optimizer, muon_dtype="float32", warmup_steps=1, peak_lr=1e-3, clip_norm=1e9)
     train = TrainConfig(steps=STEPS, remat=arm.remat)
     experiment = Experiment(model=model(), data=DATA, optim=optim, train=train, mesh=arm.mesh)
-    mesh = None if one_device else mesh_of(experiment)
+    state, mesh = init_state(experiment), None if one_device else mesh_of(experiment)
+    seen = []
     with jax.set_mesh(mesh) if mesh else contextlib.nullcontext():
-        placed = batch if mesh is None else jax.device_put(batch, batch_shardings(batch, mesh))
-        state = init_state(experiment, mesh)
-        grads_of = jax.jit(jax.grad(loss_fn, has_aux=True), static_argnums=2)
-        grads, (_, stats) = jax.device_get(grads_of(state.params, placed, experiment))
-        step, losses = make_step(experiment, loss_fn, mesh), []
+        if mesh:
+            state = jax.device_put(state, state_shardings(experiment, mesh))
+            batch = jax.device_put(batch, batch_shardings(batch, mesh))
+        step = make_step(experiment, observed_loss, mesh)
         for _ in range(STEPS):
-            state, metrics = step(state, placed)
-            losses.append(metrics["loss"].item())
-    return grads, stats, np.asarray(losses)
+            state, metrics = step(state, batch)
+            seen.append(jax.device_get((metrics, state.opt_state.mu)))
+    first, grads = seen[0]
+    return grads, first["load_YE"], first["max_logit_YH"], np.asarray([metrics["loss"] for metrics, _ in seen])
 
 
 def difference(a, b) -> float:
@@ -94,8 +104,8 @@ def compare(name: str, batch: Batch, one_device: dict) -> dict:
     arm = ARMS[name]
     if arm.optimizer not in one_device:
         one_device[arm.optimizer] = run(dataclasses.replace(arm, remat="none"), batch, one_device=True)
-    want_grads, want_stats, want_losses = one_device[arm.optimizer]
-    grads, stats, losses = run(arm, batch, one_device=False)
+    want_grads, want_load_YE, want_max_logit_YH, want_losses = one_device[arm.optimizer]
+    grads, load_YE, max_logit_YH, losses = run(arm, batch, one_device=False)
     paths = [jax.tree_util.keystr(path) for path, _ in jax.tree_util.tree_leaves_with_path(want_grads)]
     errors = map(difference, jax.tree.leaves(want_grads), jax.tree.leaves(grads))
     worst, gradient = max(zip(paths, errors, strict=True), key=lambda pair: pair[1])
@@ -103,9 +113,14 @@ def compare(name: str, batch: Batch, one_device: dict) -> dict:
         "gradient": gradient,
         "worst": worst,
         "loss": float(np.abs(losses / want_losses - 1).max()),
-        "load": int(np.abs(stats.load_YE - want_stats.load_YE).max()),
-        "max_logit": float(np.abs(stats.max_logit_YH / want_stats.max_logit_YH - 1).max()),
+        "load": int(np.abs(load_YE - want_load_YE).max()),
+        "max_logit": float(np.abs(max_logit_YH / want_max_logit_YH - 1).max()),
     }
+
+
+def worst_of(row: dict) -> float:
+    """The figure of one arm; a load that differs at all is too much."""
+    return max(row[name] for name in ("gradient", "loss", "load", "max_logit"))
 
 
 def main():
@@ -114,7 +129,7 @@ def main():
     args = parser.parse_args()
     batch, one_device = make_batch(), {}
     rows = {name: compare(name, batch, one_device) for name in ARMS}
-    figure = max(max(row["gradient"], row["loss"], row["max_logit"], row["load"]) for row in rows.values())
+    figure = max(map(worst_of, rows.values()))
     if args.json:
         print(json.dumps({"name": "parallel", "figure": figure, "bound": BOUND, "ok": figure <= BOUND, "arms": rows}))
         return

@@ -32,9 +32,9 @@ def pipelined(
     and gradients go in natural order, each stage with a contiguous share; rows are shared out over (fsdp, expert, pipe).
     Beside what `remat` keeps, a stage holds its share of the batch twice, coming and going, and three microbatches.
     """
-    stages = jax.sharding.get_abstract_mesh().shape["pipe"]
-    groups, shares = microbatches // stages, _shares()
-    form = dict(f=shares, s=stages, j=groups)
+    sizes = jax.sharding.get_abstract_mesh().shape
+    stages = sizes["pipe"]
+    form = dict(f=sizes["fsdp"] * sizes["expert"], s=stages, j=microbatches // stages)
     split = lambda a: rearrange(a, "(f s j b) ... -> s j (f b) ...", **form)  # noqa: E731
     place = lambda a, first: jax.lax.with_sharding_constraint(a, PartitionSpec(first, None, ROWS))  # noqa: E731
 
@@ -54,11 +54,6 @@ def pipelined(
     )(stack, place(split(x_BLD), "pipe"), *(place(split(a), None) for a in (segments_BL, positions_BL)))
     y_BLD = rearrange(place(y_SJBLD, "pipe"), "s j (f b) ... -> (f s j b) ...", **form)
     return y_BLD, jax.tree.map(lambda a: rearrange(a, "r s y ... -> (r s y) ..."), stats)
-
-
-def _shares() -> int:
-    mesh = jax.sharding.get_abstract_mesh()
-    return mesh.shape["fsdp"] * mesh.shape["expert"]
 
 
 def _block_runner(blocks, config: TextConfig, remat: str):

@@ -7,6 +7,7 @@ import logging
 import pathlib
 import subprocess
 import time
+from collections.abc import Mapping
 
 import jax
 from jax.sharding import Mesh
@@ -90,25 +91,29 @@ def mesh_of(experiment: Experiment) -> Mesh:
         mesh = make_mesh(config.pipe, config.fsdp, config.expert)
     except ValueError as error:
         raise ConfigError(f"{error}; set mesh.pipe, mesh.fsdp and mesh.expert") from error
-    rows, devices = experiment.data.batch_size, mesh.shape["fsdp"] * mesh.shape["expert"]
-    microbatches = config.microbatches or config.pipe
+    check_mesh(experiment, mesh.shape)
+    return mesh
+
+
+def check_mesh(experiment: Experiment, sizes: Mapping[str, int]) -> None:
+    """Raise ConfigError where batch, layers or experts do not divide over a mesh of `sizes`, by axis."""
+    config, model, rows = experiment.mesh, experiment.model.text, experiment.data.batch_size
+    devices = sizes["fsdp"] * sizes["expert"]
     if rows % devices:
         raise ConfigError(f"data.batch_size={rows} must be a multiple of mesh.fsdp x mesh.expert = {devices}")
+    if model.moe.experts % sizes["expert"]:
+        raise ConfigError(f"moe.experts={model.moe.experts} must be a multiple of mesh.expert={sizes['expert']}")
+    microbatches, blocks = config.microbatches or config.pipe, config.pipe * config.repeats
     if config.pipe > 1 and rows % (devices * microbatches):
         raise ConfigError(
             f"data.batch_size={rows} must be a multiple of mesh.fsdp x mesh.expert x mesh.microbatches = "
             f"{devices * microbatches}; raise it, or lower mesh.microbatches (0 is mesh.pipe={config.pipe})"
         )
-    layers, blocks = experiment.model.text.moe_layers, config.pipe * config.repeats
-    if config.pipe > 1 and layers % blocks:
+    if config.pipe > 1 and model.moe_layers % blocks:
         raise ConfigError(
-            f"{layers} MoE layers (text.layers less text.dense_layers) must be a multiple of mesh.pipe x mesh.repeats = "
-            f"{blocks}; change mesh.pipe, mesh.repeats or the number of layers"
+            f"{model.moe_layers} MoE layers (text.layers less text.dense_layers) must be a multiple of "
+            f"mesh.pipe x mesh.repeats = {blocks}; change mesh.pipe, mesh.repeats or text.layers"
         )
-    experts, shares = experiment.model.text.moe.experts, mesh.shape["expert"]
-    if experts % shares:
-        raise ConfigError(f"moe.experts={experts} must be a multiple of mesh.expert={shares}")
-    return mesh
 
 
 def restore_or_init(experiment: Experiment, store: Store, pipeline, mesh: Mesh):
