@@ -265,15 +265,24 @@ class TrainConfig:
 
 @dataclass(frozen=True)
 class MeshConfig:
-    """Devices along each axis of the mesh (K2.5 §3.8); fsdp=-1 takes what the others leave."""
+    """Devices along each axis of the mesh (K2.5 §3.8); fsdp=-1 takes what the others leave.
+
+    With pipe > 1 the MoE layers are a pipeline: a batch passes in `microbatches`, `repeats` times through each stage.
+    """
 
     pipe: int = 1
     fsdp: int = -1
     expert: int = 1
     context: int = 1  # devices that share out the tokens of a row
+    repeats: int = 1
+    microbatches: int = 0  # 0: as many as pipe
 
     def __post_init__(self):
-        _require_positive(self, "pipe expert context".split())
+        _require_positive(self, "pipe expert context repeats".split())
+        if self.microbatches < 0 or self.microbatches % self.pipe:
+            raise ConfigError(
+                f"mesh.microbatches={self.microbatches} must be a multiple of mesh.pipe={self.pipe}, or 0 for as many"
+            )
         if self.fsdp != -1 and self.fsdp < 1:
             raise ConfigError(f"mesh.fsdp={self.fsdp} must be positive, or -1 for the devices that are left")
 

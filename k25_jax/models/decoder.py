@@ -6,6 +6,7 @@ from typing import NamedTuple
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 
 from k25_jax.config import TextConfig
 from k25_jax.models.layers import SwiGLU, declare, ones, rematerialised, rms_norm, swiglu
@@ -31,9 +32,10 @@ class Stack(nn.Module):
     @nn.compact
     def __call__(self):
         c = self.config
-        declare(self, "attention_norm", (self.layers, c.d_model), ("layers", "norm"), ones)
-        declare(self, "mlp_norm", (self.layers, c.d_model), ("layers", "norm"), ones)
-        MLA(c, self.layers, name="attention")()
+        axis = "layers" if self.dense else "stages"
+        declare(self, "attention_norm", (self.layers, c.d_model), (axis, "norm"), ones)
+        declare(self, "mlp_norm", (self.layers, c.d_model), (axis, "norm"), ones)
+        MLA(c, self.layers, axis, name="attention")()
         if self.dense:
             SwiGLU(c.d_model, c.ffn_dim, self.layers, c.init_std, name="mlp")()
         else:
@@ -76,8 +78,8 @@ def block(p, x_BLD, rope, segments_BL, config: TextConfig):
     return x_BLD + y_BLD, (load_E, max_logit_H), cache
 
 
-def decode(params, x_BLD, segments_BL, positions_BL, config: TextConfig, remat: str = "none"):
-    """All layers, training form: (x_BLD after the final norm, Stats)."""
+def scan_layers(stack, x_BLD, segments_BL, positions_BL, config: TextConfig, remat: str):
+    """The layers of one stack, one after the other: (x_BLD, (load_YE or None, max_logit_YH))."""
     rope = rope_tables(config.rope, config.qk_rope_dim, positions_BL)
 
     def step(x_BLD, layer):
@@ -85,10 +87,23 @@ def decode(params, x_BLD, segments_BL, positions_BL, config: TextConfig, remat: 
         return x_BLD, observed
 
     step = rematerialised(step, remat)
+
+    def named(x_BLD, layer):
+        x_BLD, observed = step(x_BLD, layer)
+        return checkpoint_name(x_BLD, "layer"), observed
+
+    return jax.lax.scan(named, x_BLD, stack)
+
+
+def decode(params, x_BLD, segments_BL, positions_BL, config: TextConfig, remat: str = "none", moe_layers=scan_layers):
+    """All layers, training form: (x_BLD after the final norm, Stats).
+
+    `moe_layers`, called as `scan_layers` is, runs the MoE stack.
+    """
     load_YE, max_logits = jnp.zeros((0, config.moe.experts), jnp.int32), []
-    for stack in ("dense", "moe"):
-        if stack in params:
-            x_BLD, (loads, max_logit_YH) = jax.lax.scan(step, x_BLD, params[stack])
+    for name, run in (("dense", scan_layers), ("moe", moe_layers)):
+        if name in params:
+            x_BLD, (loads, max_logit_YH) = run(params[name], x_BLD, segments_BL, positions_BL, config, remat)
             load_YE = load_YE if loads is None else loads
             max_logits.append(max_logit_YH)
     return rms_norm(x_BLD, params["final_norm"], config.norm_eps), Stats(load_YE, jnp.concatenate(max_logits))

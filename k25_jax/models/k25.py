@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from k25_jax.config import K25Config
 from k25_jax.data.packing import Batch
 from k25_jax.models import decoder
-from k25_jax.models.decoder import Decoder
+from k25_jax.models.decoder import Decoder, scan_layers
 from k25_jax.models.layers import rematerialised
 from k25_jax.models.moonvit3d import MoonViT3D, encode
 from k25_jax.models.projector import Projector, project
@@ -79,8 +79,10 @@ def overlay(params, tokens_BL, media_BL, vision_BLD, config: K25Config):
     return jnp.where(media_BL[..., None] >= 0, vision_BLD.astype(embedded.dtype), embedded)
 
 
-def hidden_states(params, batch: Batch, config: K25Config, remat: str = "none", dtype=jnp.float32, vision_BLD=None):
-    """The model up to its last norm: (x_BLD, Stats). `params` are used in `dtype`.
+def hidden_states(
+    params, batch: Batch, config: K25Config, remat="none", dtype=jnp.float32, vision_BLD=None, moe_layers=scan_layers
+):
+    """The model up to its last norm: (x_BLD, Stats). `params` are used in `dtype`; `moe_layers` runs the MoE stack.
 
     `vision_BLD` has the feature of every token that has one (parallel/dep.py); without it they are computed here.
     """
@@ -90,7 +92,7 @@ def hidden_states(params, batch: Batch, config: K25Config, remat: str = "none", 
         x_BLD = splice(params, batch.tokens_BL, batch.media_BL, features_MD, config)
     else:
         x_BLD = overlay(params, batch.tokens_BL, batch.media_BL, vision_BLD, config)
-    return decoder.decode(params, x_BLD, batch.segments_BL, batch.positions_BL, config.text, remat)
+    return decoder.decode(params, x_BLD, batch.segments_BL, batch.positions_BL, config.text, remat, moe_layers)
 
 
 def forward(params, batch: Batch, config: K25Config):

@@ -44,13 +44,14 @@ class SwiGLU(nn.Module):
     ffn_dim: int
     layers: int
     std: float
+    axis: str = "layers"  # logical name of the stack's axis
 
     @nn.compact
     def __call__(self):
         init = nn.initializers.normal(self.std)
-        declare(self, "gate", (self.layers, self.d_model, self.ffn_dim), ("layers", "embed", "mlp"), init)
-        declare(self, "up", (self.layers, self.d_model, self.ffn_dim), ("layers", "embed", "mlp"), init)
-        declare(self, "down", (self.layers, self.ffn_dim, self.d_model), ("layers", "mlp", "embed"), init)
+        declare(self, "gate", (self.layers, self.d_model, self.ffn_dim), (self.axis, "embed", "mlp"), init)
+        declare(self, "up", (self.layers, self.d_model, self.ffn_dim), (self.axis, "embed", "mlp"), init)
+        declare(self, "down", (self.layers, self.ffn_dim, self.d_model), (self.axis, "mlp", "embed"), init)
 
 
 def rms_norm(x, scale, eps: float):
@@ -114,16 +115,17 @@ def swiglu(p, x):
     return hidden @ p["down"]
 
 
-def rematerialised(body, remat: str):
+def rematerialised(body, remat: str, names: tuple[str, ...] = ()):
     """The body of a scan, its backward pass as `train.remat` says.
 
-    "none" keeps every intermediate result for it, "dots" the results of products and kernels, "full" none at all.
+    "none" keeps every intermediate result for it, "dots" the results of products and kernels, "full" none at all; the
+    results called `names` (checkpoint_name) are kept in any case.
     """
     if remat == "none":
         return body
     policies = jax.checkpoint_policies
     kept = policies.save_from_both_policies(
-        policies.dots_with_no_batch_dims_saveable, policies.save_only_these_names("attention", "experts")
+        policies.dots_with_no_batch_dims_saveable, policies.save_only_these_names("attention", "experts", *names)
     )
-    policy = {"dots": kept, "full": policies.nothing_saveable}[remat]
+    policy = {"dots": kept, "full": policies.save_only_these_names(*names)}[remat]
     return jax.checkpoint(body, policy=policy, prevent_cse=False)

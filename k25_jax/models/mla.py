@@ -17,27 +17,28 @@ class MLA(nn.Module):
 
     config: TextConfig
     layers: int
+    axis: str = "layers"  # logical name of the stack's axis
 
     @nn.compact
     def __call__(self):
-        c, y = self.config, self.layers
+        c, y, axis = self.config, self.layers, self.axis
         init = nn.initializers.normal(c.init_std)
         if c.q_lora_rank:
-            declare(self, "q_a", (y, c.d_model, c.q_lora_rank), ("layers", "embed", "latent"), init)
-            declare(self, "q_a_norm", (y, c.q_lora_rank), ("layers", "norm"), ones)
-            declare(self, "q_b", (y, c.q_lora_rank, c.heads, c.qk_dim), ("layers", "latent", "heads", "head_dim"), init)
+            declare(self, "q_a", (y, c.d_model, c.q_lora_rank), (axis, "embed", "latent"), init)
+            declare(self, "q_a_norm", (y, c.q_lora_rank), (axis, "norm"), ones)
+            declare(self, "q_b", (y, c.q_lora_rank, c.heads, c.qk_dim), (axis, "latent", "heads", "head_dim"), init)
         else:
-            declare(self, "q", (y, c.d_model, c.heads, c.qk_dim), ("layers", "embed", "heads", "head_dim"), init)
-        declare(self, "kv_a", (y, c.d_model, c.kv_lora_rank + c.qk_rope_dim), ("layers", "embed", "latent"), init)
-        declare(self, "kv_a_norm", (y, c.kv_lora_rank), ("layers", "norm"), ones)
+            declare(self, "q", (y, c.d_model, c.heads, c.qk_dim), (axis, "embed", "heads", "head_dim"), init)
+        declare(self, "kv_a", (y, c.d_model, c.kv_lora_rank + c.qk_rope_dim), (axis, "embed", "latent"), init)
+        declare(self, "kv_a_norm", (y, c.kv_lora_rank), (axis, "norm"), ones)
         for name, dim in (("k_b", c.qk_nope_dim), ("v_b", c.v_dim)):
-            declare(self, name, (y, c.kv_lora_rank, c.heads, dim), ("layers", "latent", "heads", "head_dim"), init)
-        declare(self, "o", (y, c.heads, c.v_dim, c.d_model), ("layers", "heads", "head_dim", "embed"), init)
+            declare(self, name, (y, c.kv_lora_rank, c.heads, dim), (axis, "latent", "heads", "head_dim"), init)
+        declare(self, "o", (y, c.heads, c.v_dim, c.d_model), (axis, "heads", "head_dim", "embed"), init)
         if c.attention_bias:
             if c.q_lora_rank:
-                declare(self, "q_a_bias", (y, c.q_lora_rank), ("layers", "norm"), zeros)
-            declare(self, "kv_a_bias", (y, c.kv_lora_rank + c.qk_rope_dim), ("layers", "norm"), zeros)
-            declare(self, "o_bias", (y, c.d_model), ("layers", "norm"), zeros)
+                declare(self, "q_a_bias", (y, c.q_lora_rank), (axis, "norm"), zeros)
+            declare(self, "kv_a_bias", (y, c.kv_lora_rank + c.qk_rope_dim), (axis, "norm"), zeros)
+            declare(self, "o_bias", (y, c.d_model), (axis, "norm"), zeros)
 
 
 def queries(p, x_BLD, rope, config: TextConfig):

@@ -21,9 +21,9 @@ class Experts(nn.Module):
         init = nn.initializers.normal(c.init_std)
         for name in ("gate", "up"):
             shape = (self.layers, m.experts, c.d_model, m.ffn_dim)
-            declare(self, name, shape, ("layers", "expert", "expert_embed", "expert_mlp"), init)
+            declare(self, name, shape, ("stages", "expert", "expert_embed", "expert_mlp"), init)
         shape = (self.layers, m.experts, m.ffn_dim, c.d_model)
-        declare(self, "down", shape, ("layers", "expert", "expert_mlp", "expert_embed"), init)
+        declare(self, "down", shape, ("stages", "expert", "expert_mlp", "expert_embed"), init)
 
 
 class MoE(nn.Module):
@@ -36,11 +36,11 @@ class MoE(nn.Module):
     def __call__(self):
         c, m = self.config, self.config.moe
         router_init = nn.initializers.normal(c.init_std)
-        declare(self, "router", (self.layers, c.d_model, m.experts), ("layers", "router_in", "router_out"), router_init)
-        declare(self, "router_bias", (self.layers, m.experts), ("layers", "norm"), zeros)
+        declare(self, "router", (self.layers, c.d_model, m.experts), ("stages", "router_in", "router_out"), router_init)
+        declare(self, "router_bias", (self.layers, m.experts), ("stages", "norm"), zeros)
         Experts(c, self.layers, name="experts")()
         if m.shared_experts:
-            SwiGLU(c.d_model, m.ffn_dim * m.shared_experts, self.layers, c.init_std, name="shared")()
+            SwiGLU(c.d_model, m.ffn_dim * m.shared_experts, self.layers, c.init_std, "stages", name="shared")()
 
 
 def route(router_DE, bias_E, x_TD, config: MoEConfig):

@@ -9,6 +9,8 @@ Arms for comparison (`train.vision`): "stage0" encodes on the first stage of the
 compiler: every device encodes every pack, and `train.remat` says what is held.
 """
 
+import math
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -36,12 +38,29 @@ def place(batch: Batch, mesh: Mesh, config: VisionConfig, vision: str = "dep") -
     Where `context` shares out a row's tokens they are reordered, so that each device has a stripe (models/context.py).
     """
     batch = striped(batch, mesh.shape["context"])
-    layout = batch_shardings(batch, mesh)
-    if mesh.size > 1 and len(batch.vision.patches_PNC) and vision in ENCODERS:
+    if travels(batch, mesh, vision):
         batch = routed(batch, dict(mesh.shape), config, vision)
-        packs, table = (NamedSharding(mesh, PartitionSpec(axes)) for axes in (ENCODERS[vision], AXES))
-        layout = layout.replace(vision=jax.tree.map(lambda _: packs, batch.vision), routes=(table, table))
-    return jax.device_put(batch, layout)
+    return jax.device_put(batch, layout(batch, mesh, vision))
+
+
+def travels(batch: Batch, mesh: Mesh, vision: str) -> bool:
+    """Whether features are encoded on other devices than those of their tokens."""
+    return mesh.size > 1 and len(batch.vision.patches_PNC) > 0 and vision in ENCODERS
+
+
+def layout(batch: Batch, mesh: Mesh, vision: str):
+    """NamedShardings of a batch with its tables, if it has any."""
+    out = batch_shardings(batch, mesh)
+    if batch.routes is None:
+        return out
+    packs, table = (NamedSharding(mesh, PartitionSpec(axes)) for axes in (ENCODERS[vision], AXES))
+    return out.replace(vision=jax.tree.map(lambda _: packs, batch.vision), routes=(table, table))
+
+
+def abstract_routes(batch: Batch, mesh: Mesh, config: VisionConfig, vision: str, most: int):
+    """Tables as shapes, for features of which at most `most` travel between the same two devices."""
+    table = _table(batch, mesh.size, encoders(mesh, vision), config, most)
+    return (jax.ShapeDtypeStruct(table, np.int32),) * 2
 
 
 def striped(batch: Batch, shares: int) -> Batch:
@@ -58,7 +77,7 @@ def routed(batch: Batch, shape: dict[str, int], config: VisionConfig, vision: st
     two devices with most between them need; both are powers of two, so that few programs serve all batches of a run. A
     place that is not needed sends feature 0 to no token. Devices are numbered as in mesh.devices.
     """
-    number = np.arange(np.prod([shape[axis] for axis in AXES])).reshape([shape[axis] for axis in AXES])
+    number = np.arange(math.prod(shape[axis] for axis in AXES)).reshape([shape[axis] for axis in AXES])
     axes = [AXES.index(axis) for axis in (*RULES["batch"], RULES["length"])]
     homes = number.transpose(axes).reshape(-1, shape["context"])  # of each block of rows, and of the tokens in them
     senders = number.reshape(-1) if vision == "dep" else number[0].reshape(-1)  # of each block of packs
@@ -73,9 +92,8 @@ def routed(batch: Batch, shape: dict[str, int], config: VisionConfig, vision: st
     order = np.argsort(pair, kind="stable")
     place = np.empty_like(order)  # of each feature among those of its pair
     place[order] = np.arange(len(order)) - np.repeat(np.cumsum(counts) - counts, counts)
-    width = _power_of_two(own / number.size)
-    rounds = _power_of_two(counts.max() / width)
-    table = (number.size, rounds, number.size, width)
+    table = _table(batch, number.size, len(senders), config, counts.max())
+    width = table[-1]
     send_XJZU = np.zeros(table, np.int32)
     send_XJZU[sender, place // width, receiver, place % width] = feature % own
     land_ZJXU = np.broadcast_to(
@@ -83,6 +101,12 @@ def routed(batch: Batch, shape: dict[str, int], config: VisionConfig, vision: st
     ).copy()
     land_ZJXU[receiver, place // width, sender, place % width] = token
     return batch.replace(routes=(send_XJZU, land_ZJXU))
+
+
+def _table(batch: Batch, devices: int, senders: int, config: VisionConfig, most: int) -> tuple[int, int, int, int]:
+    """(devices, rounds, devices, features) of the tables."""
+    width = _power_of_two(batch.vision.segments_PN.size / config.group / senders / devices)
+    return devices, _power_of_two(most / width), devices, width
 
 
 def _power_of_two(least: float) -> int:

@@ -12,12 +12,12 @@ from dataclasses import dataclass, field
 
 import jax
 
-from k25_jax.config import ConfigError, DataConfig, Experiment, K25Config
+from k25_jax.config import ConfigError, Experiment
 from k25_jax.data.packing import Batch, BatchBuilder
+from k25_jax.parallel import dep
 from k25_jax.preflight import hlo
 from k25_jax.preflight.cost import jaxpr_flops, model_flops, roofline
 from k25_jax.preflight.topology import Topology, devices_of
-from k25_jax.sharding.rules import batch_shardings
 from k25_jax.train.loop import mesh_of
 from k25_jax.train.pretrain import loss_fn
 from k25_jax.train.state import abstract_state
@@ -89,20 +89,27 @@ def with_choices(experiment: Experiment, topology: Topology, rows: int = 0) -> E
     return experiment
 
 
-def abstract_batch(data: DataConfig, model: K25Config, mesh) -> Batch:
-    """A batch as shapes with layouts; what it would take is never allocated."""
+def abstract_batch(experiment: Experiment, mesh) -> Batch:
+    """A batch as shapes with layouts; what it would take is never allocated.
+
+    Tables are as long as an image of data.max_image_patches makes them whose features all go to one device.
+    """
+    data, model, vision = experiment.data, experiment.model, experiment.train.vision
     small = dataclasses.replace(data, batch_size=1, packs=1)
     batch = BatchBuilder(small, model).build()
     grown = lambda n: lambda a: jax.ShapeDtypeStruct((n, *a.shape[1:]), a.dtype)  # noqa: E731
     batch = jax.tree.map(grown(data.batch_size), batch).replace(vision=jax.tree.map(grown(data.packs), batch.vision))
     place = lambda a, layout: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=layout)  # noqa: E731
-    return jax.tree.map(place, batch, batch_shardings(batch, mesh))
+    if dep.travels(batch, mesh, vision):
+        most = data.max_image_patches // model.vision.group
+        batch = batch.replace(routes=dep.abstract_routes(batch, mesh, model.vision, vision, most))
+    return jax.tree.map(place, batch, dep.layout(batch, mesh, vision))
 
 
 def layout(experiment: Experiment, topology: Topology) -> list[Tensor]:
     """Every array of the state and the batch, largest first; nothing is compiled."""
     mesh = mesh_of(experiment, devices_of(topology))
-    return _tensors(abstract_state(experiment, mesh), abstract_batch(experiment.data, experiment.model, mesh))
+    return _tensors(abstract_state(experiment, mesh), abstract_batch(experiment, mesh))
 
 
 def _tensors(state, batch) -> list[Tensor]:
@@ -126,7 +133,7 @@ def preflight(experiment: Experiment, topology: Topology, say=lambda text: None)
     data, shape = experiment.data, dict(mesh.shape)
     report = Report(topology.name, len(devices) // topology.chip.devices, shape, data.batch_size, data.packs)
     report.hbm_gb = topology.share(topology.chip.hbm_bytes) / GB
-    state, batch = abstract_state(experiment, mesh), abstract_batch(data, experiment.model, mesh)
+    state, batch = abstract_state(experiment, mesh), abstract_batch(experiment, mesh)
     tensors = _tensors(state, batch)
     report.largest = [dataclasses.asdict(tensor) for tensor in tensors[:LARGEST]]
     report.argument_gb = sum(tensor.bytes for tensor in tensors) / GB

@@ -6,6 +6,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 RULES: dict[str | None, str | tuple[str, ...] | None] = {
     # parameters of the language model
     "layers": None,
+    "stages": "pipe",  # the layers of the MoE stack
     "vocab": ("fsdp", "context", "expert"),
     "embed": ("fsdp", "context", "expert"),
     "mlp": None,

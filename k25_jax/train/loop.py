@@ -1,7 +1,6 @@
 """The training loop, one screen: restore, step, log, checkpoint. A killed run started again goes on exactly."""
 
 import contextlib
-import dataclasses
 import importlib.metadata
 import json
 import logging
@@ -23,6 +22,7 @@ from k25_jax.data.packing import batch_stats
 from k25_jax.data.pipeline import make_pipeline
 from k25_jax.models.k25 import abstract_params
 from k25_jax.parallel import dep
+from k25_jax.parallel.pipeline import bubble
 from k25_jax.report.metrics import MetricsWriter, read_metrics
 from k25_jax.sharding.mesh import make_mesh
 from k25_jax.train.pretrain import loss_fn
@@ -85,23 +85,33 @@ def train(experiment: Experiment, directory: str | pathlib.Path, on_step=None) -
 
 
 def mesh_of(experiment: Experiment, devices=None) -> Mesh:
-    """The mesh of this run over `devices` (default: all); raises ConfigError where the devices or the batch do not divide."""
+    """The mesh of this run over `devices` (default: all); raises ConfigError where something does not divide."""
+    config = experiment.mesh
     try:
-        mesh = make_mesh(**dataclasses.asdict(experiment.mesh), devices=devices)
+        mesh = make_mesh(config.pipe, config.fsdp, config.expert, config.context, devices)
     except ValueError as error:
-        raise ConfigError(f"{error}; set mesh.pipe, mesh.fsdp and mesh.expert") from error
-    rows, packs, vision = experiment.data.batch_size, experiment.data.packs, experiment.train.vision
-    if rows % mesh.size:
-        raise ConfigError(f"data.batch_size={rows} must be a multiple of the {mesh.size} devices of the mesh")
-    if packs % dep.encoders(mesh, vision):
-        raise ConfigError(
-            f"data.packs={packs} must be a multiple of the {dep.encoders(mesh, vision)} devices that encode under "
-            f"train.vision={vision!r}"
-        )
-    experts, shares = experiment.model.text.moe.experts, mesh.shape["expert"]
-    if experts % shares:
-        raise ConfigError(f"moe.experts={experts} must be a multiple of mesh.expert={shares}")
+        raise ConfigError(f"{error}; set mesh.pipe, mesh.fsdp, mesh.context and mesh.expert") from error
+    check_mesh(experiment, mesh)
     return mesh
+
+
+def check_mesh(experiment: Experiment, mesh: Mesh) -> None:
+    """Raise ConfigError where rows, tokens, packs, layers or experts do not divide over the mesh."""
+    config, model, data, sizes = experiment.mesh, experiment.model.text, experiment.data, mesh.shape
+    microbatches = (config.microbatches or config.pipe) if config.pipe > 1 else 1
+    packs, blocks = dep.encoders(mesh, experiment.train.vision), config.pipe * config.repeats
+    checks = (
+        ("data.batch_size", data.batch_size, sizes["fsdp"] * sizes["expert"] * microbatches,
+         "mesh.fsdp x mesh.expert x mesh.microbatches (0 is mesh.pipe)" if microbatches > 1 else "mesh.fsdp x mesh.expert"),
+        ("data.seq_len", data.seq_len, sizes["context"], "mesh.context"),
+        ("data.packs", data.packs, packs, f"the devices that encode under train.vision={experiment.train.vision!r}"),
+        ("moe.experts", model.moe.experts, sizes["expert"], "mesh.expert"),
+        ("text.layers less text.dense_layers", model.moe_layers, blocks if config.pipe > 1 else 1,
+         "mesh.pipe x mesh.repeats"),
+    )  # fmt: skip
+    for field, size, parts, reason in checks:
+        if size % parts:
+            raise ConfigError(f"{field}={size} must be a multiple of {parts} ({reason}); change one of them")
 
 
 def restore_or_init(experiment: Experiment, store: Store, pipeline, mesh: Mesh):
@@ -132,11 +142,13 @@ def save_run(experiment: Experiment, directory: pathlib.Path) -> None:
     directory.mkdir(parents=True, exist_ok=True)
     if (directory / "experiment.json").exists() and read_experiment(directory).model != experiment.model:
         raise ConfigError(f"{directory} holds a run of another model; choose another --workdir or delete it")
+    mesh = experiment.mesh
     packages = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy")
     info = {
         "revision": revision(),
         "versions": {name: importlib.metadata.version(name) for name in packages},
         "devices": [str(d) for d in jax.devices()],
+        "pipeline_bubble": bubble(mesh.pipe, mesh.repeats, mesh.microbatches or mesh.pipe),
     }
     for name, values in (("experiment.json", to_dict(experiment)), ("run.json", info)):
         temporary = directory / f"{name}.tmp"  # a kill or a full disk must not leave half a file

@@ -97,7 +97,9 @@ def test_a_step_on_this_machine_in_a_process_of_its_own():
     done = runs.k25("preflight", f"--config={DEMO}", "--topology=cpu", "--rows=2", "--json", *SMALL)
     assert done.returncode == 0, done.stderr
     report = json.loads(done.stdout)
-    assert report["fits"] and report["chips"] == 1 and report["mesh"] == {"pipe": 1, "fsdp": 1, "expert": 1}
+    assert (
+        report["fits"] and report["chips"] == 1 and report["mesh"] == {"pipe": 1, "fsdp": 1, "context": 1, "expert": 1}
+    )
     assert report["rows"] == 2 and report["packs"] == 1  # half a pack for each row, as in the experiment
     assert 0.5 < report["flops_compiled"] / report["flops_asked"] < 1.05
     assert report["argument_gb"] + report["temp_gb"] <= report["peak_hbm_gb"] < 1
@@ -109,7 +111,7 @@ def test_a_step_on_this_machine_in_a_process_of_its_own():
 def test_the_batch_is_that_of_the_pipeline():
     experiment = load_experiment(DEMO)
     real = BatchBuilder(experiment.data, experiment.model).build()
-    shapes = aot.abstract_batch(experiment.data, experiment.model, make_mesh(devices=jax.devices()[:1]))
+    shapes = aot.abstract_batch(experiment, make_mesh(devices=jax.devices()[:1]))
     same = lambda a, b: a.shape == b.shape and a.dtype == b.dtype  # noqa: E731
     assert all(jax.tree.leaves(jax.tree.map(same, shapes, real)))
 
@@ -133,7 +135,9 @@ def test_the_layout_lists_every_array_with_its_share():
 
 def test_what_does_not_fit_is_named_with_status_1(monkeypatch, capsys):
     """A chip with next to no memory; the largest arrays are listed, and an unfitting step is no error."""
-    report = aot.Report("v5e:1x1", 1, {"pipe": 1, "fsdp": 1, "expert": 1}, 8, 4, hbm_gb=16.0, argument_gb=2.0)
+    report = aot.Report(
+        "v5e:1x1", 1, {"pipe": 1, "fsdp": 1, "context": 1, "expert": 1}, 8, 4, hbm_gb=16.0, argument_gb=2.0
+    )
     report.largest = [dict(name="state.params.head", shape=(8, 8), dtype="float32", layout="-, -", bytes=2e9)]
     aot._refused(report, REFUSAL)
     monkeypatch.setattr(aot, "preflight", lambda *arguments, **settings: report)

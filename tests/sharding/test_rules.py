@@ -19,26 +19,30 @@ def test_every_axis_of_the_full_model_has_a_rule():
 
 def test_the_full_model_on_256_chips():
     mesh = AbstractMesh((4, 4, 16), ("pipe", "fsdp", "expert"))
-    gate = spec(PartitionSpec("layers", "expert", "expert_embed", "expert_mlp"), (60, 384, 7168, 2048), mesh)
-    assert gate == PartitionSpec(None, "expert", "fsdp", None)
+    gate = spec(PartitionSpec("stages", "expert", "expert_embed", "expert_mlp"), (60, 384, 7168, 2048), mesh)
+    assert gate == PartitionSpec("pipe", "expert", "fsdp", None)
     assert spec(PartitionSpec("vocab", "embed"), (163840, 7168), mesh) == PartitionSpec(("fsdp", "expert"), None)
     assert spec(PartitionSpec("layers", "norm"), (60, 7168), mesh) == PartitionSpec(None, None)
 
 
 def test_key_tensors_of_the_full_model_on_eight_chips():
-    """Experts over (expert, fsdp), dense matrices over both at once, router, norms and vision on every chip."""
+    """MoE layers over pipe; experts over (expert, fsdp), dense matrices over both at once, the rest on every chip."""
     mesh = AbstractMesh((2, 2, 2), ("pipe", "fsdp", "expert"))
     model = preset("k25_1t")
     leaves = jax.tree.map(lambda axes, a: spec(axes, a.shape, mesh), logical_axes(model), abstract_params(model))
     moe, both = leaves["moe"]["moe"], ("fsdp", "expert")
-    assert moe["experts"]["gate"] == moe["experts"]["up"] == PartitionSpec(None, "expert", "fsdp", None)
-    assert moe["experts"]["down"] == PartitionSpec(None, "expert", None, "fsdp")
-    assert leaves["moe"]["attention"]["q_a"] == PartitionSpec(None, both, None)
-    assert leaves["moe"]["attention"]["q_b"] == PartitionSpec(None, None, both, None)
-    assert leaves["moe"]["attention"]["o"] == PartitionSpec(None, both, None, None)
+    assert moe["experts"]["gate"] == moe["experts"]["up"] == PartitionSpec("pipe", "expert", "fsdp", None)
+    assert moe["experts"]["down"] == PartitionSpec("pipe", "expert", None, "fsdp")
+    assert moe["shared"]["gate"] == PartitionSpec("pipe", both, None)
+    assert leaves["moe"]["attention"]["q_a"] == PartitionSpec("pipe", both, None)
+    assert leaves["moe"]["attention"]["q_b"] == PartitionSpec("pipe", None, both, None)
+    assert leaves["moe"]["attention"]["o"] == PartitionSpec("pipe", both, None, None)
+    assert leaves["dense"]["attention"]["q_a"] == PartitionSpec(None, both, None)
     assert leaves["dense"]["mlp"]["gate"] == PartitionSpec(None, both, None)
     assert leaves["embed"] == PartitionSpec(both, None) and leaves["head"] == PartitionSpec(both, None)
-    for replicated in (moe["router"], moe["router_bias"], leaves["final_norm"], leaves["vision"], leaves["projector"]):
+    for of_a_stage in (moe["router"], moe["router_bias"], leaves["moe"]["mlp_norm"]):
+        assert of_a_stage[0] == "pipe" and not any(of_a_stage[1:])
+    for replicated in (leaves["dense"]["mlp_norm"], leaves["final_norm"], leaves["vision"], leaves["projector"]):
         for leaf in jax.tree.leaves(replicated, is_leaf=lambda a: isinstance(a, PartitionSpec)):
             assert not any(leaf)
 

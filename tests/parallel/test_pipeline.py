@@ -1,0 +1,109 @@
+"""The pipeline on eight devices against one device, in a process of its own; a run that moves; what is refused."""
+
+import dataclasses
+
+import numpy as np
+import pytest
+from jax.sharding import AbstractMesh
+
+import runs
+from k25_jax.config import ConfigError, DataConfig, Experiment, MeshConfig, preset
+from k25_jax.parallel.pipeline import bubble, exchange_tables
+from k25_jax.sharding.mesh import AXES
+from k25_jax.train.loop import check_mesh
+
+EQUAL = """
+    from benchmarks.parallel import BOUND, compare, make_batch, worst_of
+
+    batch, one_device = make_batch(), {}
+    for name in ("pipeline", "pipeline with repeats, experts"):
+        row = compare(name, batch, one_device)
+        assert worst_of(row) <= BOUND, (name, row)
+    print("equal")
+"""
+
+
+def test_gradients_statistics_and_steps_equal_those_of_one_device():
+    assert runs.on_eight_devices(EQUAL) == "equal\n"
+
+
+MOVING = """
+    import dataclasses, json, pathlib
+    import numpy as np
+    from k25_jax.config import MeshConfig, load_experiment
+    from k25_jax.train.loop import train
+
+    overrides = ["data.batch_size=8", "data.packs=8", "model.text.layers=5", "optim.decay_steps=0", "train.checkpoint_every=2"]
+    base, losses = load_experiment({experiment!r}, overrides), []
+
+    def run(name, mesh, steps):
+        experiment = dataclasses.replace(base, mesh=mesh, train=dataclasses.replace(base.train, steps=steps))
+        train(experiment, pathlib.Path({folder!r}) / name, lambda step, metrics: losses.append(metrics["loss"]))
+
+    run("whole", MeshConfig(1, 8, 1), 4)
+    run("moved", MeshConfig(2, 2, 2, repeats=2), 2)
+    info = json.loads((pathlib.Path({folder!r}) / "moved" / "run.json").read_text())
+    assert info["pipeline_bubble"] == 1 / 5
+    run("moved", MeshConfig(1, 2, 4), 4)
+    np.testing.assert_allclose(losses[4:], losses[:4], rtol=1e-5)
+    print("equal")
+"""
+
+
+def test_a_run_with_repeats_goes_on_without_a_pipeline(tmp_path):
+    experiment = str(runs.write_experiment(tmp_path))
+    assert runs.on_eight_devices(MOVING.format(folder=str(tmp_path), experiment=experiment)).endswith("equal\n")
+
+
+@pytest.mark.parametrize("stages", [2, 3, 4])
+@pytest.mark.parametrize("repeats", [1, 2, 3, 5, 8])
+def test_every_block_reaches_the_stage_that_runs_it(stages, repeats):
+    sent_SSC, kept_SR = exchange_tables(stages, repeats)
+    held_SR = np.arange(stages * repeats).reshape(stages, repeats)
+    outgoing_SSC = np.stack([held_SR[s][sent_SSC[s]] for s in range(stages)])
+    received_SN = outgoing_SSC.swapaxes(0, 1).reshape(stages, -1)
+    for s in range(stages):
+        np.testing.assert_array_equal(received_SN[s][kept_SR[s]], np.arange(repeats) * stages + s)
+    assert sent_SSC.shape[-1] == np.ceil(repeats / stages)
+
+
+def test_the_bubble_counts_the_ticks_of_a_simulated_schedule():
+    """One stage's work needs its own item before and the same item of the stage before it."""
+    for stages, repeats, microbatches in ((2, 1, 2), (4, 3, 8), (4, 1, 16)):
+        items = microbatches * repeats
+        done = np.zeros((stages, items), int)
+        for item in range(items):
+            for stage in range(stages):
+                before = done[stage - 1, item] if stage else 0
+                done[stage, item] = max(before, done[stage, item - 1] if item else 0) + 1
+        assert bubble(stages, repeats, microbatches) == pytest.approx(1 - items / done.max())
+
+
+@pytest.mark.parametrize(
+    "mesh, rows, words",
+    [
+        (dict(pipe=4, fsdp=1), 8, "text.layers less text.dense_layers=2 must be a multiple of 4"),
+        (dict(pipe=2, fsdp=1, repeats=2), 8, "must be a multiple of 4 .mesh.pipe x mesh.repeats.; change"),
+        (
+            dict(pipe=2, fsdp=2, microbatches=4),
+            12,
+            "data.batch_size=12 must be a multiple of 8 .mesh.fsdp",
+        ),
+        (dict(pipe=2, fsdp=1), 3, "data.batch_size=3"),
+        (dict(fsdp=1, context=3), 3, "data.seq_len=512 must be a multiple of 3 .mesh.context."),
+        (dict(fsdp=1, expert=16), 16, "moe.experts=8 must be a multiple of 16 .mesh.expert."),
+        (dict(fsdp=1, expert=8), 8, "data.packs=4 must be a multiple of 8 .the devices that encode"),
+    ],
+)
+def test_what_does_not_divide_is_refused(mesh, rows, words):
+    packs = 4 if "packs" in words else 16 * 3
+    data = DataConfig(batch_size=rows, packs=packs)
+    experiment = Experiment(model=preset("tiny"), data=data, mesh=MeshConfig(**mesh))
+    with pytest.raises(ConfigError, match=words):
+        check_mesh(experiment, AbstractMesh(tuple(mesh.get(axis, 1) for axis in AXES), AXES))
+
+
+def test_microbatches_are_a_multiple_of_the_stages():
+    with pytest.raises(ConfigError, match="mesh.microbatches=3 must be a multiple of mesh.pipe=2"):
+        MeshConfig(pipe=2, microbatches=3)
+    assert dataclasses.asdict(MeshConfig())["microbatches"] == 0
