@@ -11,7 +11,7 @@ from jax.sharding import PartitionSpec
 
 from k25_jax.kernels.attention import attention
 
-HEADS = 8  # whose keys and values are held at once
+HEADS = 1  # whose keys and values are held at once; more would only take memory, for a block of one has work enough
 
 
 def context_shares() -> int:

@@ -33,7 +33,8 @@ MOVING = """
     from k25_jax.config import MeshConfig, load_experiment
     from k25_jax.train.loop import train
 
-    overrides = ["data.batch_size=8", "data.packs=8", "model.text.layers=5", "optim.decay_steps=0", "train.checkpoint_every=2"]
+    overrides = ["data.batch_size=8", "data.packs=8", "model.text.layers=5"]
+    overrides += ["optim.decay_steps=0", "train.checkpoint_every=2"]
     base, losses = load_experiment({experiment!r}, overrides), []
 
     def run(name, mesh, steps):
