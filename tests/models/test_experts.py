@@ -62,13 +62,14 @@ def test_gradients_and_steps_equal_those_of_one_device():
 
 
 MOVING = """
-import dataclasses, pathlib
+import dataclasses, json, pathlib
 import numpy as np
 from k25_jax.config import ConfigError, MeshConfig, load_experiment
 from k25_jax.train.loop import train
 
 folder = pathlib.Path({folder!r})
-base = load_experiment({experiment!r}, ["data.batch_size=8", "optim.decay_steps=0", "train.checkpoint_every=2"])
+overrides = ["model.text.layers=5", "data.batch_size=8", "optim.decay_steps=0", "train.checkpoint_every=2"]
+base = load_experiment({experiment!r}, overrides)
 
 def run(name, mesh, steps):
     losses = []
@@ -77,7 +78,9 @@ def run(name, mesh, steps):
     return losses
 
 whole = run("whole", (1, 8, 1), 4)
-moved = run("moved", (1, 4, 2), 2) + run("moved", (1, 2, 4), 4)
+moved = run("moved", (2, 2, 2, 2), 2)  # a pipeline with two repeats
+assert json.loads((folder / "moved" / "run.json").read_text())["pipeline_bubble"] == 1 / 5
+moved += run("moved", (1, 2, 4), 4)
 assert len(whole) == 4 and whole[3] < whole[0]
 np.testing.assert_allclose(moved, whole, rtol=1e-5)
 bad = ((1, 3, 1), "there are 8; set mesh.pipe"), ((1, 1, 8), "moe.experts=4 must be a multiple of mesh.expert=8")
