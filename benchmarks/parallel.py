@@ -15,6 +15,7 @@ os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_p
 import argparse
 import contextlib
 import dataclasses
+import functools
 import json
 from dataclasses import dataclass
 
@@ -26,7 +27,7 @@ from k25_jax.data.packing import Batch, make_example, pack_examples
 from k25_jax.parallel import dep
 from k25_jax.train.loop import mesh_of
 from k25_jax.train.pretrain import loss_fn
-from k25_jax.train.state import init_state, state_shardings
+from k25_jax.train.state import TrainState, init_state, state_shardings
 from k25_jax.train.step import make_step
 from k25_jax.vision.patchpack import Clip
 
@@ -47,7 +48,7 @@ ARMS = {
     "DEP": Arm(MeshConfig(1, 8, 1), optimizer="adamw"),
     "experts": Arm(MeshConfig(1, 2, 4)),
     "context": Arm(MeshConfig(1, 2, 1, context=4)),
-    "pipeline": Arm(MeshConfig(4, 1, 2), optimizer="adamw"),
+    "pipeline": Arm(MeshConfig(4, 1, 2), optimizer="adamw", remat="dots"),
     "pipeline, experts": Arm(MeshConfig(2, 2, 2), remat="full"),
     "pipeline with repeats, experts": Arm(MeshConfig(2, 2, 2, repeats=2, microbatches=4), remat="full"),
     "all": Arm(MeshConfig(2, 1, 2, context=2, repeats=2, microbatches=4), remat="full"),
@@ -71,6 +72,19 @@ def make_batch() -> Batch:
     return pack_examples(examples, DATA, config)
 
 
+def experiment_of(arm: Arm) -> Experiment:
+    """The run of one arm."""
+    optim = OptimConfig(name=arm.optimizer, muon_dtype="float32", warmup_steps=1, peak_lr=1e-3, clip_norm=1e9)
+    train = TrainConfig(steps=STEPS, remat=arm.remat)
+    return Experiment(model=model(), data=DATA, optim=optim, train=train, mesh=arm.mesh)
+
+
+@functools.cache
+def initial_state(optimizer: str) -> TrainState:
+    """The state that all arms with this optimizer begin with, on the host."""
+    return jax.device_get(init_state(experiment_of(Arm(MeshConfig(), optimizer))))
+
+
 def observed_loss(params, batch, experiment: Experiment):
     """The loss, with all that the forward pass observed among its metrics."""
     loss, (metrics, stats) = loss_fn(params, batch, experiment)
@@ -82,15 +96,11 @@ def run(arm: Arm, batch: Batch, one_device: bool):
 
     Gradients are read from the first step's means, which are they, but for a factor, as long as nothing is clipped.
     """
-    optim = OptimConfig(name=arm.optimizer, muon_dtype="float32", warmup_steps=1, peak_lr=1e-3, clip_norm=1e9)
-    train = TrainConfig(steps=STEPS, remat=arm.remat)
-    experiment = Experiment(model=model(), data=DATA, optim=optim, train=train, mesh=arm.mesh)
-    state, mesh = init_state(experiment), None if one_device else mesh_of(experiment)
-    seen = []
+    experiment, seen = experiment_of(arm), []
+    mesh = None if one_device else mesh_of(experiment)
+    state = jax.device_put(initial_state(arm.optimizer), mesh and state_shardings(experiment, mesh))
+    batch = dep.place(batch, mesh, experiment.model.vision) if mesh else batch
     with jax.set_mesh(mesh) if mesh else contextlib.nullcontext():
-        if mesh:
-            state = jax.device_put(state, state_shardings(experiment, mesh))
-            batch = dep.place(batch, mesh, experiment.model.vision)
         step = make_step(experiment, observed_loss, mesh)
         for _ in range(STEPS):
             state, metrics = step(state, batch)

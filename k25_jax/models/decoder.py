@@ -42,6 +42,12 @@ class Stack(nn.Module):
             MoE(c, self.layers, name="moe")()
 
 
+def moe_axes(config: TextConfig):
+    """The weights of the MoE stack as PartitionSpecs of logical axis names."""
+    stack = Stack(config, config.moe_layers, False)
+    return nn.get_partition_spec(jax.eval_shape(stack.init, jax.random.key(0)))["params"]
+
+
 class Decoder(nn.Module):
     """Weights of the language model."""
 

@@ -12,8 +12,9 @@ from einops import rearrange
 from jax.sharding import PartitionSpec
 
 from k25_jax.config import TextConfig
-from k25_jax.models.decoder import scan_layers
+from k25_jax.models.decoder import moe_axes, scan_layers
 from k25_jax.models.layers import rematerialised
+from k25_jax.sharding.rules import spec
 
 ROWS = ("fsdp", "expert")  # the axes of the mesh that share out the rows of a microbatch
 
@@ -38,28 +39,29 @@ def pipelined(
     split = lambda a: rearrange(a, "(f s j b) ... -> s j (f b) ...", **form)  # noqa: E731
     place = lambda a, first: jax.lax.with_sharding_constraint(a, PartitionSpec(first, None, ROWS, "context"))  # noqa: E731
 
-    def on_one_stage(stack, x_1JBLD, segments_SJBL, positions_SJBL):
-        blocks = _own_blocks(stack, stages, repeats)
+    def on_one_stage(blocks, x_1JBLD, segments_SJBL, positions_SJBL):
         run = _block_runner(blocks, config, remat)
         y_JBLD, stats = _ticks(run, x_1JBLD[0], segments_SJBL, positions_SJBL, stages, repeats)
         return y_JBLD[None], jax.tree.map(lambda a: a[:, None], stats)
 
-    own, everywhere = PartitionSpec("pipe"), PartitionSpec()
+    own, everywhere, second = PartitionSpec("pipe"), PartitionSpec(), PartitionSpec(None, "pipe")
+    inputs = place(split(x_BLD), "pipe"), place(split(segments_BL), None), place(split(positions_BL), None)
     y_SJBLD, stats = jax.shard_map(
         on_one_stage,
-        in_specs=(own, own, everywhere, everywhere),
-        out_specs=(own, PartitionSpec(None, "pipe")),
+        in_specs=(second, own, everywhere, everywhere),
+        out_specs=(own, second),
         axis_names={"pipe"},
         check_vma=False,
-    )(stack, place(split(x_BLD), "pipe"), *(place(split(a), None) for a in (segments_BL, positions_BL)))
+    )(own_blocks(stack, config, repeats), *inputs)
     y_BLD = rearrange(place(y_SJBLD, "pipe"), "s j (f b) ... -> (f s j b) ...", **form)
+    y_BLD = jax.lax.with_sharding_constraint(y_BLD, PartitionSpec((*ROWS, "pipe"), "context"))
     return y_BLD, jax.tree.map(lambda a: rearrange(a, "r s y ... -> (r s y) ..."), stats)
 
 
 def _block_runner(blocks, config: TextConfig, remat: str):
     """run(repeat, x_BLD, segments_BL, positions_BL): the stage's block of that repeat, as `scan_layers`.
 
-    The backward pass takes a block's weights anew; kept, they would fill the memory once a tick.
+    The backward pass takes a block's weights anew, unless `remat` is "none": kept, they fill the memory once a tick.
     """
 
     def run(repeat, x_BLD, segments_BL, positions_BL):
@@ -116,22 +118,29 @@ def _observe(stats, seen, repeat):
 
 
 # ------------------------------------------------------------------------------------------------------ virtual stages
-def _own_blocks(stack, stages: int, repeats: int):
-    """On one stage, manual over pipe: its contiguous share [Y/S, ...] to the blocks it runs, [R, Y/(S*R), ...].
+def own_blocks(stack, config: TextConfig, repeats: int):
+    """The stack [Y, ...], natural order over pipe, as [R, Y/R, ...]: of each row a stage holds the block it runs.
 
-    One all_to_all, with room for ceil(R / S) blocks between each two stages; one repeat moves nothing.
+    One all_to_all over pipe, with room for ceil(R / S) blocks between each two stages; one repeat moves nothing. It is
+    manual over all axes: where only pipe is, the compiler first gathers what the other axes split.
     """
-    blocks = jax.tree.map(lambda a: a.reshape(repeats, -1, *a.shape[1:]), stack)
     if repeats == 1:
-        return blocks
-    sent_SSC, kept_SR = exchange_tables(stages, repeats)
-    stage = jax.lax.axis_index("pipe")
-    outgoing_N, own_R = jnp.asarray(sent_SSC)[stage].reshape(-1), jnp.asarray(kept_SR)[stage]
+        return jax.tree.map(lambda a: a[None], stack)
+    mesh = jax.sharding.get_abstract_mesh()
+    sent_SSC, kept_SR = exchange_tables(mesh.shape["pipe"], repeats)
 
     def exchange(a):
-        return jax.lax.all_to_all(a[outgoing_N], "pipe", split_axis=0, concat_axis=0, tiled=True)[own_R]
+        stage = jax.lax.axis_index("pipe")
+        blocks = a.reshape(repeats, -1, *a.shape[1:])[jnp.asarray(sent_SSC)[stage].reshape(-1)]
+        received = jax.lax.all_to_all(blocks, "pipe", split_axis=0, concat_axis=0, tiled=True)
+        return received[jnp.asarray(kept_SR)[stage]]
 
-    return jax.tree.map(exchange, blocks)
+    def one(axes, a):
+        layout = spec(axes, a.shape, mesh)
+        after = PartitionSpec(None, *layout)
+        return jax.shard_map(exchange, in_specs=layout, out_specs=after, check_vma=False)(a)
+
+    return jax.tree.map(one, moe_axes(config), stack, is_leaf=lambda a: isinstance(a, PartitionSpec))
 
 
 def exchange_tables(stages: int, repeats: int):
