@@ -15,7 +15,7 @@ import jax
 from k25_jax.config import ConfigError, DataConfig, Experiment, K25Config
 from k25_jax.data.packing import Batch, BatchBuilder
 from k25_jax.preflight import hlo
-from k25_jax.preflight.cost import jaxpr_flops, model_flops, roofline
+from k25_jax.preflight.cost import arrays_made, jaxpr_flops, model_flops, roofline
 from k25_jax.preflight.topology import Topology, devices_of
 from k25_jax.sharding.rules import batch_shardings
 from k25_jax.train.loop import mesh_of
@@ -147,6 +147,7 @@ def preflight(experiment: Experiment, topology: Topology, say=lambda text: None)
             if "RESOURCE_EXHAUSTED" not in str(error):
                 raise
             _refused(report, str(error))
+            report.largest = _with_asked(report.largest, traced.jaxpr, mesh.size)
             compiled = None
         report.compile_s = time.perf_counter() - start
     if compiled is not None:
@@ -194,6 +195,15 @@ def _refused(report: Report, message: str) -> None:
         amount = float(number) * {"K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}[unit]
         report.largest.append(dataclasses.asdict(Tensor("allocation", (), shape, "", amount)))
     report.largest.sort(key=lambda tensor: -tensor["bytes"])
+
+
+def _with_asked(largest: list[dict], jaxpr, devices: int) -> list[dict]:
+    """`largest` and the largest arrays of the jaxpr, one of a shape; what the compiler would have fused is among them."""
+    found = {}
+    for name, shape, dtype, share in arrays_made(jaxpr, devices):
+        found.setdefault((shape, dtype), Tensor(name, shape, str(dtype), "equal share", share))
+    made = sorted(found.values(), key=lambda tensor: -tensor.bytes)[:LARGEST]
+    return sorted([*largest, *map(dataclasses.asdict, made)], key=lambda tensor: -tensor["bytes"])
 
 
 def _program(report: Report, program: hlo.Program, topology: Topology, kernels: float, model: float, devices: int):

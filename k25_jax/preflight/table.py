@@ -22,15 +22,15 @@ def render(report: Report) -> str:
     lines.append(f"FLOPs      {report.flops_asked:.3e} as an equal share of what the step asks for{compiled}")
     if report.hbm_bytes:
         lines.append(
-            f"traffic    {report.hbm_bytes / GB:.1f} GB of memory, intensity {report.intensity:.0f} FLOPs a byte"
+            f"traffic    {report.hbm_bytes / GB:.4g} GB of memory, intensity {report.intensity:.0f} FLOPs a byte"
         )
     for entry in report.collectives:
         axes = " x ".join(entry["axes"]) or "itself"
-        sent = f"{entry['bytes'] / GB:.3f} GB in {entry['times']:.0f}"
+        sent = f"{entry['bytes'] / GB:.4g} GB in {entry['times']:.0f}"
         lines.append(f"exchange   {entry['kind']:19s}over {axes:22s}{sent}")
     if report.step_seconds_bound:
         lines.append(
-            f"bound      {report.step_seconds_bound:.4f} s a step, by {report.bound_by}; MFU at most {report.mfu_bound:.1%}"
+            f"bound      {report.step_seconds_bound:.4g} s a step, by {report.bound_by}; MFU at most {report.mfu_bound:.1%}"
         )
     if report.unknown_loops:
         lines.append(f"           {report.unknown_loops} loops of unknown length count once")
