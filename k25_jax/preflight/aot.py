@@ -51,6 +51,7 @@ class Report:
     reason: str = ""  # why it does not fit
     hbm_gb: float = 0.0  # of a device; 0: not known
     peak_hbm_gb: float = 0.0  # arguments, results that are not written in place, temporaries, the program itself
+    compiler_peak_gb: float = 0.0  # the compiler's own figure, to compare; caches of the chip may be in it
     argument_gb: float = 0.0
     output_gb: float = 0.0
     alias_gb: float = 0.0  # results that are written over arguments
@@ -173,6 +174,7 @@ def _memory(report: Report, memory) -> None:
     report.alias_gb = memory.alias_size_in_bytes / GB
     report.temp_gb = memory.temp_size_in_bytes / GB
     report.code_gb = memory.generated_code_size_in_bytes / GB
+    report.compiler_peak_gb = memory.peak_memory_in_bytes / GB
     new = report.output_gb - report.alias_gb
     report.peak_hbm_gb = report.argument_gb + new + report.temp_gb + report.code_gb
     if report.hbm_gb and report.peak_hbm_gb > report.hbm_gb:
