@@ -16,7 +16,7 @@ from k25_jax.config import ConfigError, Experiment
 from k25_jax.data.packing import Batch, BatchBuilder
 from k25_jax.parallel import dep
 from k25_jax.preflight import hlo
-from k25_jax.preflight.cost import jaxpr_flops, model_flops, roofline
+from k25_jax.preflight.cost import arrays_made, jaxpr_flops, model_flops, roofline
 from k25_jax.preflight.topology import Topology, devices_of
 from k25_jax.train.loop import mesh_of
 from k25_jax.train.pretrain import loss_fn
@@ -51,6 +51,7 @@ class Report:
     reason: str = ""  # why it does not fit
     hbm_gb: float = 0.0  # of a device; 0: not known
     peak_hbm_gb: float = 0.0  # arguments, results that are not written in place, temporaries, the program itself
+    compiler_peak_gb: float = 0.0  # the compiler's own figure, to compare; caches of the chip may be in it
     argument_gb: float = 0.0
     output_gb: float = 0.0
     alias_gb: float = 0.0  # results that are written over arguments
@@ -154,6 +155,7 @@ def preflight(experiment: Experiment, topology: Topology, say=lambda text: None)
             if "RESOURCE_EXHAUSTED" not in str(error):
                 raise
             _refused(report, str(error))
+            report.largest = _with_asked(report.largest, traced.jaxpr, mesh.size)
             compiled = None
         report.compile_s = time.perf_counter() - start
     if compiled is not None:
@@ -179,6 +181,7 @@ def _memory(report: Report, memory) -> None:
     report.alias_gb = memory.alias_size_in_bytes / GB
     report.temp_gb = memory.temp_size_in_bytes / GB
     report.code_gb = memory.generated_code_size_in_bytes / GB
+    report.compiler_peak_gb = memory.peak_memory_in_bytes / GB
     new = report.output_gb - report.alias_gb
     report.peak_hbm_gb = report.argument_gb + new + report.temp_gb + report.code_gb
     if report.hbm_gb and report.peak_hbm_gb > report.hbm_gb:
@@ -201,6 +204,15 @@ def _refused(report: Report, message: str) -> None:
         amount = float(number) * {"K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}[unit]
         report.largest.append(dataclasses.asdict(Tensor("allocation", (), shape, "", amount)))
     report.largest.sort(key=lambda tensor: -tensor["bytes"])
+
+
+def _with_asked(largest: list[dict], jaxpr, devices: int) -> list[dict]:
+    """`largest` and the largest arrays of the jaxpr, one of a shape; what the compiler would have fused is among them."""
+    found = {}
+    for name, shape, dtype, share in arrays_made(jaxpr, devices):
+        found.setdefault((shape, dtype), Tensor(name, shape, str(dtype), "equal share", share))
+    made = sorted(found.values(), key=lambda tensor: -tensor.bytes)[:LARGEST]
+    return sorted([*largest, *map(dataclasses.asdict, made)], key=lambda tensor: -tensor["bytes"])
 
 
 def _program(report: Report, program: hlo.Program, topology: Topology, kernels: float, model: float, devices: int):

@@ -7,7 +7,7 @@ gives several devices the same work, and where it saves or repeats some.
 import math
 from dataclasses import dataclass
 
-from jax.extend.core import ClosedJaxpr, Jaxpr, Literal
+from jax.extend.core import ClosedJaxpr, Jaxpr, Literal, jaxprs_in_params
 
 from k25_jax.config import Experiment
 from k25_jax.models.count import count_params
@@ -66,14 +66,35 @@ def _equation(eqn, around: Jaxpr, devices: int, filled: float) -> Flops:
     if name == "cond":
         return max((jaxpr_flops(branch, devices, filled) for branch in params["branches"]), key=lambda f: f.total)
     if name == "shard_map":
-        manual = params.get("newly_manual_axes", params.get("manual_axes"))  # as one JAX or another calls it
-        devices //= math.prod(params["mesh"].shape[axis] for axis in manual)
+        devices //= math.prod(params["mesh"].shape[axis] for axis in _manual(params))
     total = Flops()
     for value in params.values():
         for inner in value if isinstance(value, (tuple, list)) else [value]:
             if isinstance(inner, (Jaxpr, ClosedJaxpr)):
                 total.add(jaxpr_flops(inner, devices, filled))
     return total
+
+
+def arrays_made(jaxpr: Jaxpr | ClosedJaxpr, devices: int = 1):
+    """(name, shape, dtype, bytes on one device) of every array that a jaxpr makes, as if none were fused into its use."""
+    jaxpr = jaxpr.jaxpr if isinstance(jaxpr, ClosedJaxpr) else jaxpr
+    for eqn in jaxpr.eqns:
+        if eqn.primitive.name == "pallas_call":
+            continue
+        inside = devices
+        if eqn.primitive.name == "shard_map":
+            inside //= math.prod(eqn.params["mesh"].shape[axis] for axis in _manual(eqn.params))
+        inner = list(jaxprs_in_params(eqn.params))
+        for part in inner:
+            yield from arrays_made(part, inside)
+        for var in [] if inner else eqn.outvars:
+            name = f"made by {eqn.source_info.name_stack}/{eqn.primitive.name}"
+            yield name, var.aval.shape, var.aval.dtype, var.aval.size * var.aval.dtype.itemsize / devices
+
+
+def _manual(params: dict):
+    """The mesh axes of a shard_map, as one JAX or another calls them."""
+    return params.get("newly_manual_axes", params.get("manual_axes"))
 
 
 def _times(flops: Flops, times: int) -> Flops:

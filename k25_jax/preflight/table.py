@@ -10,7 +10,7 @@ def render(report: Report) -> str:
     mesh = " x ".join(f"{name} {n}" for name, n in report.mesh.items())
     chips = f"{report.chips} chip{'s' * (report.chips != 1)}, mesh {mesh}" if report.hbm_gb else f"mesh {mesh}"
     lines = [
-        f"{report.topology}: {chips}; {report.rows} rows, {report.packs} packs of patches in a step",
+        f"{report.topology}: {chips}; in a step {report.rows} rows, packs of patches: {report.packs}",
         f"memory     {_memory(report)}",
     ]
     if report.temp_gb or report.fits:
@@ -18,18 +18,19 @@ def render(report: Report) -> str:
             f"           arguments {report.argument_gb:.2f} GB, results beside them "
             f"{report.output_gb - report.alias_gb:.2f}, temporaries {report.temp_gb:.2f}, program {report.code_gb:.2f}"
         )
-    lines.append(f"FLOPs      {report.flops:.3e} asked {report.flops_asked:.3e}, compiled {report.flops_compiled:.3e}")
+    compiled = f", {report.flops_compiled:.3e} after the compiler" if report.flops_compiled else ""
+    lines.append(f"FLOPs      {report.flops_asked:.3e} as an equal share of what the step asks for{compiled}")
     if report.hbm_bytes:
         lines.append(
-            f"traffic    {report.hbm_bytes / GB:.1f} GB of memory, intensity {report.intensity:.0f} FLOPs a byte"
+            f"traffic    {report.hbm_bytes / GB:.4g} GB of memory, intensity {report.intensity:.0f} FLOPs a byte"
         )
     for entry in report.collectives:
         axes = " x ".join(entry["axes"]) or "itself"
-        sent = f"{entry['bytes'] / GB:.3f} GB in {entry['times']:.0f}"
+        sent = f"{entry['bytes'] / GB:.4g} GB in {entry['times']:.0f}"
         lines.append(f"exchange   {entry['kind']:19s}over {axes:22s}{sent}")
     if report.step_seconds_bound:
         lines.append(
-            f"bound      {report.step_seconds_bound:.4f} s a step, by {report.bound_by}; MFU at most {report.mfu_bound:.1%}"
+            f"bound      {report.step_seconds_bound:.4g} s a step, by {report.bound_by}; MFU at most {report.mfu_bound:.1%}"
         )
     if report.unknown_loops:
         lines.append(f"           {report.unknown_loops} loops of unknown length count once")

@@ -12,7 +12,7 @@ from k25_jax.config import load_experiment
 from k25_jax.kernels.grouped_matmul import TILE, grouped_matmul
 from k25_jax.models.count import count_params
 from k25_jax.preflight import hlo
-from k25_jax.preflight.cost import jaxpr_flops, model_flops, roofline
+from k25_jax.preflight.cost import arrays_made, jaxpr_flops, model_flops, roofline
 from k25_jax.preflight.topology import parse_topology
 from runs import on_eight_devices
 
@@ -55,6 +55,12 @@ def test_products_are_counted_as_often_as_they_run(case):
 def test_a_loop_of_unknown_length_counts_once_and_is_told():
     flops = count(lambda n, x: jax.lax.fori_loop(0, n, lambda _, x: x @ W, x), 3, X)
     assert flops.total == ONE and flops.unknown_loops == 1
+
+
+def test_arrays_that_a_step_makes():
+    """The largest of a scan's body is found, and shared out."""
+    made = max(arrays_made(jax.make_jaxpr(scanned)(X, W), devices=2), key=lambda entry: entry[3])
+    assert made[1:] == ((4, 8), jnp.float32, 4 * 8 * 4 / 2) and "dot_general" in made[0]
 
 
 def test_a_convolution():
