@@ -114,7 +114,9 @@ def main():
         return
     for name, row in (("exchange", ours), ("exchange, heavy-tailed images", mix), ("global gather", gather)):
         rounds = f" in {row['rounds']} rounds of {row['slots']} a pair" if "rounds" in row else ""
-        print(f"{name:30s} {row['temp_gb']:6.2f} GB above arguments and results, {row['all_to_alls']} all-to-all{rounds}")
+        print(
+            f"{name:30s} {row['temp_gb']:6.2f} GB above arguments and results, {row['all_to_alls']} all-to-all{rounds}"
+        )
     print(f"bounds: {BOUND_GB} GB and one all-to-all; the gather takes {out['ratio']:.0f} times the memory")
 
 

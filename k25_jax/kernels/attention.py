@@ -31,20 +31,26 @@ def reference_attention(q_BLHK, k_BLHK, v_BLHK, segments_BL, *, scale: float, ca
     return out_BLHK, jnp.where(segments_BL[:, None, :, None] > 0, scores_BHLS, MASKED).max(axis=(0, 2, 3))
 
 
-def attention(q_BLHK, k_BLHK, v_BLHK, segments_BL, *, scale: float, causal: bool, block: int = BLOCK):
-    """`reference_attention` in blocks of queries."""
+def attention(
+    q_BLHK, k_BLHK, v_BLHK, segments_BL, *, scale: float, causal: bool, block: int = BLOCK, keep_weights: bool = False
+):
+    """`reference_attention` in blocks of queries.
+
+    `keep_weights` keeps the softmax's weights [B,H,L,S] for the backward pass, which then computes no scores again: a
+    fifth fewer FLOPs there, for memory that grows with the square of the length.
+    """
     by_head = jax.lax.optimization_barrier(tuple(jnp.swapaxes(x, 1, 2) for x in (q_BLHK, k_BLHK, v_BLHK)))
-    out_BHLK, top_H = _blocked(scale, causal, block, *by_head, segments_BL)
+    out_BHLK, top_H = _blocked(scale, causal, block, keep_weights, *by_head, segments_BL)
     return jnp.swapaxes(out_BHLK, 1, 2), top_H
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
-def _blocked(scale, causal, block, q_BHLK, k_BHSK, v_BHSK, segments_BL):
-    return _forward(scale, causal, block, q_BHLK, k_BHSK, v_BHSK, segments_BL)[0]
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2, 3))
+def _blocked(scale, causal, block, keep_weights, q_BHLK, k_BHSK, v_BHSK, segments_BL):
+    return _forward(scale, causal, block, keep_weights, q_BHLK, k_BHSK, v_BHSK, segments_BL)[0]
 
 
-def _forward(scale, causal, block, q_BHLK, k_BHSK, v_BHSK, segments_BL):
-    outs, normalisers, tops = [], [], []
+def _forward(scale, causal, block, keep_weights, q_BHLK, k_BHSK, v_BHSK, segments_BL):
+    outs, normalisers, tops, kept_weights = [], [], [], []
     for rows, keys in _blocks(q_BHLK.shape[2], causal, block):
         scores = _scores(q_BHLK, k_BHSK, segments_BL, rows, keys, scale, causal)
         top = scores.max(axis=-1, keepdims=True)
@@ -53,25 +59,29 @@ def _forward(scale, causal, block, q_BHLK, k_BHSK, v_BHSK, segments_BL):
         weights = (weights / total).astype(v_BHSK.dtype)
         outs.append(jnp.einsum("bhls,bhsk->bhlk", weights, v_BHSK[:, :, keys]))
         normalisers.append(top + jnp.log(total))
+        kept_weights += [weights] if keep_weights else []
         tops.append(jnp.where(segments_BL[:, None, rows, None] > 0, top, MASKED).max(axis=(0, 2, 3)))
     kept = jnp.concatenate(outs, axis=2), jnp.concatenate(normalisers, axis=2)
     out_BHLK, normaliser_BHL1 = checkpoint_name(kept, "attention")
     top_H = functools.reduce(jnp.maximum, tops)
-    return (out_BHLK, top_H), (q_BHLK, k_BHSK, v_BHSK, segments_BL, out_BHLK, normaliser_BHL1)
+    return (out_BHLK, top_H), (q_BHLK, k_BHSK, v_BHSK, segments_BL, out_BHLK, normaliser_BHL1, kept_weights)
 
 
-def _backward(scale, causal, block, saved, gradients):
+def _backward(scale, causal, block, keep_weights, saved, gradients):
     dout_BHLK, _ = gradients  # the largest logits are looked at, not learned from
-    q_BHLK, k_BHSK, v_BHSK, segments_BL, out_BHLK, normaliser_BHL1 = saved
+    q_BHLK, k_BHSK, v_BHSK, segments_BL, out_BHLK, normaliser_BHL1, kept_weights = saved
     shift_BHL1 = jnp.sum(dout_BHLK.astype(jnp.float32) * out_BHLK, axis=-1, keepdims=True)
     # Keys and values gather their gradients as [..., K, S], a product that XLA's CPU library does faster.
     q_BHKL, dout_BHKL = jax.lax.optimization_barrier((q_BHLK.swapaxes(2, 3), dout_BHLK.swapaxes(2, 3)))
     dk_BHKS, dv_BHKS = (jnp.zeros(x.swapaxes(2, 3).shape, jnp.float32) for x in (k_BHSK, v_BHSK))
     dqs = []
-    for rows, keys in _blocks(q_BHLK.shape[2], causal, block):
+    for i, (rows, keys) in enumerate(_blocks(q_BHLK.shape[2], causal, block)):
         dout = dout_BHLK[:, :, rows]
-        scores = _scores(q_BHLK, k_BHSK, segments_BL, rows, keys, scale, causal)
-        weights = jnp.exp(scores - normaliser_BHL1[:, :, rows])
+        if keep_weights:
+            weights = kept_weights[i].astype(jnp.float32)
+        else:
+            scores = _scores(q_BHLK, k_BHSK, segments_BL, rows, keys, scale, causal)
+            weights = jnp.exp(scores - normaliser_BHL1[:, :, rows])
         dweights = jnp.einsum("bhlk,bhsk->bhls", dout, v_BHSK[:, :, keys]).astype(jnp.float32)
         dscores = (weights * (dweights - shift_BHL1[:, :, rows]) * scale).astype(dout.dtype)
         weights = weights.astype(dout.dtype)
