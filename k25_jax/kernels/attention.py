@@ -32,66 +32,73 @@ def reference_attention(q_BLHK, k_BLHK, v_BLHK, segments_BL, *, scale: float, ca
     return out_BLHK, jnp.where(segments_BL[:, None, :, None] > 0, scores_BHLS, MASKED).max(axis=(0, 2, 3))
 
 
-def attention(q_BLHK, k_BSHK, v_BSHK, segments_BS, *, scale: float, causal: bool, block: int = BLOCK, first=0):
+def attention(
+    q_BLHK, k_BSHK, v_BSHK, segments_BS, *, scale: float, causal: bool, block: int = BLOCK, first=0, keep_weights=False
+):
     """`reference_attention` in blocks of queries.
 
     With fewer queries than keys, S = n L, the queries are those of the places first, first + n, first + 2 n, ...: the
     stripe of one device, where a sequence is shared out over n.
+
+    `keep_weights` keeps the softmax's weights [B,H,L,S] for the backward pass, which then computes no scores again: a
+    fifth fewer FLOPs there, for memory that grows with the square of the length.
     """
     by_head = jax.lax.optimization_barrier(tuple(jnp.swapaxes(x, 1, 2) for x in (q_BLHK, k_BSHK, v_BSHK)))
-    out_BHLK, top_H = _blocked(scale, causal, block, *by_head, segments_BS, jnp.asarray(first, jnp.int32))
+    out_BHLK, top_H = _blocked(scale, causal, block, keep_weights, *by_head, segments_BS, jnp.asarray(first, jnp.int32))
     return jnp.swapaxes(out_BHLK, 1, 2), top_H
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
-def _blocked(scale, causal, block, q_BHLK, k_BHSK, v_BHSK, segments_BS, first):
-    return _forward(scale, causal, block, q_BHLK, k_BHSK, v_BHSK, segments_BS, first)[0]
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2, 3))
+def _blocked(scale, causal, block, keep_weights, q_BHLK, k_BHSK, v_BHSK, segments_BS, first):
+    return _forward(scale, causal, block, keep_weights, q_BHLK, k_BHSK, v_BHSK, segments_BS, first)[0]
 
 
-def _forward(scale, causal, block, q_BHLK, k_BHSK, v_BHSK, segments_BS, first):
-    outs, normalisers, tops = [], [], []
+def _forward(scale, causal, block, keep_weights, q_BHLK, k_BHSK, v_BHSK, segments_BS, first):
+    outs, normalisers, tops, kept_weights = [], [], [], []
     segments_BL = _stripe(segments_BS, q_BHLK.shape[2], first)
     for start, size, count, keys in _groups(q_BHLK.shape[2], k_BHSK.shape[2], causal, block):
         k_BHsK, v_BHsK = k_BHSK[:, :, :keys], v_BHSK[:, :, :keys]
 
-        def one(_, i, at=start, size=size, k=k_BHsK, v=v_BHsK):
-            at = at + i * size
+        def one(_, piece, at=start, size=size, k=k_BHsK, v=v_BHsK):
+            at = at + piece[0] * size
             scores = _scores(_cut(q_BHLK, at, size), k, segments_BL, segments_BS, first, at, scale, causal)
             top = scores.max(axis=-1, keepdims=True)
             weights = jnp.exp(scores - top)
             total = weights.sum(axis=-1, keepdims=True)
             weights = (weights / total).astype(v.dtype)
             seen = jnp.where(_cut(segments_BL[:, None], at, size)[..., None] > 0, top, MASKED).max(axis=(0, 2, 3))
-            return None, (jnp.einsum("bhls,bhsk->bhlk", weights, v), top + jnp.log(total), seen)
+            kept = weights if keep_weights else None
+            return None, (jnp.einsum("bhls,bhsk->bhlk", weights, v), top + jnp.log(total), seen, kept)
 
-        _, (out, normaliser, top_NH) = _scan(one, None, count)
+        _, (out, normaliser, top_NH, kept) = _scan(one, None, count)
+        kept_weights.append(kept)
         outs.append(_in_line(out))
         normalisers.append(_in_line(normaliser))
         tops.append(top_NH.max(axis=0))
     kept = jnp.concatenate(outs, axis=2), jnp.concatenate(normalisers, axis=2)
     out_BHLK, normaliser_BHL1 = checkpoint_name(kept, "attention")
     top_H = functools.reduce(jnp.maximum, tops)
-    return (out_BHLK, top_H), (q_BHLK, k_BHSK, v_BHSK, segments_BS, first, out_BHLK, normaliser_BHL1)
+    return (out_BHLK, top_H), (q_BHLK, k_BHSK, v_BHSK, segments_BS, first, out_BHLK, normaliser_BHL1, kept_weights)
 
 
-def _backward(scale, causal, block, saved, gradients):
+def _backward(scale, causal, block, keep_weights, saved, gradients):
     dout_BHLK, _ = gradients  # the largest logits are looked at, not learned from
-    q_BHLK, k_BHSK, v_BHSK, segments_BS, first, out_BHLK, normaliser_BHL1 = saved
+    q_BHLK, k_BHSK, v_BHSK, segments_BS, first, out_BHLK, normaliser_BHL1, kept_weights = saved
     segments_BL = _stripe(segments_BS, q_BHLK.shape[2], first)
     shift_BHL1 = jnp.sum(dout_BHLK.astype(jnp.float32) * out_BHLK, axis=-1, keepdims=True)
     # Keys and values gather their gradients as [..., K, S], a product that XLA's CPU library does faster.
     q_BHKL, dout_BHKL = jax.lax.optimization_barrier((q_BHLK.swapaxes(2, 3), dout_BHLK.swapaxes(2, 3)))
     dk_BHKS, dv_BHKS = (jnp.zeros(x.swapaxes(2, 3).shape, jnp.float32) for x in (k_BHSK, v_BHSK))
-    dqs = []
-    for start, size, count, keys in _groups(q_BHLK.shape[2], k_BHSK.shape[2], causal, block):
+    dqs, groups = [], _groups(q_BHLK.shape[2], k_BHSK.shape[2], causal, block)
+    for (start, size, count, keys), kept in zip(groups, kept_weights, strict=True):
         k_BHsK, v_BHsK = k_BHSK[:, :, :keys], v_BHSK[:, :, :keys]
 
-        def one(carry, i, at=start, size=size, keys=keys, k=k_BHsK, v=v_BHsK):
-            dk_BHKS, dv_BHKS = carry
+        def one(carry, piece, at=start, size=size, keys=keys, k=k_BHsK, v=v_BHsK):
+            (dk_BHKS, dv_BHKS), (i, weights) = carry, piece
             at = at + i * size
             q, dout, shift, normaliser = (_cut(a, at, size) for a in (q_BHLK, dout_BHLK, shift_BHL1, normaliser_BHL1))
-            scores = _scores(q, k, segments_BL, segments_BS, first, at, scale, causal)
-            weights = jnp.exp(scores - normaliser)
+            if weights is None:
+                weights = jnp.exp(_scores(q, k, segments_BL, segments_BS, first, at, scale, causal) - normaliser)
             dweights = jnp.einsum("bhlk,bhsk->bhls", dout, v).astype(jnp.float32)
             dscores = (weights * (dweights - shift) * scale).astype(dout.dtype)
             weights = weights.astype(dout.dtype)
@@ -100,7 +107,7 @@ def _backward(scale, causal, block, saved, gradients):
             dv_BHKS = dv_BHKS.at[..., :keys].add(jnp.einsum("bhkl,bhls->bhks", dout_BHKl, weights))
             return (dk_BHKS, dv_BHKS), jnp.einsum("bhls,bhsk->bhlk", dscores, k)
 
-        (dk_BHKS, dv_BHKS), dq = _scan(one, (dk_BHKS, dv_BHKS), count)
+        (dk_BHKS, dv_BHKS), dq = _scan(one, (dk_BHKS, dv_BHKS), count, kept)
         dqs.append(_in_line(dq))
     dk, dv = dk_BHKS.swapaxes(2, 3).astype(k_BHSK.dtype), dv_BHKS.swapaxes(2, 3).astype(v_BHSK.dtype)
     return jnp.concatenate(dqs, axis=2), dk, dv, None, None
@@ -122,11 +129,11 @@ def _groups(queries: int, keys: int, causal: bool, block: int) -> list[tuple[int
     return [(at, size, count, (at + size * count) * stride if causal else keys) for at, size, count in groups]
 
 
-def _scan(one, carry, count: int):
-    """`one(carry, i)` for each block of a group; a single block stands in the program as it is."""
+def _scan(one, carry, count: int, kept=None):
+    """`one(carry, (i, what is kept of it))` for each block of a group; a single one stands in the program as it is."""
     if count > 1:
-        return jax.lax.scan(one, carry, jnp.arange(count))
-    carry, out = one(carry, 0)
+        return jax.lax.scan(one, carry, (jnp.arange(count), kept))
+    carry, out = one(carry, (0, None if kept is None else kept[0]))
     return carry, jax.tree.map(lambda a: a[None], out)
 
 

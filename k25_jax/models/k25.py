@@ -54,7 +54,8 @@ def vision_features(params, packs: VisionPack, config: K25Config, remat: str = "
 
     def one_pack(pack):
         weights = cast({"vision": params["vision"], "projector": params["projector"]}, dtype)
-        return project(weights["projector"], encode(weights["vision"], pack, config.vision, dtype), config)
+        pooled = encode(weights["vision"], pack, config.vision, dtype, one_at_a_time=remat == "full")
+        return project(weights["projector"], pooled, config)
 
     features_PMD = jax.lax.map(rematerialised(one_pack, remat), packs)
     return features_PMD.reshape(-1, features_PMD.shape[-1])

@@ -10,6 +10,8 @@ from k25_jax.models.layers import LayerNorm, declare, fan_in, layer_norm, zeros
 from k25_jax.models.rope import axial_tables, rotate
 from k25_jax.vision.patchpack import VisionPack
 
+WEIGHTS_KEPT = 2048  # patches; the real encoder's attention weights of such a pack are 3.6 GB in bfloat16
+
 
 class Blocks(nn.Module):
     """Weights of the stacked encoder blocks; query, key and value fused."""
@@ -100,28 +102,29 @@ def time_table(config: VisionConfig):
     return jnp.concatenate([jnp.zeros((1, config.width)), table])
 
 
-def encoder_block(p, x_NW, rope, segments_N, config: VisionConfig):
-    """Pre-norm attention inside each segment, then the GELU feed-forward."""
+def encoder_block(p, x_NW, rope, segments_N, config: VisionConfig, keep_weights: bool = False):
+    """Pre-norm attention inside each segment, then the GELU feed-forward; `keep_weights` is that of the attention."""
     h_NW = layer_norm(x_NW, p["norm0"], config.norm_eps)
     qkv = jnp.einsum("nw,wthk->tnhk", h_NW, p["qkv"]) + p["qkv_bias"][:, None]
     cos, sin = rope[0][:, None], rope[1][:, None]
     q, k = rotate(qkv[0], cos, sin), rotate(qkv[1], cos, sin)
     scale = config.head_dim**-0.5
-    out, _ = attention(q[None], k[None], qkv[2][None], segments_N[None], scale=scale, causal=False)
+    qkv_segments = q[None], k[None], qkv[2][None], segments_N[None]
+    out, _ = attention(*qkv_segments, scale=scale, causal=False, keep_weights=keep_weights)
     x_NW = x_NW + jnp.einsum("nhk,hkw->nw", out[0], p["out"]) + p["out_bias"]
     h_NW = layer_norm(x_NW, p["norm1"], config.norm_eps)
     hidden = jax.nn.gelu(h_NW @ p["fc0"] + p["fc0_bias"], approximate=True)
     return x_NW + hidden @ p["fc1"] + p["fc1_bias"]
 
 
-def vision_hidden(p, patches_NC, segments_N, coords_N5, config: VisionConfig):
+def vision_hidden(p, patches_NC, segments_N, coords_N5, config: VisionConfig, keep_weights: bool = False):
     """Every patch of one pack after the last LayerNorm, [N,W]."""
     x_NW = patches_NC @ p["patch_embed"]["kernel"] + p["patch_embed"]["bias"]
     x_NW = x_NW + positions(p, coords_N5, config).astype(x_NW.dtype)
     rope = axial_tables(config, coords_N5[:, 1], coords_N5[:, 2])
 
     def step(x_NW, layer):
-        return encoder_block(layer, x_NW, rope, segments_N, config), None
+        return encoder_block(layer, x_NW, rope, segments_N, config, keep_weights), None
 
     x_NW, _ = jax.lax.scan(step, x_NW, p["blocks"])
     return layer_norm(x_NW, p["final_norm"], config.norm_eps)
@@ -134,8 +137,13 @@ def pool(x_NW, slots_N, weights_N, config: VisionConfig):
     return pooled.reshape(patches // config.group, config.group, -1)
 
 
-def encode(p, pack: VisionPack, config: VisionConfig, dtype=jnp.float32):
-    """Pooled patches of one pack, its arrays without their axis P: [M, 4, W]."""
+def encode(p, pack: VisionPack, config: VisionConfig, dtype=jnp.float32, one_at_a_time: bool = False):
+    """Pooled patches of one pack, its arrays without their axis P: [M, 4, W].
+
+    `one_at_a_time` says that the backward pass recomputes one pack after the other. Then there is memory to keep the
+    attention weights of a short pack: a fifth of the backward FLOPs of the attention are saved.
+    """
     patches_NC = normalise(pack.patches_PNC).astype(dtype)
-    x_NW = vision_hidden(p, patches_NC, pack.segments_PN, pack.coords_PN5, config)
+    keep_weights = one_at_a_time and len(patches_NC) <= WEIGHTS_KEPT
+    x_NW = vision_hidden(p, patches_NC, pack.segments_PN, pack.coords_PN5, config, keep_weights)
     return pool(x_NW, pack.slots_PN, pack.weights_PN, config)

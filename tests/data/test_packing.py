@@ -218,3 +218,8 @@ def test_batch_is_a_pytree():
     assert len(jax.tree.leaves(batch)) == 11
     total = jax.jit(lambda batch: batch.tokens_BL.sum() + batch.vision.weights_PN.sum())(batch)
     assert total == batch.tokens_BL.sum()
+
+
+def test_a_batch_without_a_clip_has_no_packs():
+    batch = pack_examples([text(5)], DATA, MODEL)
+    assert batch.vision.patches_PNC.shape == (0, 48, MODEL.vision.patch_dim) and batch.routes is None

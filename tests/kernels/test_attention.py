@@ -35,14 +35,15 @@ def test_the_reference_is_softmax_over_the_allowed_keys(causal):
 
 
 @pytest.mark.parametrize("causal", [True, False])
+@pytest.mark.parametrize("keep", [False, True])
 @pytest.mark.parametrize("length, block", [(33, 16), (16, 16), (300, 128), (167, 4)])
-def test_blocks_give_the_reference_and_its_gradients(length, block, causal):
+def test_blocks_give_the_reference_and_its_gradients(length, block, keep, causal):
     q, k, v, segments = draw(2, length, 2, 8, 4, seed=length)
 
     def loss(function, **how):
         return lambda q, k, v: jnp.sum(jnp.sin(function(q, k, v, segments, scale=0.4, causal=causal, **how)[0]))
 
-    blocked, whole = loss(attention, block=block), loss(reference_attention)
+    blocked, whole = loss(attention, block=block, keep_weights=keep), loss(reference_attention)
     np.testing.assert_allclose(blocked(q, k, v), whole(q, k, v), rtol=1e-5)
     tops = [
         function(3 * q, k, v, segments, scale=0.4, causal=causal, **how)[1]

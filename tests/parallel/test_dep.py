@@ -4,13 +4,14 @@ import itertools
 
 import numpy as np
 import pytest
+from jax.sharding import AbstractMesh
 
 import runs
 from k25_jax.config import DataConfig, preset
 from k25_jax.data.packing import make_example, pack_examples
-from k25_jax.parallel.dep import routed, striped
+from k25_jax.parallel.dep import balance_metrics, routed, striped
 from k25_jax.sharding.mesh import AXES
-from k25_jax.vision.patchpack import Clip
+from k25_jax.vision.patchpack import Clip, clip_flops
 
 MODEL = preset("tiny")
 
@@ -69,6 +70,18 @@ def test_rounds_serve_the_most_between_two_devices_up_to_a_power_of_two():
         most, (_, rounds, _, width) = max(pairs.count(pair) for pair in pairs), out.routes[0].shape
         assert width == 32 // 8 and rounds & (rounds - 1) == 0
         assert most <= rounds * width and (rounds == 1 or most > rounds * width // 2)
+
+
+def test_the_metric_is_the_busiest_device_over_the_mean_of_all():
+    batch, mesh = mixed_batch(rows=8, packs=16), AbstractMesh((2, 2, 1, 2), AXES)
+    loads = [0] * 16
+    for pack, segments in enumerate(batch.vision.segments_PN):
+        loads[pack] = sum(clip_flops(int((segments == s).sum()), MODEL.vision) for s in range(1, segments.max() + 1))
+    for vision, shares in (("dep", 8), ("stage0", 4)):
+        busiest = max(sum(loads[i : i + 16 // shares]) for i in range(0, 16, 16 // shares))
+        got = balance_metrics(batch, mesh, MODEL.vision, vision)["vision_max_over_mean"]
+        assert got == pytest.approx(busiest / (sum(loads) / 8)) and got > 1
+    assert balance_metrics(batch, mesh, MODEL.vision, "plain") == {}
 
 
 EQUAL = """

@@ -1,11 +1,26 @@
 """Packing against a slow brute force, and its promise that whatever a plan accepted can be packed."""
 
+import itertools
+
 import jax
 import numpy as np
 import pytest
 
 from k25_jax.config import VisionConfig
-from k25_jax.vision.patchpack import Clip, PackError, PackPlan, VisionPack, empty_pack, fits, pack_clips, waste
+from k25_jax.vision.patchpack import (
+    Clip,
+    PackError,
+    PackPlan,
+    VisionPack,
+    balance,
+    clip_flops,
+    empty_pack,
+    first_fit,
+    fits,
+    pack_clips,
+    pack_flops,
+    waste,
+)
 
 
 def random_clip(rng, most=5, merge=(2, 2), source="clip", dtype=np.uint8):
@@ -198,3 +213,62 @@ def test_clips_of_another_kind_are_refused():
 def test_a_wrong_grid_is_refused(grid, patches):
     with pytest.raises(PackError, match="scan.png"):
         Clip(np.zeros((patches, 12), np.uint8), grid, "scan.png")
+
+
+# -------------------------------------------------------------------------------------------------------------- balance
+VISION = VisionConfig(layers=3, width=64, heads=4, mlp_dim=128, patch_size=2)
+
+
+def loads(sizes, placement, packs, config=VISION):
+    """FLOPs of each pack, counted layer by layer and product by product."""
+    out = [0] * packs
+    for n, pack in zip(sizes, placement, strict=True):
+        for _ in range(config.layers):
+            for rows, depth, columns in (
+                *((n, config.width, config.width),) * 4,
+                *((n, config.width, config.mlp_dim),) * 2,
+                *((n, config.width, n),) * 2,
+            ):
+                out[pack] += 2 * rows * depth * columns
+    return out
+
+
+def test_longest_first_is_within_a_third_of_the_best_of_all_placements():
+    rng = np.random.default_rng(0)
+    for _ in range(20):
+        packs, sizes = int(rng.integers(2, 4)), (4 * rng.integers(1, 40, 7)).tolist()
+        got = max(loads(sizes, balance(sizes, packs, 2000, VISION), packs))
+        best = min(max(loads(sizes, every, packs)) for every in itertools.product(range(packs), repeat=7))
+        assert best <= got <= best * (4 / 3)
+
+
+def test_balance_never_overfills_and_does_what_first_fit_does_when_longest_first_finds_no_room():
+    assert first_fit([8, 8, 12, 4], 2, 16) == [0, 0, 1, 1]
+    rng = np.random.default_rng(1)
+    for _ in range(300):
+        sizes = (4 * rng.integers(1, 9, int(rng.integers(1, 14)))).tolist()
+        sizes = sizes[: len(first_fit(sizes, 4, 40))]
+        placement = balance(sizes, 4, 40, VISION)
+        assert len(placement) == len(sizes) and placement == balance(sizes, 4, 40, VISION)
+        assert max(np.bincount(placement, sizes, minlength=4), default=0) <= 40
+    assert balance([], 0, 40, VISION) == balance([], 4, 40, VISION) == []
+    tight = [20, 20, 16, 12, 12]  # longest first: 20 and 16, 20 and 12, and no room for the last
+    assert balance(tight, 2, 40, VISION) == first_fit(tight, 2, 40) == [0, 0, 1, 1, 1]
+    assert balance(tight, 2, 48, VISION) != first_fit(tight, 2, 48)
+
+
+def test_aligned_runs_of_packs_are_balanced_better_than_packs():
+    rng = np.random.default_rng(2)
+    sizes = np.clip(4 * np.exp(rng.normal(3, 1.2, 300)).astype(int), 4, 400).tolist()
+    packed = np.array(loads(sizes, balance(sizes, 64, 800, VISION), 64))
+    ratio = [packed.reshape(-1, run).sum(axis=1).max() / packed.sum() * 64 / run for run in (1, 2, 4, 8)]
+    assert ratio[0] >= ratio[1] >= ratio[2] >= ratio[3] and ratio[2] < 1.02
+
+
+def test_flops_of_packs():
+    rng = np.random.default_rng(3)
+    clips = [random_clip(rng) for _ in range(9)]
+    sizes = [len(clip.patches) for clip in clips]
+    pack, _ = pack_clips(clips, 5, 288, patch_dim=12, place=lambda *where: balance(*where, VISION))
+    assert pack_flops(pack, VISION).tolist() == loads(sizes, balance(sizes, 5, 288, VISION), 5)
+    assert clip_flops(sizes[0], VISION) == loads(sizes[:1], [0], 1)[0]
