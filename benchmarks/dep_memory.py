@@ -10,23 +10,20 @@ extra: pip install -e ".[preflight]". With --json one JSON line.
 import argparse
 import json
 import math
-import os
 import sys
-
-os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
 
 import jax
 import jax.numpy as jnp
-from jax.experimental import topologies
 from jax.extend.core import ClosedJaxpr, Jaxpr, Var
 from jax.sharding import SingleDeviceSharding
 
-from k25_jax.config import K25Config
+from k25_jax.config import ConfigError, K25Config
 from k25_jax.models.k25 import abstract_params, cast, vision_features
 from k25_jax.models.layers import layer_norm
 from k25_jax.models.moonvit3d import encoder_block, normalise, pool, positions
 from k25_jax.models.projector import project
 from k25_jax.models.rope import axial_tables
+from k25_jax.preflight.topology import devices_of, parse_topology
 from k25_jax.vision.patchpack import empty_pack
 
 TOPOLOGY, PATCHES, PACK_PATCHES, LONG_PACK = "v5p:2x2x1", 32768, 2048, 4096
@@ -132,9 +129,9 @@ def main():
     parser.add_argument("--json", action="store_true", help="one JSON line instead of text")
     args = parser.parse_args()
     try:
-        device = topologies.get_topology_desc(platform="tpu", topology_name=TOPOLOGY).devices[0]
-    except Exception as error:
-        sys.exit(f'no TPU compiler here ({type(error).__name__}: {error}); pip install -e ".[preflight]"')
+        device = devices_of(parse_topology(TOPOLOGY))[0]
+    except ConfigError as error:
+        sys.exit(str(error))
     ours = figures(a_pack, device, PACK_PATCHES)
     peers = {f.__name__: figures(f, device, PACK_PATCHES) for f in (a_layer, a_layer_in_all)}
     peers |= {"a_long_pack": figures(a_pack, device, LONG_PACK)}

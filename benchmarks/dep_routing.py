@@ -9,25 +9,22 @@ pip install -e ".[preflight]". With --json one JSON line.
 
 import argparse
 import json
-import os
 import sys
-
-os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.experimental import topologies
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from k25_jax.config import VisionConfig
+from k25_jax.config import ConfigError, VisionConfig
 from k25_jax.data.packing import Batch
 from k25_jax.parallel.dep import exchange, routed
+from k25_jax.preflight.topology import devices_of, parse_topology
 from k25_jax.sharding.mesh import AXES
 from k25_jax.sharding.rules import RULES
 from k25_jax.vision.patchpack import empty_pack
 
-TOPOLOGY, SHAPE, FEATURES, WIDTH = "v5p:4x4x4", (4, 4, 4), 8192, 7168
+TOPOLOGY, SHAPE, FEATURES, WIDTH = "v5p:4x4x4", (4, 4, 1, 4), 8192, 7168
 CHIPS, ROWS, LENGTH = 64, 2, 8192  # rows of a chip, tokens of a row: half of them are vision
 BOUND_GB = 0.3
 
@@ -99,9 +96,9 @@ def main():
     parser.add_argument("--json", action="store_true", help="one JSON line instead of text")
     args = parser.parse_args()
     try:
-        devices = topologies.get_topology_desc(platform="tpu", topology_name=TOPOLOGY).devices
-    except Exception as error:
-        sys.exit(f'no TPU compiler here ({type(error).__name__}: {error}); pip install -e ".[preflight]"')
+        devices = devices_of(parse_topology(TOPOLOGY))
+    except ConfigError as error:
+        sys.exit(str(error))
     mesh = Mesh(np.asarray(devices).reshape(SHAPE), AXES)
     rng = np.random.default_rng(0)
     ours, mix = by_exchange(mesh, even(rng)), by_exchange(mesh, heavy_tailed(rng))

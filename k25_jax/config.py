@@ -429,7 +429,7 @@ def run_local(config: ml_collections.ConfigDict) -> ml_collections.ConfigDict:
     data["sources"] = [dict(path=path, kind="task", weight=weight) for path, weight in tasks]
     optim = values["optim"] | dict(warmup_steps=2, decay_steps=2)
     train = values["train"] | dict(steps=4, log_every=1, checkpoint_every=2, init_from="", init_vision_from="")
-    return ml_collections.ConfigDict(values | dict(model="tiny", data=data, optim=optim, train=train))
+    return ml_collections.ConfigDict(values | dict(model="tiny", data=data, optim=optim, train=train, mesh={}))
 
 
 def _import_file(path: str) -> types.ModuleType:

@@ -36,8 +36,8 @@ def get_config(arg: str = ""):
         sources=[dict(path=path, kind="arrayrecord", weight=weight) for path, weight in SOURCES],
         batch_size=BATCH,
         seq_len=SEQ_LEN,
-        packs=2048,
-        pack_patches=16384,
+        packs=8192,
+        pack_patches=4096,
         max_image_patches=4096,
         max_frame_patches=1024,
         tokenizer="data/tokenizer",
@@ -60,6 +60,9 @@ def get_config(arg: str = ""):
         compute_dtype="bfloat16",
         seed=0,
     )
+    config.mesh = dict(
+        pipe=4, expert=16, repeats=3, microbatches=16
+    )  # v5p-512 is 4 x 4 x 16 chips, v5p-1024 4 x 8 x 16
     if arg not in ("", "runlocal"):
         raise ConfigError(f"k25_1t.py: unknown argument {arg!r}; it can be runlocal")
     return run_local(config) if arg else config

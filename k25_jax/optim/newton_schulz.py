@@ -30,9 +30,10 @@ def newton_schulz(stack_NRC, dtype=jnp.bfloat16):
 def sharded_newton_schulz(stack, sharding: NamedSharding, dtype=jnp.bfloat16):
     """`newton_schulz` of a stack of matrices laid out as `sharding` says, in the same layout.
 
-    Devices that hold pieces of the same matrices, or copies, take as many at a time as they are: one all_to_all in `dtype`
-    gives each of them one whole matrix, which it makes orthogonal alone, and another gives the pieces back. No device
-    computes what another does, and little memory is needed.
+    Devices that hold pieces of the same matrices take as many at a time as they are: one all_to_all in `dtype` gives each
+    of them one whole matrix, which it makes orthogonal alone, and another gives the pieces back. Devices that hold copies
+    share out these groups of matrices, and a sum brings the results together. Little memory is needed, and no device
+    computes what another does, unless the matrices are fewer than the devices.
     """
     layout = tuple(sharding.spec) + (None,) * (stack.ndim - len(sharding.spec))
     rows, columns = (_names(entry) for entry in layout[-2:])
@@ -45,14 +46,10 @@ def sharded_newton_schulz(stack, sharding: NamedSharding, dtype=jnp.bfloat16):
 
 def _exchange(local, *, rows, columns, copies, mesh, dtype):
     """On one device, group by group: its pieces to a whole matrix, that one made orthogonal, and back."""
-    shares, copied = (math.prod(mesh.shape[name] for name in names) for names in ((*rows, *columns, *copies), copies))
+    shares, copied = (math.prod(mesh.shape[name] for name in names) for names in ((*rows, *columns), copies))
 
     def one_group(pieces):
         pieces = pieces.astype(dtype)
-        if copies:
-            pieces = jax.lax.dynamic_slice_in_dim(
-                pieces, jax.lax.axis_index(copies) * (shares // copied), shares // copied
-            )
         for names, axis in ((rows, 1), (columns, 2)):
             if names:
                 pieces = jax.lax.all_to_all(pieces, names, split_axis=0, concat_axis=axis, tiled=True)
@@ -60,13 +57,29 @@ def _exchange(local, *, rows, columns, copies, mesh, dtype):
         for names, axis in ((columns, 2), (rows, 1)):
             if names:
                 pieces = jax.lax.all_to_all(pieces, names, split_axis=axis, concat_axis=0, tiled=True)
-        return jax.lax.all_gather(pieces, copies, axis=0, tiled=True) if copies else pieces
+        return pieces
 
     pieces = local.reshape(-1, *local.shape[-2:])
     padded = jnp.pad(pieces, ((0, -len(pieces) % shares), (0, 0), (0, 0)))
     groups = padded.reshape(-1, shares, *local.shape[-2:])
-    whole = jax.lax.map(lambda group: one_group(group).astype(local.dtype), groups)
-    return whole.reshape(padded.shape)[: len(pieces)].reshape(local.shape)
+    if copies:
+        groups = _shared_out(one_group, groups.astype(dtype), copies, copied).astype(local.dtype)
+    else:
+        groups = jax.lax.map(lambda group: one_group(group).astype(local.dtype), groups)
+    return groups.reshape(padded.shape)[: len(pieces)].reshape(local.shape)
+
+
+def _shared_out(function, groups, copies, copied: int):
+    """`function` of every group, when devices along `copies` hold the same groups: each takes every copied-th."""
+    first, count = jax.lax.axis_index(copies), len(groups)
+
+    def add(turn, out):
+        index = first + turn * copied
+        result = jnp.where(index < count, function(groups[jnp.minimum(index, count - 1)]), 0)
+        return out.at[jnp.minimum(index, count - 1)].add(result)
+
+    out = jax.lax.fori_loop(0, -(-count // copied), add, jnp.zeros_like(groups))
+    return jax.lax.psum(out, copies)
 
 
 def _names(entry) -> tuple[str, ...]:

@@ -1,4 +1,4 @@
-"""Expert parallelism in chunks; a run that moves to another mesh. Its gradients: tests/parallel/test_pipeline.py."""
+"""Expert parallelism in chunks; a run that moves to another mesh. Its gradients: tests/parallel/test_parallel_pipeline.py."""
 
 import jax
 import jax.numpy as jnp
