@@ -42,6 +42,7 @@ class Arm:
     mesh: MeshConfig
     optimizer: str = "muonclip"
     remat: str = "none"
+    accumulate: int = 1
 
 
 ARMS = {
@@ -51,7 +52,7 @@ ARMS = {
     "pipeline": Arm(MeshConfig(4, 1, 2), optimizer="adamw", remat="dots"),
     "pipeline, experts": Arm(MeshConfig(2, 2, 2), remat="full"),
     "pipeline with repeats, experts": Arm(MeshConfig(2, 2, 2, repeats=2, microbatches=4), remat="full"),
-    "all": Arm(MeshConfig(2, 1, 2, context=2, repeats=2, microbatches=4), remat="full"),
+    "all, in two parts": Arm(MeshConfig(2, 1, 2, context=2, repeats=2, microbatches=4), remat="full", accumulate=2),
 }
 
 
@@ -75,7 +76,7 @@ def make_batch() -> Batch:
 def experiment_of(arm: Arm) -> Experiment:
     """The run of one arm."""
     optim = OptimConfig(name=arm.optimizer, muon_dtype="float32", warmup_steps=1, peak_lr=1e-3, clip_norm=1e9)
-    train = TrainConfig(steps=STEPS, remat=arm.remat)
+    train = TrainConfig(steps=STEPS, remat=arm.remat, accumulate=arm.accumulate)
     return Experiment(model=model(), data=DATA, optim=optim, train=train, mesh=arm.mesh)
 
 
@@ -118,7 +119,7 @@ def compare(name: str, batch: Batch, one_device: dict) -> dict:
     """The differences of arm `name` from one device; `one_device` keeps the latter's results by optimizer."""
     arm = ARMS[name]
     if arm.optimizer not in one_device:
-        one_device[arm.optimizer] = run(dataclasses.replace(arm, remat="none"), batch, one_device=True)
+        one_device[arm.optimizer] = run(dataclasses.replace(arm, remat="none", accumulate=1), batch, one_device=True)
     want_grads, want_load_YE, want_max_logit_YH, want_losses = one_device[arm.optimizer]
     grads, load_YE, max_logit_YH, losses = run(arm, batch, one_device=False)
     paths = [jax.tree_util.keystr(path) for path, _ in jax.tree_util.tree_leaves_with_path(want_grads)]

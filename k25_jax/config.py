@@ -249,6 +249,7 @@ class TrainConfig:
     keep: int = 3
     max_bad_steps: int = 5  # NaN/inf steps in a row before the run stops
     remat: str = "none"  # none | full | dots
+    accumulate: int = 1  # parts of a batch that the language model takes one after the other
     vision: str = "dep"  # on a mesh, who encodes which packs: dep | stage0 | plain (parallel/dep.py)
     compute_dtype: str = "float32"
     init_from: str = ""  # a run or a public checkpoint to start from
@@ -258,7 +259,7 @@ class TrainConfig:
         _one_of(self, "remat", ("none", "full", "dots"))
         _one_of(self, "vision", ("dep", "stage0", "plain"))
         _one_of(self, "compute_dtype", ("float32", "bfloat16"))
-        _require_positive(self, "steps log_every checkpoint_every keep max_bad_steps".split())
+        _require_positive(self, "steps log_every checkpoint_every keep max_bad_steps accumulate".split())
         if not 0 <= self.seed < 2**32:
             raise ConfigError(f"train.seed={self.seed} must lie in [0, 2**32)")
 

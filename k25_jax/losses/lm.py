@@ -7,19 +7,21 @@ CHUNK = 8192  # columns of the head at a time: in float32, 32 kB of scores a tok
 LOWEST = -1e30  # finite, so that differences of two of them are
 
 
-def cross_entropy(x_BLD, head_DV, targets_BL, weights_BL, chunk: int = CHUNK):
+def cross_entropy(x_BLD, head_DV, targets_BL, weights_BL, whole=None, chunk: int = CHUNK):
     """Weighted mean of -log p(target), and metrics: loss, accuracy, target_weight (the sum of the weights).
 
-    Places of weight 0 never count, whatever their scores. Scores of [B, L, V] are never held, unless `chunk` >= V.
+    Places of weight 0 never count, whatever their scores. Scores of [B, L, V] are never held, unless `chunk` >= V. With
+    `whole`, the sum of the weights and the number of places that count in a batch of which these rows are a part, all are
+    shares: those of all parts add up.
     """
+    total, places = (weights_BL.sum(), (weights_BL > 0).sum()) if whole is None else whole
     log_normaliser_BL, target_BL, best_BL = vocabulary_scores(x_BLD, head_DV, targets_BL, chunk)
     counted_BL = weights_BL > 0
     nll_BL = jnp.where(counted_BL, log_normaliser_BL - target_BL, 0.0)
-    tokens = weights_BL.sum()
-    loss = (nll_BL * weights_BL).sum() / jnp.maximum(tokens, 1.0)
+    loss = (nll_BL * weights_BL).sum() / jnp.maximum(total, 1.0)
     right_BL = (best_BL == targets_BL) & counted_BL
-    accuracy = right_BL.sum() / jnp.maximum(counted_BL.sum(), 1)
-    return loss, {"loss": loss, "accuracy": accuracy, "target_weight": tokens}
+    accuracy = right_BL.sum() / jnp.maximum(places, 1)
+    return loss, {"loss": loss, "accuracy": accuracy, "target_weight": weights_BL.sum()}
 
 
 def vocabulary_scores(x_BLD, head_DV, targets_BL, chunk: int = CHUNK):

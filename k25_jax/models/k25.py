@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from k25_jax.config import K25Config
 from k25_jax.data.packing import Batch
 from k25_jax.models import decoder
-from k25_jax.models.decoder import Decoder, scan_layers
+from k25_jax.models.decoder import Decoder
 from k25_jax.models.layers import rematerialised
 from k25_jax.models.moonvit3d import MoonViT3D, encode
 from k25_jax.models.projector import Projector, project
@@ -80,25 +80,23 @@ def overlay(params, tokens_BL, media_BL, vision_BLD, config: K25Config):
     return jnp.where(media_BL[..., None] >= 0, vision_BLD.astype(embedded.dtype), embedded)
 
 
-def hidden_states(
-    params, batch: Batch, config: K25Config, remat="none", dtype=jnp.float32, vision_BLD=None, moe_layers=scan_layers
-):
-    """The model up to its last norm: (x_BLD, Stats). `params` are used in `dtype`; `moe_layers` runs the MoE stack.
+def embedded(params, batch: Batch, config: K25Config, remat="none", dtype=jnp.float32, vision_BLD=None):
+    """What the decoder reads, [B,L,D]: embeddings of tokens, features of images in their places. `params` in `dtype`.
 
     `vision_BLD` has the feature of every token that has one (parallel/dep.py); without it they are computed here.
     """
-    params = cast(params, dtype)
+    params = cast({name: params[name] for name in ("embed", "vision", "projector")}, dtype)
     if vision_BLD is None and batch.vision.patches_PNC.shape[0]:
         features_MD = vision_features(params, batch.vision, config, remat, dtype)
-        x_BLD = splice(params, batch.tokens_BL, batch.media_BL, features_MD, config)
-    else:
-        x_BLD = overlay(params, batch.tokens_BL, batch.media_BL, vision_BLD, config)
-    return decoder.decode(params, x_BLD, batch.segments_BL, batch.positions_BL, config.text, remat, moe_layers)
+        return splice(params, batch.tokens_BL, batch.media_BL, features_MD, config)
+    return overlay(params, batch.tokens_BL, batch.media_BL, vision_BLD, config)
 
 
 def forward(params, batch: Batch, config: K25Config):
     """Logits of every position, [B, L, V] float32."""
-    return decoder.logits(params, hidden_states(params, batch, config)[0])
+    x_BLD = embedded(params, batch, config)
+    x_BLD, _ = decoder.decode(params, x_BLD, batch.segments_BL, batch.positions_BL, config.text)
+    return decoder.logits(params, x_BLD)
 
 
 def cast(params, dtype):

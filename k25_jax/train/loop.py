@@ -101,8 +101,8 @@ def check_mesh(experiment: Experiment, mesh: Mesh) -> None:
     microbatches = (config.microbatches or config.pipe) if config.pipe > 1 else 1
     packs, blocks = dep.encoders(mesh, experiment.train.vision), config.pipe * config.repeats
     checks = (
-        ("data.batch_size", data.batch_size, sizes["fsdp"] * sizes["expert"] * microbatches,
-         "mesh.fsdp x mesh.expert x mesh.microbatches (0 is mesh.pipe)" if microbatches > 1 else "mesh.fsdp x mesh.expert"),
+        ("data.batch_size", data.batch_size, sizes["fsdp"] * sizes["expert"] * microbatches * experiment.train.accumulate,
+         "mesh.fsdp x mesh.expert x mesh.microbatches (0 is mesh.pipe) x train.accumulate"),
         ("data.seq_len", data.seq_len, sizes["context"], "mesh.context"),
         ("data.packs", data.packs, packs, f"the devices that encode under train.vision={experiment.train.vision!r}"),
         ("moe.experts", model.moe.experts, sizes["expert"], "mesh.expert"),

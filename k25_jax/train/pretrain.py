@@ -7,10 +7,11 @@ import jax.numpy as jnp
 
 from k25_jax.config import Experiment
 from k25_jax.losses.lm import cross_entropy
-from k25_jax.models.decoder import head, scan_layers
-from k25_jax.models.k25 import hidden_states
+from k25_jax.models.decoder import Stats, decode, head, scan_layers
+from k25_jax.models.k25 import cast, embedded
 from k25_jax.parallel import dep
 from k25_jax.parallel.pipeline import pipelined
+from k25_jax.train.accumulate import accumulated, in_parts
 
 
 def loss_fn(params, batch, experiment: Experiment):
@@ -19,10 +20,29 @@ def loss_fn(params, batch, experiment: Experiment):
     dtype, vision_BLD = jnp.dtype(config.compute_dtype), None
     if batch.routes is not None:
         vision_BLD = dep.vision_at_tokens(params, batch, model, dtype, config.vision)
-    x_BLD, stats = hidden_states(params, batch, model, config.remat, dtype, vision_BLD, moe_layers(experiment))
-    head_DV = head(params).astype(dtype)
-    loss, metrics = cross_entropy(x_BLD, head_DV, batch.targets_BL, batch.loss_weights_BL)
-    return loss, (metrics, stats)
+    x_BLD = embedded(params, batch, model, config.remat, dtype, vision_BLD)
+    weights_BL = batch.loss_weights_BL
+    rows = batch.segments_BL, batch.positions_BL, batch.targets_BL, weights_BL
+    whole = weights_BL.sum(), (weights_BL > 0).sum()
+    backbone = {name: value for name, value in params.items() if name not in ("vision", "projector")}
+    function = functools.partial(backbone_loss, experiment)
+    if config.accumulate == 1:
+        return function(backbone, x_BLD, (*rows, whole))
+    x_ABLD, *rows = (in_parts(a, config.accumulate) for a in (x_BLD, *rows))
+    whole = tuple(jnp.full(config.accumulate, total) for total in whole)
+    loss, (metrics, stats) = accumulated(function, backbone, x_ABLD, (*rows, whole))
+    metrics = {name: value.sum() for name, value in metrics.items()}
+    return loss, (metrics, Stats(stats.load_YE.sum(axis=0), stats.max_logit_YH.max(axis=0)))
+
+
+def backbone_loss(experiment: Experiment, params, x_BLD, part):
+    """What `loss_fn` returns, of some rows: their shares of the whole batch's loss and metrics."""
+    segments_BL, positions_BL, targets_BL, weights_BL, whole = part
+    config, dtype = experiment.train, jnp.dtype(experiment.train.compute_dtype)
+    layers = experiment.model.text, config.remat, moe_layers(experiment)
+    x_BLD, stats = decode(cast(params, dtype), x_BLD, segments_BL, positions_BL, *layers)
+    loss, metrics = cross_entropy(x_BLD, head(params).astype(dtype), targets_BL, weights_BL, whole)
+    return loss, (metrics, jax.lax.stop_gradient(stats))
 
 
 def moe_layers(experiment: Experiment):

@@ -16,7 +16,7 @@ def test_equals_torch_with_weights(chunk):
     rng = np.random.default_rng(0)
     x, head = rng.standard_normal((2, 5, 3)).astype(np.float32) * 3, rng.standard_normal((3, 7)).astype(np.float32)
     targets, weights = rng.integers(0, 7, (2, 5)), rng.choice([0.0, 0.5, 1.0], (2, 5)).astype(np.float32)
-    loss_of = lambda x, head: cross_entropy(x, head, jnp.asarray(targets), jnp.asarray(weights), chunk)  # noqa: E731
+    loss_of = lambda x, head: cross_entropy(x, head, jnp.asarray(targets), jnp.asarray(weights), chunk=chunk)  # noqa: E731
     (loss, metrics), grads = jax.value_and_grad(loss_of, argnums=(0, 1), has_aux=True)(x, head)
     x_torch, head_torch = torch.tensor(x, requires_grad=True), torch.tensor(head, requires_grad=True)
     logits = x_torch @ head_torch
@@ -41,7 +41,9 @@ def test_chunks_hold_no_array_of_all_scores():
 @pytest.mark.parametrize("chunk", CHUNKS)
 def test_places_without_weight_never_count_whatever_they_hold(chunk):
     x = jnp.zeros((1, 3, 2)).at[0, 1].set(jnp.inf)
-    loss, _ = cross_entropy(x, jnp.ones((2, 7)), jnp.zeros((1, 3), jnp.int32), jnp.asarray([[1.0, 0.0, 1.0]]), chunk)
+    loss, _ = cross_entropy(
+        x, jnp.ones((2, 7)), jnp.zeros((1, 3), jnp.int32), jnp.asarray([[1.0, 0.0, 1.0]]), chunk=chunk
+    )
     np.testing.assert_allclose(loss, np.log(7), rtol=1e-6)
 
 

@@ -9,7 +9,7 @@ import pytest
 import reference
 from k25_jax.config import DataConfig, K25Config, MoEConfig, TextConfig, VisionConfig
 from k25_jax.data.packing import Batch, Example, pack_examples
-from k25_jax.models import k25
+from k25_jax.models import decoder, k25
 
 TEXT = TextConfig(
     vocab_size=67, d_model=34, layers=2, ffn_dim=21, heads=3, q_lora_rank=11, kv_lora_rank=13, qk_nope_dim=5,
@@ -45,6 +45,11 @@ def with_another_image(rng, config, example: Example) -> Example:
     return dataclasses.replace(example, clips=clips)
 
 
+def hidden_states(params, batch, config):
+    x_BLD = k25.embedded(params, batch, config)
+    return decoder.decode(params, x_BLD, batch.segments_BL, batch.positions_BL, config.text)
+
+
 def owners(examples, data, config) -> Batch:
     """The batch of these examples, every token being the number of its example."""
     numbered = [
@@ -63,7 +68,7 @@ def test_nothing_leaks_out_of_a_document_or_an_image(config, length, seed):
     before = pack_examples(examples, data, config)
     owner_BL = owners(examples, data, config).tokens_BL
     params = reference.random_params(config, seed)
-    forward = jax.jit(lambda p, b: (k25.vision_features(p, b.vision, config), *k25.hidden_states(p, b, config)))
+    forward = jax.jit(lambda p, b: (k25.vision_features(p, b.vision, config), *hidden_states(p, b, config)))
     features_MD, x_BLD, stats = jax.tree.map(np.asarray, forward(params, before))
     rows_moved = 0
     for i, example in enumerate(examples):

@@ -1,0 +1,58 @@
+"""A batch in parts that the backbone takes one after the other, their gradients added up (K2.5 §3.8).
+
+The encoder has run over the whole batch before, and its backward pass runs once, after the last part.
+"""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+from einops import rearrange
+from jax.sharding import PartitionSpec
+
+from k25_jax.sharding.rules import RULES
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def accumulated(function, params, x_ABLD, parts):
+    """(the sum of the losses, what else is returned, one of each part) of `function(params, x_BLD, part)`.
+
+    Each part's gradient is taken at once, so that nothing of one part is held while the next one runs.
+    """
+
+    def one(total, piece):
+        loss, seen = function(params, *piece)
+        return total + loss, seen
+
+    return jax.lax.scan(one, jnp.zeros(()), (x_ABLD, parts))
+
+
+def _forward(function, params, x_ABLD, parts):
+    def one(carry, piece):
+        x_BLD, part = piece
+        (loss, seen), (dparams, dx_BLD) = jax.value_and_grad(function, (0, 1), has_aux=True)(params, x_BLD, part)
+        return jax.tree.map(jnp.add, carry, (loss, dparams)), (seen, dx_BLD)
+
+    start = jnp.zeros(()), jax.tree.map(jnp.zeros_like, params)
+    (total, dparams), (seen, dx_ABLD) = jax.lax.scan(one, start, (x_ABLD, parts))
+    return (total, seen), (dparams, dx_ABLD)
+
+
+def _backward(function, saved, gradients):
+    dtotal, _ = gradients
+    return *jax.tree.map(lambda a: a * dtotal.astype(a.dtype), saved), None
+
+
+accumulated.defvjp(_forward, _backward)
+
+
+def in_parts(a, parts: int):
+    """[B, ...] to [A, B / A, ...]: a part has as many rows of each device as any other, so that none moves."""
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty:
+        return rearrange(a, "(a b) ... -> a b ...", a=parts)
+    devices = 1
+    for axis in RULES["batch"]:
+        devices *= mesh.shape[axis]
+    split = rearrange(a, "(d a b) ... -> a (d b) ...", a=parts, d=devices)
+    return jax.lax.with_sharding_constraint(split, PartitionSpec(None, RULES["batch"], RULES["length"]))
