@@ -2,9 +2,9 @@
 
 import dataclasses
 import functools
+import importlib
 
 import jax
-import jax.experimental.pallas.ops.tpu.megablox as megablox
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -14,6 +14,7 @@ from k25_jax.config import ConfigError, MoEConfig
 from k25_jax.models.experts import routed
 from k25_jax.models.moe import balanced_bias, moe, route
 
+megablox = importlib.import_module("jax.experimental.pallas.ops.tpu.megablox.gmm")  # a function has the same name
 D = 13
 ROUTERS = [
     MoEConfig(experts=7, top_k=3, ffn_dim=9, scale=2.5),
@@ -128,7 +129,8 @@ def test_padding_is_neither_computed_nor_counted(implementation):
 
 def test_rows_that_a_kernel_leaves_undefined_reach_no_gradient(monkeypatch):
     """The TPU kernel, interpreted, fills the rows of padding with NaN, forwards and backwards."""
-    monkeypatch.setattr(megablox, "gmm", functools.partial(megablox.gmm, interpret=True))
+    for name in ("gmm", "tgmm"):
+        monkeypatch.setattr(megablox, name, functools.partial(getattr(megablox, name), interpret=True))
     config = ROUTERS[4]
     p = draw_weights(config, 10)["experts"]
     rng = np.random.default_rng(11)

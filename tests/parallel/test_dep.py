@@ -97,7 +97,7 @@ import sys; sys.path[:0] = ["tests", "tests/parallel"]
 from test_dep import MODEL, mixed_batch
 
 text, vision = MODEL.text, dataclasses.replace(MODEL.vision, layers=1)
-model = dataclasses.replace(MODEL, text=dataclasses.replace(text, layers=1, dense_layers=0), vision=vision)
+model = dataclasses.replace(MODEL, text=dataclasses.replace(text, layers=2, dense_layers=0), vision=vision)
 params = jax.jit(init_params, static_argnums=0)(model, jax.random.key(0))
 mixed = mixed_batch(rows=8, packs=16)
 words = dataclasses.replace(mixed, media_BL=np.full_like(mixed.media_BL, -1),
