@@ -31,7 +31,7 @@ RULES: dict[str | None, str | tuple[str, ...] | None] = {
 
 
 def spec(axes: PartitionSpec, shape: tuple[int, ...], mesh: Mesh) -> PartitionSpec:
-    """Mesh axes of one array. An axis that does not divide its dimension, or is taken already, is left out."""
+    """Mesh axes of one array. One that does not divide its dimension, is taken already or has one device is left out."""
     taken: set[str] = set()
     out = []
     for axis, size in zip(tuple(axes) + (None,) * (len(shape) - len(axes)), shape, strict=True):
@@ -39,7 +39,7 @@ def spec(axes: PartitionSpec, shape: tuple[int, ...], mesh: Mesh) -> PartitionSp
             raise ValueError(f"logical axis {axis!r} has no rule in sharding/rules.py")
         rule = RULES[axis] if axis is not None else None
         names = (rule,) if isinstance(rule, str) else tuple(rule or ())
-        names = tuple(n for n in names if n in mesh.shape and n not in taken)
+        names = tuple(n for n in names if mesh.shape.get(n, 1) > 1 and n not in taken)
         while names and size % _product(mesh.shape[n] for n in names):
             names = names[:-1]
         taken.update(names)

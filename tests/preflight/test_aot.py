@@ -11,10 +11,11 @@ import pytest
 import runs
 from k25_jax.cli import main
 from k25_jax.config import ConfigError, load_experiment
-from k25_jax.data.packing import BatchBuilder
+from k25_jax.data.packing import make_example, pack_examples
 from k25_jax.preflight import aot, topology
 from k25_jax.preflight.topology import CHIPS, parse_topology, slices
 from k25_jax.sharding.mesh import make_mesh
+from k25_jax.vision.patchpack import Clip
 
 DEMO = "experiments/pretrain/demo.py"
 SMALL = ("--config.model.text.layers=2", "--config.data.seq_len=64", "--config.data.pack_patches=64")
@@ -110,7 +111,10 @@ def test_a_step_on_this_machine_in_a_process_of_its_own():
 
 def test_the_batch_is_that_of_the_pipeline():
     experiment = load_experiment(DEMO)
-    real = BatchBuilder(experiment.data, experiment.model).build()
+    clip = Clip(np.zeros((4, 588), np.uint8), (1, 2, 2))
+    words = [experiment.model.media_pad_id, 1]
+    example = make_example(words, [1.0, 1.0], [clip], experiment.model.media_pad_id)
+    real = pack_examples([example], experiment.data, experiment.model)
     shapes = aot.abstract_batch(experiment, make_mesh(devices=jax.devices()[:1]))
     same = lambda a, b: a.shape == b.shape and a.dtype == b.dtype  # noqa: E731
     assert all(jax.tree.leaves(jax.tree.map(same, shapes, real)))
@@ -120,7 +124,7 @@ def test_the_layout_lists_every_array_with_its_share():
     """Over 2 x 4 devices, of the experts an eighth lies on each."""
     script = f"""
         from k25_jax.cli import main
-        flags = ["--json", "--config.mesh.expert=4", "--topology=cpu", "--layout"]
+        flags = ["--json", "--config.mesh.expert=4", "--config.data.packs=8", "--topology=cpu", "--layout"]
         assert main(["preflight", "--config={DEMO}", *flags]) == 0
     """
     tensors = {tensor["name"]: tensor for tensor in json.loads(runs.on_eight_devices(script))}
