@@ -57,6 +57,7 @@ def get_config(arg: str = ""):
         checkpoint_every=500,
         keep=5,
         remat="full",
+        accumulate=8,
         compute_dtype="bfloat16",
         seed=0,
     )
