@@ -16,7 +16,7 @@ EQUAL = """
     from benchmarks.parallel import BOUND, compare, make_batch, worst_of
 
     batch, one_device = make_batch(), {}
-    for name in ("experts", "pipeline", "all, in two parts"):
+    for name in ("pipeline", "all, in two parts"):
         row = compare(name, batch, one_device)
         assert worst_of(row) <= BOUND, (name, row)
     print("equal")
