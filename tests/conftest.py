@@ -1,9 +1,12 @@
 """Tests run on the CPU unless JAX_PLATFORMS says otherwise."""
 
 import os
+import signal
 import types
 
 import pytest
+
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a background job of a shell, and its children, ignore Ctrl-C
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 
