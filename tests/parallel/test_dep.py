@@ -85,8 +85,7 @@ def test_the_metric_is_the_busiest_device_over_the_mean_of_all():
 
 
 EQUAL = """
-import dataclasses, os
-os.environ["XLA_FLAGS"] += " --xla_backend_optimization_level=0"
+import dataclasses
 import jax, numpy as np
 from k25_jax.config import Experiment, TrainConfig
 from k25_jax.models.k25 import init_params
