@@ -11,6 +11,9 @@ import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
+from k25_jax.kernels.flash_attention import flash_backward, flash_forward, suits
+from k25_jax.sharding.mesh import on_own_device, platform
+
 BLOCK = 256
 GROUPS = 16  # of blocks, each group with all the keys that its last query may see
 MASKED = -1e30  # finite: a row whose keys are all masked stays finite
@@ -33,7 +36,17 @@ def reference_attention(q_BLHK, k_BLHK, v_BLHK, segments_BL, *, scale: float, ca
 
 
 def attention(
-    q_BLHK, k_BSHK, v_BSHK, segments_BS, *, scale: float, causal: bool, block: int = BLOCK, first=0, keep_weights=False
+    q_BLHK,
+    k_BSHK,
+    v_BSHK,
+    segments_BS,
+    *,
+    scale: float,
+    causal: bool,
+    block: int = BLOCK,
+    first=0,
+    keep_weights: bool = False,
+    implementation: str = "auto",
 ):
     """`reference_attention` in blocks of queries.
 
@@ -42,20 +55,39 @@ def attention(
 
     `keep_weights` keeps the softmax's weights [B,H,L,S] for the backward pass, which then computes no scores again: a
     fifth fewer FLOPs there, for memory that grows with the square of the length.
+
+    `implementation` is "blocked", which is plain XLA; "flash", the kernels for TPUs (elsewhere interpreted, which is slow),
+    which keep no weights; or "auto", these on a TPU for lengths that they take, outside of what the compiler shares out.
     """
     by_head = jax.lax.optimization_barrier(tuple(jnp.swapaxes(x, 1, 2) for x in (q_BLHK, k_BSHK, v_BSHK)))
-    out_BHLK, top_H = _blocked(scale, causal, block, keep_weights, *by_head, segments_BS, jnp.asarray(first, jnp.int32))
+    if implementation == "auto":
+        flash = platform() == "tpu" and on_own_device() and suits(q_BLHK.shape[1], k_BSHK.shape[1])
+        implementation = "flash" if flash else "blocked"
+    form = scale, causal, block, keep_weights, implementation == "flash"
+    out_BHLK, top_H = _attention(*form, *by_head, segments_BS, jnp.asarray(first, jnp.int32))
     return jnp.swapaxes(out_BHLK, 1, 2), top_H
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2, 3))
-def _blocked(scale, causal, block, keep_weights, q_BHLK, k_BHSK, v_BHSK, segments_BS, first):
-    return _forward(scale, causal, block, keep_weights, q_BHLK, k_BHSK, v_BHSK, segments_BS, first)[0]
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2, 3, 4))
+def _attention(scale, causal, block, keep_weights, flash, q_BHLK, k_BHSK, v_BHSK, segments_BS, first):
+    return _forward(scale, causal, block, keep_weights, flash, q_BHLK, k_BHSK, v_BHSK, segments_BS, first)[0]
 
 
-def _forward(scale, causal, block, keep_weights, q_BHLK, k_BHSK, v_BHSK, segments_BS, first):
+def _forward(scale, causal, block, keep_weights, flash, q_BHLK, k_BHSK, v_BHSK, segments_BS, first):
+    segments_BL, kept_weights = _stripe(segments_BS, q_BHLK.shape[2], first), []
+    arguments = q_BHLK, k_BHSK, v_BHSK, segments_BL, segments_BS, first
+    if flash:
+        *kept, top_BHL1 = flash_forward(*arguments, scale=scale, causal=causal)
+        top_H = jnp.where(segments_BL[:, None, :, None] > 0, top_BHL1, MASKED).max(axis=(0, 2, 3))
+    else:
+        kept, top_H, kept_weights = _blocked_forward(*arguments, scale, causal, block, keep_weights)
+    out_BHLK, normaliser_BHL1 = checkpoint_name(tuple(kept), "attention")
+    return (out_BHLK, top_H), (q_BHLK, k_BHSK, v_BHSK, segments_BS, first, out_BHLK, normaliser_BHL1, kept_weights)
+
+
+def _blocked_forward(q_BHLK, k_BHSK, v_BHSK, segments_BL, segments_BS, first, scale, causal, block, keep_weights):
+    """((out_BHLK, log-normaliser_BHL1), the largest logit of each head, the weights of each group or None)."""
     outs, normalisers, tops, kept_weights = [], [], [], []
-    segments_BL = _stripe(segments_BS, q_BHLK.shape[2], first)
     for start, size, count, keys in _groups(q_BHLK.shape[2], k_BHSK.shape[2], causal, block):
         k_BHsK, v_BHsK = k_BHSK[:, :, :keys], v_BHSK[:, :, :keys]
 
@@ -76,16 +108,25 @@ def _forward(scale, causal, block, keep_weights, q_BHLK, k_BHSK, v_BHSK, segment
         normalisers.append(_in_line(normaliser))
         tops.append(top_NH.max(axis=0))
     kept = jnp.concatenate(outs, axis=2), jnp.concatenate(normalisers, axis=2)
-    out_BHLK, normaliser_BHL1 = checkpoint_name(kept, "attention")
-    top_H = functools.reduce(jnp.maximum, tops)
-    return (out_BHLK, top_H), (q_BHLK, k_BHSK, v_BHSK, segments_BS, first, out_BHLK, normaliser_BHL1, kept_weights)
+    return kept, functools.reduce(jnp.maximum, tops), kept_weights
 
 
-def _backward(scale, causal, block, keep_weights, saved, gradients):
+def _backward(scale, causal, block, keep_weights, flash, saved, gradients):
     dout_BHLK, _ = gradients  # the largest logits are looked at, not learned from
     q_BHLK, k_BHSK, v_BHSK, segments_BS, first, out_BHLK, normaliser_BHL1, kept_weights = saved
     segments_BL = _stripe(segments_BS, q_BHLK.shape[2], first)
     shift_BHL1 = jnp.sum(dout_BHLK.astype(jnp.float32) * out_BHLK, axis=-1, keepdims=True)
+    arguments = q_BHLK, k_BHSK, v_BHSK, segments_BL, segments_BS, first, normaliser_BHL1, shift_BHL1, dout_BHLK
+    if flash:
+        return *flash_backward(*arguments, scale=scale, causal=causal), None, None
+    return *_blocked_backward(*arguments, kept_weights, scale, causal, block), None, None
+
+
+def _blocked_backward(
+    q_BHLK, k_BHSK, v_BHSK, segments_BL, segments_BS, first, normaliser_BHL1, shift_BHL1, dout_BHLK,
+    kept_weights, scale, causal, block,
+):  # fmt: skip
+    """(dq, dk, dv)."""
     # Keys and values gather their gradients as [..., K, S], a product that XLA's CPU library does faster.
     q_BHKL, dout_BHKL = jax.lax.optimization_barrier((q_BHLK.swapaxes(2, 3), dout_BHLK.swapaxes(2, 3)))
     dk_BHKS, dv_BHKS = (jnp.zeros(x.swapaxes(2, 3).shape, jnp.float32) for x in (k_BHSK, v_BHSK))
@@ -110,10 +151,10 @@ def _backward(scale, causal, block, keep_weights, saved, gradients):
         (dk_BHKS, dv_BHKS), dq = _scan(one, (dk_BHKS, dv_BHKS), count, kept)
         dqs.append(_in_line(dq))
     dk, dv = dk_BHKS.swapaxes(2, 3).astype(k_BHSK.dtype), dv_BHKS.swapaxes(2, 3).astype(v_BHSK.dtype)
-    return jnp.concatenate(dqs, axis=2), dk, dv, None, None
+    return jnp.concatenate(dqs, axis=2), dk, dv
 
 
-_blocked.defvjp(_forward, _backward)
+_attention.defvjp(_forward, _backward)
 
 
 def _groups(queries: int, keys: int, causal: bool, block: int) -> list[tuple[int, int, int, int]]:

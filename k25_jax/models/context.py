@@ -10,6 +10,7 @@ from einops import rearrange
 from jax.sharding import PartitionSpec
 
 from k25_jax.kernels.attention import attention
+from k25_jax.sharding.rules import row_axes
 
 HEADS = 1  # whose keys and values are held at once; more would only take memory, for a block of one has work enough
 
@@ -41,15 +42,16 @@ def attend_over_context(p, q_BLHK, c_BLR, r_BLK, segments_BL, scale: float):
 
         pieces = [rearrange(a, "... (n g) k -> n ... g k", g=held) for a in (q_BLHK, k_b_RHK, v_b_RHK)]
         out, top_NG = jax.lax.map(some_heads, pieces)
-        top_H = jax.lax.pmax(jax.lax.stop_gradient(top_NG.reshape(-1)), "context")
+        top_H = jax.lax.pmax(jax.lax.stop_gradient(top_NG.reshape(-1)), ("context", *rows))
         return rearrange(out, "n ... g k -> ... (n g) k"), top_H
 
-    whole, stripe = PartitionSpec(), PartitionSpec(None, "context")
+    rows = row_axes(len(q_BLHK))
+    whole, stripe = PartitionSpec(), PartitionSpec(rows, "context")
     return jax.shard_map(
         body,
         in_specs=(whole, whole, stripe, stripe, stripe, stripe),
         out_specs=(stripe, whole),
-        axis_names={"context"},
+        axis_names={"context", *rows},
         check_vma=False,
     )(p["k_b"], p["v_b"], q_BLHK, c_BLR, r_BLK, segments_BL)
 

@@ -1,13 +1,16 @@
 """Multi-head latent attention, training form and absorbed-latent decoding form (K2.5 §3.1)."""
 
 import flax.linen as nn
+import jax
 import jax.numpy as jnp
+from jax.sharding import PartitionSpec
 
 from k25_jax.config import TextConfig
 from k25_jax.kernels.attention import attention
 from k25_jax.models.context import attend_over_context, context_shares
 from k25_jax.models.layers import declare, ones, rms_norm, zeros
 from k25_jax.models.rope import rotate, softmax_scale
+from k25_jax.sharding.rules import row_axes
 
 LATENT_EPS = 1e-6  # of the norms on the two latents, whatever text.norm_eps is (as in the public model)
 
@@ -78,12 +81,27 @@ def mla(p, x_BLD, rope, segments_BL, config: TextConfig):
 
 
 def attend_in_rows(p, q_BLHK, c_BLR, r_BLK, segments_BL, scale: float):
-    """Causal attention of whole rows: (out_BLHK, the largest logit of each head)."""
+    """Causal attention of whole rows: (out_BLHK, the largest logit of each head).
+
+    In a mesh each device takes its own rows. Left to the compiler, the gradients of the keys were held for all rows.
+    """
     k_nope = jnp.einsum("blr,rhk->blhk", c_BLR, p["k_b"])
     v_BLHK = jnp.einsum("blr,rhk->blhk", c_BLR, p["v_b"])
     r_BLHK = jnp.broadcast_to(r_BLK[:, :, None], (*k_nope.shape[:3], r_BLK.shape[-1]))
     k_BLHK = jnp.concatenate([k_nope, r_BLHK], axis=-1)
-    return attention(q_BLHK, k_BLHK, v_BLHK, segments_BL, scale=scale, causal=True)
+    axes = row_axes(len(q_BLHK))
+    if not axes:
+        return attention(q_BLHK, k_BLHK, v_BLHK, segments_BL, scale=scale, causal=True)
+
+    def on_one_device(*own):
+        out_BLHK, max_logit_H = attention(*own, scale=scale, causal=True)
+        return out_BLHK, jax.lax.pmax(jax.lax.stop_gradient(max_logit_H), axes)
+
+    rows, mesh = PartitionSpec(axes), jax.sharding.get_abstract_mesh()
+    manual = set(mesh.axis_names) - set(mesh.manual_axes)
+    return jax.shard_map(
+        on_one_device, in_specs=rows, out_specs=(rows, PartitionSpec()), axis_names=manual, check_vma=False
+    )(q_BLHK, k_BLHK, v_BLHK, segments_BL)
 
 
 def mla_decode(p, x_BLD, rope, cache, valid_BLS, config: TextConfig):

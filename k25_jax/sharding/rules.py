@@ -62,6 +62,16 @@ def batch_shardings(batch, mesh: Mesh):
     return rows.replace(vision=packs)
 
 
+def row_axes(rows: int) -> tuple[str, ...]:
+    """The axes of the mesh in use (jax.set_mesh) that share out the rows of a batch, if they divide `rows`.
+
+    Inside a shard_map its own axes are not among them.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    axes = tuple(axis for axis in RULES["batch"] if axis in mesh.axis_names and axis not in mesh.manual_axes)
+    return () if rows % _product(mesh.shape[axis] for axis in axes) else axes
+
+
 def _product(numbers) -> int:
     out = 1
     for n in numbers:

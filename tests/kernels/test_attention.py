@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from k25_jax.kernels import flash_attention
 from k25_jax.kernels.attention import attention, reference_attention
 
 
@@ -54,6 +55,32 @@ def test_blocks_give_the_reference_and_its_gradients(length, block, keep, causal
         jax.jit(jax.grad(blocked, (0, 1, 2)))(q, k, v), jax.jit(jax.grad(whole, (0, 1, 2)))(q, k, v), strict=True
     ):
         np.testing.assert_allclose(got, want, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("causal", [True, False])
+@pytest.mark.parametrize("stripes", [1, 2])
+def test_the_tpu_kernel_interpreted_gives_the_reference_and_its_gradients(stripes, causal, monkeypatch):
+    monkeypatch.setattr(flash_attention, "BLOCK", 128)  # several blocks, of which the causal form skips some
+    q, k, v, segments = draw(2, 384 * stripes, 2, 24, 16)
+    how = dict(scale=0.4, causal=causal)
+
+    def loss(function):
+        def striped(q, k, v):
+            parts = [function(i, q, k, v) for i in range(stripes)]
+            return sum(jnp.sum(jnp.sin(out)) for out, _ in parts), (jnp.stack([top for _, top in parts]).max(axis=0))
+
+        return jax.jit(jax.value_and_grad(striped, (0, 1, 2), has_aux=True))
+
+    def flash(i, q, k, v):
+        return attention(q[:, i::stripes], k, v, segments, first=i, implementation="flash", **how)
+
+    def reference(i, q, k, v):
+        out, top = reference_attention(q, k, v, segments, **how)
+        return out[:, i::stripes], top
+
+    got, want = (jax.tree.leaves(loss(function)(q, k, v)) for function in (flash, reference))
+    for a, b in zip(got, want, strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5)
 
 
 def test_a_later_or_foreign_key_has_no_gradient():
