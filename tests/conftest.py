@@ -1,4 +1,4 @@
-"""Tests run on the CPU unless JAX_PLATFORMS says otherwise."""
+"""Tests run on the CPU unless JAX_PLATFORMS says otherwise, and compile quickly."""
 
 import os
 import signal
@@ -9,6 +9,10 @@ import pytest
 signal.signal(signal.SIGINT, signal.default_int_handler)  # a background job of a shell, and its children, ignore Ctrl-C
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # PyTorch's models are minute: its threads only wait for each other
+# Most of the time goes into compilation; code that runs for milliseconds needs no optimisation. Where the order of
+# additions is what a test is about, it compiles with runs.OPTIMISED. Flags that are set already win: the last one does.
+os.environ["XLA_FLAGS"] = f"--xla_backend_optimization_level=0 {os.environ.get('XLA_FLAGS', '')}".rstrip()
 
 
 def pytest_configure(config):
