@@ -24,7 +24,7 @@ help: ## list the commands
 demo: .venv/.demo ## train a small model on this machine, ask it questions, write a report
 	$(BIN)/k25 demo
 
-# Two processes of up to 3 GB each, on any machine; one that has no test left takes some of the other's.
+# Two processes of up to 5 GB each, on any machine; one that has no test left takes some of the other's.
 IN_PARALLEL := --numprocesses=2 --dist=worksteal
 
 test: .venv/.test ## the tests that take minutes, not hours, on a CPU
