@@ -24,11 +24,14 @@ help: ## list the commands
 demo: .venv/.demo ## train a small model on this machine, ask it questions, write a report
 	$(BIN)/k25 demo
 
+# Two processes of up to 5 GB each, on any machine; one that has no test left takes some of the other's.
+IN_PARALLEL := --numprocesses=2 --dist=worksteal
+
 test: .venv/.test ## the tests that take minutes, not hours, on a CPU
-	JAX_PLATFORMS=cpu $(BIN)/python -m pytest -q -m "not slow"
+	JAX_PLATFORMS=cpu $(BIN)/python -m pytest -q -m "not slow" $(IN_PARALLEL)
 
 test-all: .venv/.test ## every test
-	JAX_PLATFORMS=cpu $(BIN)/python -m pytest -q
+	JAX_PLATFORMS=cpu $(BIN)/python -m pytest -q $(IN_PARALLEL)
 
 lint: .venv/.test ## style, format, and which layer imports which
 	$(BIN)/ruff check .

@@ -1,7 +1,9 @@
-"""Tests run on the CPU unless JAX_PLATFORMS says otherwise."""
+"""Tests run on the CPU unless JAX_PLATFORMS says otherwise, and compile quickly."""
 
+import fcntl
 import os
 import signal
+import tempfile
 import types
 
 import pytest
@@ -9,19 +11,33 @@ import pytest
 signal.signal(signal.SIGINT, signal.default_int_handler)  # a background job of a shell, and its children, ignore Ctrl-C
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # PyTorch's models are minute: its threads only wait for each other
+# Most of the time goes into compilation; code that runs for milliseconds needs no optimisation. Where the order of
+# additions is what a test is about, it compiles with runs.OPTIMISED. Flags that are set already win: the last one does.
+os.environ["XLA_FLAGS"] = f"--xla_backend_optimization_level=0 {os.environ.get('XLA_FLAGS', '')}".rstrip()
 
 
 def pytest_configure(config):
+    """A folder that the processes of one session share: pytest-xdist starts the others with this environment."""
     config.addinivalue_line("markers", "slow: takes more than a minute on two CPU cores; left out of `make test`")
+    if not hasattr(config, "workerinput"):
+        shared = tempfile.TemporaryDirectory(prefix="k25-tests-")
+        config.add_cleanup(shared.cleanup)
+        os.environ["K25_TESTS_SHARED"] = shared.name
 
 
 @pytest.fixture(scope="session")
-def finished(tmp_path_factory):
+def finished():
     """`file`, an experiment file; `run`, the folder in which `k25 train` took it to its end: tests only read it."""
     import runs
 
-    folder = tmp_path_factory.mktemp("finished")
-    file, run = runs.write_experiment(folder), folder / "run"
-    result = runs.k25("train", f"--config={file}", f"--workdir={run}", "--json")
-    assert result.returncode == 0, result.stderr
-    return types.SimpleNamespace(file=file, run=run, stdout=result.stdout, stderr=result.stderr)
+    folder = runs.shared("finished")
+    run, done = folder / "run", folder / "stdout"
+    with open(folder / "lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)  # the first to come trains, and who comes meanwhile waits
+        if not done.exists():
+            file = runs.write_experiment(folder)
+            result = runs.k25("train", f"--config={file}", f"--workdir={run}", "--json")
+            assert result.returncode == 0, result.stderr
+            done.write_text(result.stdout)
+    return types.SimpleNamespace(file=folder / "minute.py", run=run, stdout=done.read_text())

@@ -1,12 +1,10 @@
 """A minute K2.5 that is trained by `k25 train` in a process of its own: its data, its experiment file, its commands."""
 
-import functools
 import json
 import os
 import pathlib
 import subprocess
 import sys
-import tempfile
 import textwrap
 import time
 
@@ -15,6 +13,7 @@ from PIL import Image
 
 ROOT = pathlib.Path(__file__).parent.parent
 STEPS, EVERY = 400, 20  # a step takes some 10 ms
+OPTIMISED = {"xla_backend_optimization_level": 3}  # as outside of tests: compiler_options for jax.jit
 TIMINGS = ("tokens_per_second", "step_seconds", "data_seconds")
 EXPERIMENT = """
 import ml_collections
@@ -69,19 +68,19 @@ def write_experiment(folder: pathlib.Path) -> pathlib.Path:
     return file
 
 
-@functools.cache
-def compiled_programs() -> tempfile.TemporaryDirectory:
-    """Where the processes of one test session keep what they have compiled; most of their time goes into that."""
-    return tempfile.TemporaryDirectory(prefix="k25-compiled-")
+def shared(name: str) -> pathlib.Path:
+    """A folder of this name for all processes of one test session."""
+    folder = pathlib.Path(os.environ["K25_TESTS_SHARED"], name)
+    folder.mkdir(exist_ok=True)
+    return folder
 
 
 def environment() -> dict[str, str]:
-    """That of a child process: quick to compile, on the CPU."""
+    """That of a child process: on the CPU, quick to compile by the XLA_FLAGS of conftest.py, and once a session."""
     return os.environ | {
         "JAX_PLATFORMS": "cpu",
         "PYTHONPATH": str(ROOT),
-        "XLA_FLAGS": "--xla_backend_optimization_level=0",
-        "JAX_COMPILATION_CACHE_DIR": compiled_programs().name,
+        "JAX_COMPILATION_CACHE_DIR": str(shared("compiled")),
         "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
     }
 

@@ -41,19 +41,21 @@ def test_the_reference_is_softmax_over_the_allowed_keys(causal):
 def test_blocks_give_the_reference_and_its_gradients(length, block, keep, causal):
     q, k, v, segments = draw(2, length, 2, 8, 4, seed=length)
 
-    def loss(function, **how):
-        return lambda q, k, v: jnp.sum(jnp.sin(function(q, k, v, segments, scale=0.4, causal=causal, **how)[0]))
+    def compiled(function, **how):
+        """((loss, largest logits), gradients), of queries, keys and values."""
 
-    blocked, whole = loss(attention, block=block, keep_weights=keep), loss(reference_attention)
-    np.testing.assert_allclose(blocked(q, k, v), whole(q, k, v), rtol=1e-5)
-    tops = [
-        function(3 * q, k, v, segments, scale=0.4, causal=causal, **how)[1]
-        for function, how in ((attention, {"block": block}), (reference_attention, {}))
-    ]
-    np.testing.assert_allclose(*tops, rtol=1e-6)
-    for got, want in zip(
-        jax.jit(jax.grad(blocked, (0, 1, 2)))(q, k, v), jax.jit(jax.grad(whole, (0, 1, 2)))(q, k, v), strict=True
-    ):
+        def loss(q, k, v):
+            out, top = function(q, k, v, segments, scale=0.4, causal=causal, **how)
+            return jnp.sum(jnp.sin(out)), top
+
+        return jax.jit(jax.value_and_grad(loss, (0, 1, 2), has_aux=True))
+
+    blocked, whole = compiled(attention, block=block, keep_weights=keep), compiled(reference_attention)
+    (value, _), grads = blocked(q, k, v)
+    (want_value, _), want_grads = whole(q, k, v)
+    np.testing.assert_allclose(value, want_value, rtol=1e-5)
+    np.testing.assert_allclose(blocked(3 * q, k, v)[0][1], whole(3 * q, k, v)[0][1], rtol=1e-6)
+    for got, want in zip(grads, want_grads, strict=True):
         np.testing.assert_allclose(got, want, rtol=1e-4, atol=1e-5)
 
 
@@ -87,7 +89,7 @@ def test_a_later_or_foreign_key_has_no_gradient():
     q, k, v, segments = draw(1, 40, 1, 8, 4)
     place = 17
     out = lambda v: attention(q, k, v, segments, scale=1.0, causal=True, block=16)[0][0, place].sum()  # noqa: E731
-    touched = np.flatnonzero(np.abs(np.asarray(jax.grad(out)(v))[0]).sum((1, 2)))
+    touched = np.flatnonzero(np.abs(np.asarray(jax.jit(jax.grad(out))(v))[0]).sum((1, 2)))
     allowed = [j for j in range(place + 1) if segments[0, j] == segments[0, place]]
     assert touched.tolist() == allowed
 
@@ -106,7 +108,7 @@ def test_stripes_together_give_the_whole(causal):
         out = jnp.stack([out for out, _ in stripes], axis=2).reshape(*q.shape[:3], -1)
         return jnp.sum(jnp.sin(out)), (out, jnp.stack([top for _, top in stripes]).max(axis=0))
 
-    (_, want), want_grads = jax.value_and_grad(whole, (0, 1, 2), has_aux=True)(q, k, v)
-    (_, got), grads = jax.value_and_grad(striped, (0, 1, 2), has_aux=True)(q, k, v)
+    (_, want), want_grads = jax.jit(jax.value_and_grad(whole, (0, 1, 2), has_aux=True))(q, k, v)
+    (_, got), grads = jax.jit(jax.value_and_grad(striped, (0, 1, 2), has_aux=True))(q, k, v)
     for a, b in zip((*got, *grads), (*want, *want_grads), strict=True):
         np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5)

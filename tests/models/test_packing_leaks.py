@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 import reference
+import runs
 from k25_jax.config import DataConfig, K25Config, MoEConfig, TextConfig, VisionConfig
 from k25_jax.data.packing import Batch, Example, pack_examples
 from k25_jax.models import decoder, k25
@@ -68,7 +69,10 @@ def test_nothing_leaks_out_of_a_document_or_an_image(config, length, seed):
     before = pack_examples(examples, data, config)
     owner_BL = owners(examples, data, config).tokens_BL
     params = reference.random_params(config, seed)
-    forward = jax.jit(lambda p, b: (k25.vision_features(p, b.vision, config), *hidden_states(p, b, config)))
+    forward = jax.jit(
+        lambda p, b: (k25.vision_features(p, b.vision, config), *hidden_states(p, b, config)),
+        compiler_options=runs.OPTIMISED,
+    )
     features_MD, x_BLD, stats = jax.tree.map(np.asarray, forward(params, before))
     rows_moved = 0
     for i, example in enumerate(examples):

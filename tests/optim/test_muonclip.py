@@ -8,8 +8,9 @@ import numpy as np
 import optax
 import pytest
 
+import reference
 from k25_jax.config import PRESETS, OptimConfig, preset
-from k25_jax.models.k25 import abstract_params, init_params
+from k25_jax.models.k25 import abstract_params
 from k25_jax.models.mla import latents, queries
 from k25_jax.models.rope import rope_tables, softmax_scale
 from k25_jax.optim.muonclip import decays, matrices, muonclip, qk_clip
@@ -36,13 +37,13 @@ def test_the_update_is_clipped_adamw_by_hand():
     params = {"w": rng.normal(size=(3, 2)), "norm": rng.normal(size=3), "fc0_bias": rng.normal(size=2)}
     optimizer = muonclip(CONFIG, steps)
     ours = jax.tree.map(lambda a: jnp.asarray(a, jnp.float32), params)
-    opt_state = optimizer.init(ours)
+    opt_state, update = optimizer.init(ours), jax.jit(optimizer.update)
     mean, square = ({name: 0.0 for name in params} for _ in range(2))
     for step in range(steps):
         grads = {name: rng.normal(size=a.shape) * (5 if step % 2 else 0.1) for name, a in params.items()}
         norm = np.sqrt(sum((g**2).sum() for g in grads.values()))
         grads_32 = jax.tree.map(jnp.float32, grads)
-        updates, opt_state = optimizer.update(grads_32, opt_state, ours, grad_norm=jnp.float32(norm), finite=True)
+        updates, opt_state = update(grads_32, opt_state, ours, grad_norm=jnp.float32(norm), finite=True)
         ours = jax.tree.map(jnp.add, ours, updates)
         for name, grad in grads.items():
             grad = grad * min(1.0, 2.0 / norm)
@@ -63,12 +64,13 @@ def test_equals_optax():
         optax.clip_by_global_norm(CONFIG.clip_norm),
         optax.adamw(rate, CONFIG.b1, CONFIG.b2, CONFIG.eps, weight_decay=CONFIG.weight_decay, mask=decays),
     )
+    update, peer_update = jax.jit(optimizer.update), jax.jit(peer.update)
     state, peer_state = optimizer.init(params), peer.init(params)
     for _ in range(steps):
         grads = jax.tree.map(lambda a: jnp.asarray(rng.normal(size=a.shape), jnp.float32), params)
-        updates, state = optimizer.update(grads, state, ours, grad_norm=optax.tree.norm(grads), finite=True)
+        updates, state = update(grads, state, ours, grad_norm=optax.tree.norm(grads), finite=True)
         ours = optax.apply_updates(ours, updates)
-        updates, peer_state = peer.update(grads, peer_state, params)
+        updates, peer_state = peer_update(grads, peer_state, params)
         params = optax.apply_updates(params, updates)
     for name in params:
         np.testing.assert_allclose(ours[name], params[name], rtol=1e-5, atol=1e-7)
@@ -121,13 +123,14 @@ def test_muon_equals_optax():
             consistent_rms=0.2, muon_weight_dimension_numbers=axes,
         ),
     )  # fmt: skip
+    update, peer_update = jax.jit(optimizer.update), jax.jit(peer.update)
     state, peer_state = optimizer.init(ours), peer.init(peers)
     assert all(a.shape == () for a in state.nu.values()), "Muon keeps no squares"
     for step in range(steps):
         grads = jax.tree.map(lambda a, size=10.0 ** (step % 3 - 2): a * size, draw())
-        updates, state = optimizer.update(grads, state, ours, grad_norm=optax.tree.norm(grads), finite=True)
+        updates, state = update(grads, state, ours, grad_norm=optax.tree.norm(grads), finite=True)
         ours = optax.apply_updates(ours, updates)
-        updates, peer_state = peer.update(grads, peer_state, peers)
+        updates, peer_state = peer_update(grads, peer_state, peers)
         peers = optax.apply_updates(peers, updates)
         for name in SHAPES:
             np.testing.assert_allclose(ours[name], peers[name], rtol=1e-5, atol=1e-5, err_msg=f"{name}, step {step}")
@@ -175,7 +178,7 @@ def scores_of(p, h_BLD, text):
 def test_qk_clip_scales_every_logit_of_a_head_by_gamma(q_lora_rank):
     text = dataclasses.replace(preset("tiny").text, q_lora_rank=q_lora_rank)
     config = dataclasses.replace(preset("tiny"), text=text)
-    params = init_params(config, jax.random.key(0))
+    params = reference.random_params(config, std=0.05)
     max_logit_YH = jnp.asarray(np.random.default_rng(4).uniform(20, 180, (text.layers, text.heads)))
     clipped, count = qk_clip(params, max_logit_YH, text, 100.0)
     gamma_YH = np.minimum(1, 100 / np.asarray(max_logit_YH))

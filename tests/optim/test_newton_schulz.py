@@ -7,7 +7,7 @@ import re
 import jax, jax.numpy as jnp, numpy as np, optax
 from jax.sharding import NamedSharding, PartitionSpec as P
 from k25_jax.config import OptimConfig, preset
-from k25_jax.models.k25 import abstract_params, init_params, logical_axes
+from k25_jax.models.k25 import abstract_params, logical_axes
 from k25_jax.optim.muonclip import muonclip
 from k25_jax.optim.newton_schulz import newton_schulz, sharded_newton_schulz
 from k25_jax.sharding.mesh import make_mesh
@@ -34,7 +34,7 @@ for shape, spec in cases:
         assert "all-gather(" not in text and len(re.findall(r"all-to-all\\(", text)) == 2
 
 model, config = preset("tiny"), OptimConfig(name="muonclip", muon_dtype="float32")
-params = init_params(model, jax.random.key(1))
+params = optax.tree.random_like(jax.random.key(1), abstract_params(model))
 layouts = shardings(logical_axes(model), abstract_params(model), mesh)
 grads = optax.tree.random_like(jax.random.key(2), params)
 

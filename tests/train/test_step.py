@@ -50,9 +50,7 @@ def setup(tmp_path_factory) -> Setup:
     rng = np.random.default_rng(0)
     draw = lambda a: rng.standard_normal(a.shape, np.float32) * 0.1  # noqa: E731
     params = jax.tree.map(draw, abstract_params(experiment.model))
-    lowered = make_step(experiment, loss_fn).lower(fresh(experiment, params), batches[0])
-    step = lowered.compile(compiler_options={"xla_backend_optimization_level": 0})
-    return Setup(experiment, step, params, batches)
+    return Setup(experiment, make_step(experiment, loss_fn), params, batches)
 
 
 def bits(tree) -> dict[str, bytes]:
