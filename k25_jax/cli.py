@@ -177,7 +177,7 @@ def run_preflight(args) -> int:
     from k25_jax.preflight.topology import parse_topology
 
     topology = parse_topology(args.topology)
-    experiment = aot.with_choices(load_experiment(args.config, args.overrides), topology, args.rows)
+    experiment = aot.with_rows(load_experiment(args.config, args.overrides), args.rows)
     if args.layout:
         tensors = aot.layout(experiment, topology)
         rows = [dataclasses.asdict(tensor) for tensor in tensors]

@@ -12,6 +12,8 @@ import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
+from k25_jax.sharding.mesh import on_own_device, platform
+
 # Of the TPU kernel. It takes rows in whole tiles, and one that lies on a border between experts twice: tiles are small. Of
 # a matrix it holds a large part, twice over, in a cache of 16 MB.
 TILE, LANES = 128, 128
@@ -26,7 +28,7 @@ def expert_swiglu(x_ND, gate_EDF, up_EDF, down_EFD, sizes_E, implementation: str
     Rows beyond sum(sizes_E) have no defined result: give them no weight.
     """
     if implementation == "auto":
-        implementation = "megablox" if jax.default_backend() == "tpu" else "blocked"
+        implementation = "megablox" if platform() == "tpu" and on_own_device() else "blocked"
     if implementation == "blocked":
         return blocked_swiglu(x_ND, gate_EDF, up_EDF, down_EFD, sizes_E)
     gate_NF = grouped_matmul(x_ND, gate_EDF, sizes_E, implementation)

@@ -18,6 +18,7 @@ from k25_jax.parallel import dep
 from k25_jax.preflight import hlo
 from k25_jax.preflight.cost import arrays_made, jaxpr_flops, model_flops, roofline
 from k25_jax.preflight.topology import Topology, devices_of
+from k25_jax.sharding.mesh import platform
 from k25_jax.train.loop import mesh_of
 from k25_jax.train.pretrain import loss_fn
 from k25_jax.train.state import abstract_state
@@ -73,21 +74,15 @@ class Report:
     largest: list[dict] = field(default_factory=list)
 
 
-def with_choices(experiment: Experiment, topology: Topology, rows: int = 0) -> Experiment:
-    """The experiment with what depends on the machine made explicit, and `rows` rows in a step (0: data.batch_size).
-
-    Packs of patches keep their number for each row.
-    """
-    moe, data = experiment.model.text.moe, experiment.data
+def with_rows(experiment: Experiment, rows: int = 0) -> Experiment:
+    """The experiment with `rows` rows in a step (0: data.batch_size), and as many packs of patches for each as before."""
+    data = experiment.data
     if rows < 0:
         raise ConfigError(f"--rows={rows} must be positive")
-    if topology.is_tpu and moe.grouped_matmul == "auto":
-        text = dataclasses.replace(experiment.model.text, moe=dataclasses.replace(moe, grouped_matmul="megablox"))
-        experiment = dataclasses.replace(experiment, model=dataclasses.replace(experiment.model, text=text))
-    if rows:
-        packs = math.ceil(data.packs * rows / data.batch_size)
-        experiment = dataclasses.replace(experiment, data=dataclasses.replace(data, batch_size=rows, packs=packs))
-    return experiment
+    if not rows:
+        return experiment
+    packs = math.ceil(data.packs * rows / data.batch_size)
+    return dataclasses.replace(experiment, data=dataclasses.replace(data, batch_size=rows, packs=packs))
 
 
 def abstract_batch(experiment: Experiment, mesh) -> Batch:
@@ -124,7 +119,7 @@ def _tensors(state, batch) -> list[Tensor]:
 
 
 def preflight(experiment: Experiment, topology: Topology, say=lambda text: None) -> Report:
-    """Lower and compile the step of `experiment` (see `with_choices`) for `topology`; `say` hears how far it is.
+    """Lower and compile the step of `experiment` (see `with_rows`) for `topology`; `say` hears how far it is.
 
     Raises ConfigError where the mesh or the batch does not divide. A step that the compiler refuses for want of memory
     gives a report with fits=False and the compiler's reason.
@@ -168,7 +163,8 @@ def preflight(experiment: Experiment, topology: Topology, say=lambda text: None)
 def _asked(experiment: Experiment, mesh, traced, state, batch):
     """FLOPs of the jaxpr. The blocked form walks over its blocks in loops of unknown length: `ragged` has its products."""
     text = experiment.model.text
-    if text.moe_layers and text.moe.grouped_matmul in ("auto", "blocked"):
+    blocked = ("blocked",) if platform() == "tpu" else ("auto", "blocked")
+    if text.moe_layers and text.moe.grouped_matmul in blocked:
         moe = dataclasses.replace(text.moe, grouped_matmul="ragged")
         model = dataclasses.replace(experiment.model, text=dataclasses.replace(text, moe=moe))
         traced = make_step(dataclasses.replace(experiment, model=model), loss_fn, mesh).trace(state, batch)
