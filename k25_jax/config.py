@@ -269,6 +269,7 @@ class MeshConfig:
     """Devices along each axis of the mesh (K2.5 §3.8); fsdp=-1 takes what the others leave.
 
     With pipe > 1 the MoE layers are a pipeline: a batch passes in `microbatches`, `repeats` times through each stage.
+    Over several slices of a pod pipe alone crosses from one to another, or fsdp where pipe is no multiple of them.
     """
 
     pipe: int = 1

@@ -18,6 +18,7 @@ from k25_jax.parallel import dep
 from k25_jax.preflight import hlo
 from k25_jax.preflight.cost import arrays_made, jaxpr_flops, model_flops, roofline
 from k25_jax.preflight.topology import Topology, devices_of
+from k25_jax.sharding.mesh import slice_shape
 from k25_jax.train.loop import mesh_of
 from k25_jax.train.pretrain import loss_fn
 from k25_jax.train.state import abstract_state
@@ -222,7 +223,8 @@ def _program(report: Report, program: hlo.Program, topology: Topology, kernels: 
     report.hbm_bytes = hlo.traffic(program, times, fused)
     report.unknown_loops += len(unknown)
     sums: dict[tuple, list[float]] = {}
-    for item in hlo.collectives(program, times, report.mesh):
+    found = hlo.collectives(program, times, slice_shape(report.mesh, topology.slices))
+    for item in found + hlo.between_slices(program, times, topology.slices):
         total = sums.setdefault((item.kind, item.axes), [0.0, 0.0])
         total[0] += item.bytes * item.times
         total[1] += item.times
@@ -233,11 +235,14 @@ def _program(report: Report, program: hlo.Program, topology: Topology, kernels: 
     report.largest += [dataclasses.asdict(tensor) for tensor in _made(program, times, fused)]
     report.largest.sort(key=lambda tensor: -tensor["bytes"])
     report.intensity = report.flops / report.hbm_bytes if report.hbm_bytes else 0.0
-    sent = sum(entry["bytes"] for entry in report.collectives)
-    bounds = roofline(topology, devices, report.flops, report.hbm_bytes, sent, model)
+    sent, across = (
+        sum(entry["bytes"] for entry in report.collectives if ("dcn" in entry["axes"]) == crosses)
+        for crosses in (False, True)
+    )
+    bounds = roofline(topology, devices, report.flops, report.hbm_bytes, sent, model, across)
     report.step_seconds_bound, report.mfu_bound = bounds.step, bounds.mfu
     if bounds.step:
-        named = {"compute": bounds.compute, "memory": bounds.memory, "network": bounds.network}
+        named = {"compute": bounds.compute, "memory": bounds.memory, "network": bounds.network, "dcn": bounds.dcn}
         report.bound_by = max(named, key=named.get)
 
 
