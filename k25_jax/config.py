@@ -225,6 +225,7 @@ class OptimConfig:
     momentum: float = 0.95  # of Muon
     muon_dtype: str = "bfloat16"  # of Muon's products
     qk_clip: float = 100.0  # muonclip holds attention logits below this
+    offload: bool = False  # on a mesh, the running means lie in the hosts' memory between their uses
 
     def __post_init__(self):
         _one_of(self, "name", ("adamw", "muonclip"))

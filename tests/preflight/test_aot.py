@@ -148,6 +148,16 @@ def test_the_layout_lists_every_array_with_its_share():
     assert params == 990656 and len(state) > 100
 
 
+def test_what_lies_on_the_host_is_told_apart(capsys):
+    """The means of 990656 parameters, two each, are beside what the device holds."""
+    flags = ["--topology=cpu", "--layout", "--config.optim.offload=True"]
+    assert main(["preflight", f"--config={DEMO}", *flags]) == 0
+    *rows, total = capsys.readouterr().out.splitlines()
+    on_host = [row for row in rows if row.endswith(" on the host")]
+    assert on_host and all("state.opt_state." in row for row in on_host)
+    assert total.endswith(f", beside {2 * 990656 * 4 / 1e9:.4f} in its host's memory")
+
+
 def test_what_does_not_fit_is_named_with_status_1(monkeypatch, capsys):
     """A chip with next to no memory; the largest arrays are listed, and an unfitting step is no error."""
     report = aot.Report(
