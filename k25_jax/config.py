@@ -93,6 +93,7 @@ class MoEConfig:
     scale: float = 2.827
     bias_rate: float = 1e-3  # step of the sign rule that balances the load
     grouped_matmul: str = "auto"  # auto | blocked | megablox | ragged | reference
+    dispatch: str = "gather"  # gather | alltoall: how token copies reach experts on other devices
 
     def __post_init__(self):
         if not 1 <= self.top_k <= self.experts:
@@ -105,6 +106,7 @@ class MoEConfig:
             raise ConfigError(f"moe.top_k={self.top_k} exceeds the experts of moe.top_groups={self.top_groups} groups")
         if self.groups > 1 and self.experts // self.groups < 2:
             raise ConfigError("moe.groups needs at least 2 experts a group")
+        _one_of(self, "dispatch", ("gather", "alltoall"))
         _one_of(self, "grouped_matmul", ("auto", "blocked", "megablox", "ragged", "reference"))
 
 
