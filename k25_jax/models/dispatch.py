@@ -1,14 +1,14 @@
 """Token copies sent to the devices that hold their experts, and the results back: all-to-all in rounds (K2.5 §3.8).
 
 Beside it stands the gather of models/experts.py. Of T tokens a device, D wide, K copies each, over n devices that share out
-the experts, forward and backward pass send for each device and layer
+the experts, forward and backward pass under remat send for each device and layer
 
-    gather      5 (n - 1) T D            x, dy and, under remat, x again gathered; y and dx reduced
-    all-to-all  5 ROOM K (n - 1) / n T D     x twice, dy sent; y and dx returned
+    gather      5 (n - 1) T D               x twice and dy gathered, y and dx added up (without remat 4: x is kept)
+    all-to-all  5 ROOM K (n - 1) / n T D    x twice and dy there, y and dx back
 
-so that all-to-all sends less where n > ROOM K. With K = 8 and 16 devices that is 1.6 times less, with 8 devices 1.25 times
-more; and it never holds the tokens of all n devices. What the gather sends does not depend on the router; here a busy expert
-costs rounds, each as long as the first, and were all tokens to choose one expert there would be n / ROOM of them.
+so that all-to-all sends less where n > ROOM K. With K = 8 and ROOM = 1.25 that is 1.6 times less over 16 devices, and 1.25
+times more over 8. It never holds the tokens of all n devices. What the gather sends does not depend on the router; here a
+busy expert costs rounds, each as long as the first: n / ROOM of them, were all tokens to choose one expert.
 """
 
 import functools
