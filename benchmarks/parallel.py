@@ -53,8 +53,9 @@ ARMS = {
     "pipeline": Arm(MeshConfig(4, 1, 2), optimizer="adamw", remat="dots"),
     "pipeline, experts": Arm(MeshConfig(2, 2, 2), remat="full"),
     "pipeline with repeats, experts": Arm(MeshConfig(2, 2, 2, repeats=2, microbatches=4), remat="full"),
-    "pipeline, experts by all-to-all": Arm(MeshConfig(2, 1, 4, microbatches=4), remat="full", dispatch="alltoall"),
-    "all, in two parts": Arm(MeshConfig(2, 1, 2, context=2, repeats=2, microbatches=4), remat="full", accumulate=2),
+    "all, in two parts": Arm(
+        MeshConfig(2, 1, 2, context=2, repeats=2, microbatches=4), remat="full", accumulate=2, dispatch="alltoall"
+    ),
 }
 
 
