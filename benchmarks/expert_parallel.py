@@ -2,11 +2,14 @@
 
 384 experts, top 8, as in K2.5, narrow enough for a CPU, forward and backward. The dense form passes every token through
 every expert and keeps what the router chose; it is shared out over the same 8 devices. The figure is its time over ours,
-the median of rounds in which both run one after the other; both give the same result and the same gradients. With --json
+the median of rounds in which all run one after the other; all give the same result and the same gradients. Beside our
+default, the gather, stands the all-to-all. With --topology=v5p-256 a layer of K2.5's real width is compiled for such chips
+too, 16 of them sharing out the experts, to see what a chip sends in either form (needs the `preflight` extra). With --json
 one JSON line.
 """
 
 import argparse
+import dataclasses
 import json
 import os
 import statistics
@@ -22,9 +25,13 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from k25_jax.config import MoEConfig
 from k25_jax.models.experts import ROWS, routed
+from k25_jax.preflight import hlo
+from k25_jax.preflight.topology import devices_of, parse_topology
 from k25_jax.sharding.mesh import make_mesh
 
 BOUND, ERROR_BOUND = 10.0, 1e-5
+FORMS = ("gather", "alltoall")
+WIDTH, TOKENS, EXPERT = 7168, 4096, 16  # of K2.5: width, a chip's tokens, chips that share out the experts
 
 
 def dense(p, x_BLD, weights_BLK, experts_BLK):
@@ -74,35 +81,77 @@ def error(ours, theirs) -> float:
     return max(float(np.abs(np.asarray(a) - np.asarray(b)).max() / np.abs(np.asarray(b)).max()) for a, b in pairs)
 
 
+def ours(config: MoEConfig, form: str):
+    """Our layer in one of the two forms."""
+    config = dataclasses.replace(config, dispatch=form)
+
+    def layer(p, x_BLD, weights_BLK, experts_BLK):
+        load_E = jnp.bincount(experts_BLK.reshape(-1), length=config.experts)
+        return routed(p, x_BLD, weights_BLK, experts_BLK, load_E, config)
+
+    return gradients(layer)
+
+
+def sent(name: str, form: str) -> float:
+    """GB that a chip of topology `name` sends along `expert` for one K2.5 layer in bfloat16, forward and backward."""
+    mesh, config = (
+        make_mesh(expert=EXPERT, devices=devices_of(parse_topology(name))),
+        MoEConfig(grouped_matmul="megablox"),
+    )
+    chips, ffn = mesh.size, config.ffn_dim
+
+    def shape(dims, dtype, *axes):
+        return jax.ShapeDtypeStruct(dims, dtype, sharding=NamedSharding(mesh, PartitionSpec(*axes)))
+
+    p = {name: shape((config.experts, WIDTH, ffn), jnp.bfloat16, "expert", "fsdp") for name in ("gate", "up")}
+    p["down"] = shape((config.experts, ffn, WIDTH), jnp.bfloat16, "expert", None, "fsdp")
+    tokens = ((WIDTH, jnp.bfloat16), (config.top_k, jnp.float32), (config.top_k, jnp.int32))
+    rows = [shape((chips, TOKENS, last), dtype, ROWS) for last, dtype in tokens]
+    with jax.set_mesh(mesh):
+        program = hlo.parse(ours(config, form).lower(p, *rows).compile().as_text())
+    found = hlo.collectives(program, hlo.runs(program)[0], dict(mesh.shape))
+    return sum(item.bytes * item.times for item in found if item.axes == ("expert",)) / 1e9
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--json", action="store_true", help="one JSON line instead of text")
+    parser.add_argument("--topology", default="", help="chips to compile the real width for, as v5p-256")
     for name, default in (("tokens", 4096), ("width", 256), ("ffn", 128), ("rounds", 5)):
         parser.add_argument(f"--{name}", type=int, default=default)
     args = parser.parse_args()
     mesh = make_mesh(expert=8)
     with jax.set_mesh(mesh):
         config, *arguments = problem(args.tokens, args.width, args.ffn, mesh)
-        load_E = jnp.bincount(arguments[3].reshape(-1), length=config.experts)
-        ours, theirs = gradients(lambda *a: routed(*a, load_E, config)), gradients(dense)
-        difference = error(ours(*arguments), theirs(*arguments))
-        rounds = [(seconds(theirs, arguments), seconds(ours, arguments)) for _ in range(args.rounds)]
-    ratios = [dense_time / our_time for dense_time, our_time in rounds]
+        layers = [gradients(dense), *(ours(config, form) for form in FORMS)]
+        want, *results = [layer(*arguments) for layer in layers]
+        difference = max(error(result, want) for result in results)
+        rounds = [[seconds(layer, arguments) for layer in layers] for _ in range(args.rounds)]
+    ratios = [dense_time / our_time for dense_time, our_time, _ in rounds]
     figure = statistics.median(ratios)
     ok = figure >= BOUND and difference <= ERROR_BOUND
     out = {"name": "expert_parallel", "figure": figure, "bound": BOUND, "ok": ok, "error": difference}
     out |= {"error_bound": ERROR_BOUND, "range": [min(ratios), max(ratios)], "rounds": args.rounds}
-    out |= {"seconds": statistics.median(ours for _, ours in rounds)}
-    out |= {"dense_seconds": statistics.median(dense_time for dense_time, _ in rounds)}
+    names = ("dense_seconds", "seconds", "alltoall_seconds")
+    out |= {name: statistics.median(times) for name, times in zip(names, zip(*rounds, strict=True), strict=True)}
+    out |= {f"{form}_sent_gb": sent(args.topology, form) for form in FORMS if args.topology}
     if args.json:
         print(json.dumps(out))
         return
     print(
         f"{args.tokens} tokens, {config.experts} experts {args.width} -> {args.ffn}, top {config.top_k}, 8 CPU devices"
     )
-    print(f"dense one-hot {out['dense_seconds']:.3f} s, ours {out['seconds']:.3f} s, forward and backward")
+    print(
+        f"forward and backward: dense one-hot {out['dense_seconds']:.3f} s, ours by gather {out['seconds']:.3f} s, "
+        f"by all-to-all {out['alltoall_seconds']:.3f} s"
+    )
     print(f"ratio {figure:.1f} [{min(ratios):.1f}, {max(ratios):.1f}], bound {BOUND}")
     print(f"largest relative difference {difference:.1e}, bound {ERROR_BOUND}")
+    if args.topology:
+        both = " and ".join(f"{out[f'{form}_sent_gb']:.2f} GB by {form}" for form in FORMS)
+        print(
+            f"a K2.5 layer of {TOKENS} tokens a chip, experts over {EXPERT} chips of {args.topology}: a chip sends {both}"
+        )
 
 
 if __name__ == "__main__":

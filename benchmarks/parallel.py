@@ -43,6 +43,7 @@ class Arm:
     optimizer: str = "muonclip"
     remat: str = "none"
     accumulate: int = 1
+    dispatch: str = "gather"
 
 
 ARMS = {
@@ -52,14 +53,17 @@ ARMS = {
     "pipeline": Arm(MeshConfig(4, 1, 2), optimizer="adamw", remat="dots"),
     "pipeline, experts": Arm(MeshConfig(2, 2, 2), remat="full"),
     "pipeline with repeats, experts": Arm(MeshConfig(2, 2, 2, repeats=2, microbatches=4), remat="full"),
-    "all, in two parts": Arm(MeshConfig(2, 1, 2, context=2, repeats=2, microbatches=4), remat="full", accumulate=2),
+    "all, in two parts": Arm(
+        MeshConfig(2, 1, 2, context=2, repeats=2, microbatches=4), remat="full", accumulate=2, dispatch="alltoall"
+    ),
 }
 
 
-def model() -> K25Config:
+def model(dispatch: str = "gather") -> K25Config:
     """The tiny model with one dense and four MoE layers."""
     tiny = preset("tiny")
-    return dataclasses.replace(tiny, text=dataclasses.replace(tiny.text, layers=5))
+    moe = dataclasses.replace(tiny.text.moe, dispatch=dispatch)
+    return dataclasses.replace(tiny, text=dataclasses.replace(tiny.text, layers=5, moe=moe))
 
 
 def make_batch() -> Batch:
@@ -77,7 +81,7 @@ def experiment_of(arm: Arm) -> Experiment:
     """The run of one arm."""
     optim = OptimConfig(name=arm.optimizer, muon_dtype="float32", warmup_steps=1, peak_lr=1e-3, clip_norm=1e9)
     train = TrainConfig(steps=STEPS, remat=arm.remat, accumulate=arm.accumulate)
-    return Experiment(model=model(), data=DATA, optim=optim, train=train, mesh=arm.mesh)
+    return Experiment(model=model(arm.dispatch), data=DATA, optim=optim, train=train, mesh=arm.mesh)
 
 
 @functools.cache

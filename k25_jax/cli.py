@@ -92,7 +92,9 @@ def build_parser() -> argparse.ArgumentParser:
     preflight = command("preflight", run_preflight, "compile a training step for chips that are not here; does it fit?")
     preflight.add_argument("--config", required=True, metavar="FILE[:ARG]", help="experiment file")
     preflight.add_argument(
-        "--topology", required=True, help="v5p-1024 as gcloud has it, v5p:8x8x8, or cpu, gpu of here"
+        "--topology",
+        required=True,
+        help="v5p-1024 as gcloud has it, v5p:8x8x8, 2xv5p-1024 (two slices), or cpu, gpu of here",
     )
     preflight.add_argument("--rows", type=int, default=0, help="rows in a step; default data.batch_size")
     preflight.add_argument("--layout", action="store_true", help="only list every array's sharding and bytes a device")

@@ -93,6 +93,7 @@ class MoEConfig:
     scale: float = 2.827
     bias_rate: float = 1e-3  # step of the sign rule that balances the load
     grouped_matmul: str = "auto"  # auto | blocked | megablox | ragged | reference
+    dispatch: str = "gather"  # gather | alltoall: how token copies reach experts on other devices
 
     def __post_init__(self):
         if not 1 <= self.top_k <= self.experts:
@@ -105,6 +106,7 @@ class MoEConfig:
             raise ConfigError(f"moe.top_k={self.top_k} exceeds the experts of moe.top_groups={self.top_groups} groups")
         if self.groups > 1 and self.experts // self.groups < 2:
             raise ConfigError("moe.groups needs at least 2 experts a group")
+        _one_of(self, "dispatch", ("gather", "alltoall"))
         _one_of(self, "grouped_matmul", ("auto", "blocked", "megablox", "ragged", "reference"))
 
 
@@ -225,6 +227,7 @@ class OptimConfig:
     momentum: float = 0.95  # of Muon
     muon_dtype: str = "bfloat16"  # of Muon's products
     qk_clip: float = 100.0  # muonclip holds attention logits below this
+    offload: bool = False  # on a mesh, the running means lie in the hosts' memory between their uses
 
     def __post_init__(self):
         _one_of(self, "name", ("adamw", "muonclip"))
@@ -269,6 +272,7 @@ class MeshConfig:
     """Devices along each axis of the mesh (K2.5 §3.8); fsdp=-1 takes what the others leave.
 
     With pipe > 1 the MoE layers are a pipeline: a batch passes in `microbatches`, `repeats` times through each stage.
+    Over several slices of a pod pipe alone crosses from one to another, or fsdp where pipe is no multiple of them.
     """
 
     pipe: int = 1

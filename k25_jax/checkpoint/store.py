@@ -115,6 +115,7 @@ def sums(tree) -> dict[str, int]:
 @jax.jit
 def _sums(tree):
     def leaf(a):
+        a = jax.device_put(a, jax.memory.Space.Device)  # from the host's memory, where some may lie
         words = jax.lax.bitcast_convert_type(a, jnp.dtype(f"uint{8 * a.dtype.itemsize}"))
         return words.sum(dtype=jnp.uint32)
 

@@ -9,6 +9,7 @@ from jax.sharding import PartitionSpec
 
 from k25_jax.config import MoEConfig
 from k25_jax.kernels.grouped_matmul import copy_rows, expert_swiglu, permute_rows
+from k25_jax.models.dispatch import exchanged, places_for
 
 ROWS = ("fsdp", "expert")  # the axes of the mesh that share out the rows of a batch; `context` shares out their tokens
 WIDTH = ("fsdp", "context")  # the axes that share out an expert's matrices
@@ -49,31 +50,17 @@ def _local(p, x_TD, weights_TK, experts_TK, load_E, implementation: str):
 
 
 def _parallel(p, x_BLD, weights_BLK, experts_BLK, config: MoEConfig):
-    """Expert parallelism, dropless, by all-gather and reduce-scatter.
+    """Expert parallelism, dropless, in one of two forms (`moe.dispatch`; models/dispatch.py compares what they send).
 
-    Every device sees the tokens of its row of the `expert` axis, computes what its own experts make of them, and the
-    contributions to a token are added up where it lives. A device takes its token copies in chunks, usually one. Were
-    all tokens to choose the same experts there would be many, but memory is held for a single one. Matrices are split
-    over WIDTH too and gathered for use; in the backward pass the same exchanges run the other way round and add up the
-    gradients.
+    Matrices are split over WIDTH too and gathered for use; in the backward pass the same exchanges run the other way
+    round and add up the gradients.
     """
 
-    def body(p, x_BLD, weights_BLK, experts_BLK):
+    def body(p, x_BLD, *chosen_BLK):
         p = {name: jax.lax.all_gather(p[name], WIDTH, axis=axis, tiled=True) for name, axis in SPLIT}
-        x_TD, weights_TK, experts_TK = (
-            jax.lax.all_gather(a.reshape(-1, a.shape[-1]), "expert", axis=0, tiled=True)
-            for a in (x_BLD, weights_BLK, experts_BLK)
-        )
-        own = p["gate"].shape[0]
-        number_TK = experts_TK - jax.lax.axis_index("expert") * own
-        number_TK = jnp.where((number_TK >= 0) & (number_TK < own), number_TK, own)  # another device's: like padding
-        load_E = jnp.bincount(number_TK.reshape(-1), length=own)
-        if own == config.experts:
-            y_TD = _local(p, x_TD, weights_TK, number_TK, load_E, config.grouped_matmul)
-        else:
-            rows = min(number_TK.size, 128 * math.ceil(ROOM * number_TK.size * own / config.experts / 128))
-            y_TD = _in_chunks(rows, config.grouped_matmul, p, x_TD, weights_TK, number_TK, load_E)
-        return jax.lax.psum_scatter(y_TD, "expert", scatter_dimension=0, tiled=True).reshape(x_BLD.shape)
+        arguments = (a.reshape(-1, a.shape[-1]) for a in (x_BLD, *chosen_BLK))
+        form = _by_gather if config.dispatch == "gather" else _by_all_to_all
+        return form(p, *arguments, config).reshape(x_BLD.shape)
 
     tokens = PartitionSpec(ROWS, "context", None)
     matrices = {name: PartitionSpec("expert", *(WIDTH if i == axis else None for i in (1, 2))) for name, axis in SPLIT}
@@ -83,6 +70,35 @@ def _parallel(p, x_BLD, weights_BLK, experts_BLK, config: MoEConfig):
     return jax.shard_map(
         body, in_specs=(matrices, tokens, tokens, tokens), out_specs=tokens, axis_names=manual, check_vma=False
     )(weights, x_BLD, weights_BLK, experts_BLK)
+
+
+def _by_gather(p, x_TD, weights_TK, experts_TK, config: MoEConfig):
+    """By all-gather and reduce-scatter.
+
+    Every device sees the tokens of its row of the `expert` axis, computes what its own experts make of them, and the
+    contributions to a token are added up where it lives. A device takes its token copies in chunks, usually one. Were
+    all tokens to choose the same experts there would be many, but memory is held for a single one.
+    """
+    x_TD, weights_TK, experts_TK = (
+        jax.lax.all_gather(a, "expert", axis=0, tiled=True) for a in (x_TD, weights_TK, experts_TK)
+    )
+    own = p["gate"].shape[0]
+    number_TK = experts_TK - jax.lax.axis_index("expert") * own
+    number_TK = jnp.where((number_TK >= 0) & (number_TK < own), number_TK, own)  # another device's: like padding
+    load_E = jnp.bincount(number_TK.reshape(-1), length=own)
+    if own == config.experts:
+        y_TD = _local(p, x_TD, weights_TK, number_TK, load_E, config.grouped_matmul)
+    else:
+        rows = min(number_TK.size, 128 * math.ceil(ROOM * number_TK.size * own / config.experts / 128))
+        y_TD = _in_chunks(rows, config.grouped_matmul, p, x_TD, weights_TK, number_TK, load_E)
+    return jax.lax.psum_scatter(y_TD, "expert", scatter_dimension=0, tiled=True)
+
+
+def _by_all_to_all(p, x_TD, weights_TK, experts_TK, config: MoEConfig):
+    """Each token copy goes to the device that holds its expert, and its result comes back."""
+    places = places_for(experts_TK.size, config.experts // p["gate"].shape[0], ROOM)
+    layer = functools.partial(_local, implementation=config.grouped_matmul)
+    return exchanged(layer, places, p, x_TD, weights_TK, experts_TK)
 
 
 # ------------------------------------------------------------------------------------------------------------ in chunks

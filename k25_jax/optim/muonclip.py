@@ -1,6 +1,8 @@
 """MuonClip: Muon for matrices, AdamW for the rest, and QK-Clip after the step (K2.5 §3.3, from K2).
 
 Each array is read once and written in place. With `optim.name = "adamw"` there are no matrices, and all is AdamW.
+Running means may lie in the hosts' memory (`optim.offload`). Each array is fetched and sent back for itself, so that the
+compiler has as many of them on the device at a time as it finds room for.
 """
 
 import math
@@ -63,28 +65,24 @@ def muonclip(config: OptimConfig, steps: int, shardings=None) -> optax.GradientT
         def mean(old, new, decay):
             return jnp.where(finite, decay * old + (1 - decay) * new, old)
 
-        def first(m, g, form):
-            return mean(m, g * clip, config.momentum if form else config.b1)
-
-        def second(v, g, form):
-            return v if form else mean(v, jnp.square(g * clip), config.b2)
-
-        mu = jax.tree.map(first, state.mu, grads, forms)
-        nu = jax.tree.map(second, state.nu, grads, forms)
-        mu, nu = jax.lax.optimization_barrier((mu, nu))  # or else XLA computes them twice, from copies of the old ones
         taken = jnp.maximum(count, 1).astype(jnp.float32)
         step_size = -rate(state.count)
 
         def one(param, g, m, v, form, decayed, sharding):
+            m, v = jax.device_put((m, v), jax.memory.Space.Device)
+            m = mean(m, g * clip, config.momentum if form else config.b1)
+            v = v if form else mean(v, jnp.square(g * clip), config.b2)
+            m, v = jax.lax.optimization_barrier((m, v))  # or else XLA computes them twice, from copies of the old ones
             if form:
                 direction = _muon_direction(m, g * clip, taken, form, sharding, config)
             else:
                 direction = _adam_direction(m, v, taken, config)
             decay = config.weight_decay if decayed else 0.0
-            return jnp.where(finite, step_size * (direction + decay * param), -0.0)  # x + -0.0 is x, bit for bit
+            return jnp.where(finite, step_size * (direction + decay * param), -0.0), m, v  # x + -0.0 is x, bit for bit
 
         layouts = jax.tree.map(lambda _: None, params) if shardings is None else shardings
-        updates = jax.tree.map(one, params, grads, mu, nu, forms, decays(params), layouts)
+        out = jax.tree.map(one, params, grads, state.mu, state.nu, forms, decays(params), layouts)
+        updates, mu, nu = jax.tree.transpose(jax.tree.structure(params), jax.tree.structure((0, 0, 0)), out)
         return updates, OptimState(count, mu, nu)
 
     return optax.GradientTransformationExtraArgs(init, update)

@@ -18,10 +18,10 @@ from k25_jax.parallel import dep
 from k25_jax.preflight import hlo
 from k25_jax.preflight.cost import arrays_made, jaxpr_flops, model_flops, roofline
 from k25_jax.preflight.topology import Topology, devices_of
-from k25_jax.sharding.mesh import platform
+from k25_jax.sharding.mesh import platform, slice_shape
 from k25_jax.train.loop import mesh_of
 from k25_jax.train.pretrain import loss_fn
-from k25_jax.train.state import abstract_state
+from k25_jax.train.state import HOST, abstract_state
 from k25_jax.train.step import make_step
 
 GB = 1e9
@@ -37,6 +37,7 @@ class Tensor:
     dtype: str
     layout: str
     bytes: float
+    host: bool = False  # lies in the host's memory
 
 
 @dataclass
@@ -54,6 +55,7 @@ class Report:
     peak_hbm_gb: float = 0.0  # arguments, results that are not written in place, temporaries, the program itself
     compiler_peak_gb: float = 0.0  # the compiler's own figure, to compare; caches of the chip may be in it
     argument_gb: float = 0.0
+    host_gb: float = 0.0  # arguments in the host's memory, a device's share; beside the figures of the device
     output_gb: float = 0.0
     alias_gb: float = 0.0  # results that are written over arguments
     temp_gb: float = 0.0
@@ -114,7 +116,8 @@ def _tensors(state, batch) -> list[Tensor]:
         name = re.sub(r"[\[\]'.]+", ".", jax.tree_util.keystr(path)).strip(".")
         local = a.sharding.shard_shape(a.shape)
         spec = ", ".join("+".join(e) if isinstance(e, tuple) else e or "-" for e in a.sharding.spec) or "everywhere"
-        out.append(Tensor(name, a.shape, a.dtype.name, spec, float(math.prod(local) * a.dtype.itemsize)))
+        size, host = float(math.prod(local) * a.dtype.itemsize), a.sharding.memory_kind == HOST
+        out.append(Tensor(name, a.shape, a.dtype.name, spec, size, host))
     return sorted(out, key=lambda tensor: -tensor.bytes)
 
 
@@ -131,8 +134,10 @@ def preflight(experiment: Experiment, topology: Topology, say=lambda text: None)
     report.hbm_gb = topology.share(topology.chip.hbm_bytes) / GB
     state, batch = abstract_state(experiment, mesh), abstract_batch(experiment, mesh)
     tensors = _tensors(state, batch)
-    report.largest = [dataclasses.asdict(tensor) for tensor in tensors[:LARGEST]]
-    report.argument_gb = sum(tensor.bytes for tensor in tensors) / GB
+    report.largest = [dataclasses.asdict(tensor) for tensor in tensors if not tensor.host][:LARGEST]
+    report.argument_gb, report.host_gb = (
+        sum(t.bytes for t in tensors if t.host == host) / GB for host in (False, True)
+    )
     with jax.set_mesh(mesh):
         say(f"{experiment.name} on {topology.name}: lowering")
         start = time.perf_counter()
@@ -173,6 +178,7 @@ def _asked(experiment: Experiment, mesh, traced, state, batch):
 
 def _memory(report: Report, memory) -> None:
     report.argument_gb = memory.argument_size_in_bytes / GB
+    report.host_gb = memory.host_argument_size_in_bytes / GB
     report.output_gb = memory.output_size_in_bytes / GB
     report.alias_gb = memory.alias_size_in_bytes / GB
     report.temp_gb = memory.temp_size_in_bytes / GB
@@ -218,7 +224,8 @@ def _program(report: Report, program: hlo.Program, topology: Topology, kernels: 
     report.hbm_bytes = hlo.traffic(program, times, fused)
     report.unknown_loops += len(unknown)
     sums: dict[tuple, list[float]] = {}
-    for item in hlo.collectives(program, times, report.mesh):
+    found = hlo.collectives(program, times, slice_shape(report.mesh, topology.slices))
+    for item in found + hlo.between_slices(program, times, topology.slices):
         total = sums.setdefault((item.kind, item.axes), [0.0, 0.0])
         total[0] += item.bytes * item.times
         total[1] += item.times
@@ -229,11 +236,14 @@ def _program(report: Report, program: hlo.Program, topology: Topology, kernels: 
     report.largest += [dataclasses.asdict(tensor) for tensor in _made(program, times, fused)]
     report.largest.sort(key=lambda tensor: -tensor["bytes"])
     report.intensity = report.flops / report.hbm_bytes if report.hbm_bytes else 0.0
-    sent = sum(entry["bytes"] for entry in report.collectives)
-    bounds = roofline(topology, devices, report.flops, report.hbm_bytes, sent, model)
+    sent, across = (
+        sum(entry["bytes"] for entry in report.collectives if ("dcn" in entry["axes"]) == crosses)
+        for crosses in (False, True)
+    )
+    bounds = roofline(topology, devices, report.flops, report.hbm_bytes, sent, model, across)
     report.step_seconds_bound, report.mfu_bound = bounds.step, bounds.mfu
     if bounds.step:
-        named = {"compute": bounds.compute, "memory": bounds.memory, "network": bounds.network}
+        named = {"compute": bounds.compute, "memory": bounds.memory, "network": bounds.network, "dcn": bounds.dcn}
         report.bound_by = max(named, key=named.get)
 
 

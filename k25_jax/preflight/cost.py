@@ -178,21 +178,33 @@ class Roofline:
     compute: float
     memory: float
     network: float
+    dcn: float
     mfu: float  # model FLOPs over what the chips could do in `step`; no run can be above it
 
     @property
     def step(self) -> float:
-        return max(self.compute, self.memory, self.network)
+        return max(self.compute, self.memory, self.network, self.dcn)
 
 
-def roofline(topology: Topology, devices: int, flops: float, traffic: float, sent: float, model: float) -> Roofline:
+def roofline(
+    topology: Topology,
+    devices: int,
+    flops: float,
+    traffic: float,
+    sent: float,
+    model: float,
+    between_slices: float = 0.0,
+) -> Roofline:
     """Of one device's FLOPs, bytes to and from memory, and bytes sent, each at the chip's peak and all at once.
+
+    `sent` goes over the links of a slice, `between_slices` over the data-centre network (dcn).
 
     Left out: that products seldom reach the peak, latencies, and what cannot overlap. Bytes sent are taken to spread
     over all links of a chip, though an exchange along one axis of the mesh uses few of them.
     """
     chip = topology.chip
     figures = ((flops, chip.peak_flops), (traffic, chip.hbm_bandwidth), (sent, chip.ici_bandwidth))
+    figures += ((between_slices, chip.dcn_bandwidth),)
     seconds = [amount / topology.share(peak) if peak else 0.0 for amount, peak in figures]
     longest, peak = max(seconds), topology.share(chip.peak_flops) * devices
     return Roofline(*seconds, mfu=model / (longest * peak) if longest and peak else 0.0)

@@ -22,7 +22,7 @@ CALLED = re.compile(r"(?:calls|to_apply|condition|body|true_computation|false_co
 # These move nothing by themselves, or their work is that of what they call.
 FREE = set(
     "parameter constant tuple get-tuple-element bitcast while conditional call after-all partition-id iota broadcast "
-    "opt-barrier".split()
+    "opt-barrier send recv".split()
 )
 
 
@@ -55,7 +55,7 @@ class Collective:
     """One collective of the program: bytes that a device sends each time, and how often it runs."""
 
     kind: str
-    axes: tuple[str, ...]  # mesh axes along which devices exchange; ("?",) when they follow none
+    axes: tuple[str, ...]  # mesh axes along which devices exchange; "dcn": between slices
     bytes: float
     times: float
 
@@ -285,7 +285,10 @@ def _touched(program: Program, i: Instruction, types: dict[str, str]) -> float:
 
 # ---------------------------------------------------------------------------------------------------------- collectives
 def collectives(program: Program, times: dict[str, float], mesh_shape: dict[str, int]) -> list[Collective]:
-    """What the devices of a mesh {axis: size} exchange. A collective that is spread over several fusions counts once."""
+    """What the devices of a mesh {axis: size} exchange. A collective that is spread over several fusions counts once.
+
+    With several slices the mesh is that of one: the compiler numbers devices within their slice.
+    """
     found, chained = [], {}
     for name, body in program.computations.items():
         for i in body:
@@ -306,6 +309,22 @@ def collectives(program: Program, times: dict[str, float], mesh_shape: dict[str,
             else:
                 found.append(item)
     return [c for c in found + list(chained.values()) if c.bytes]
+
+
+def between_slices(program: Program, times: dict[str, float], slices: int) -> list[Collective]:
+    """What the devices of `slices` slices exchange over the data-centre network, under the axis "dcn".
+
+    The TPU compiler makes of a collective that crosses slices one within each slice, which `collectives` sees, and a
+    transfer from host to host, written as a `send` that names the collective it is part of.
+    """
+    found = []
+    for name, body in program.computations.items():
+        for i in body:
+            if i.kind == "send" and times[name] and (kind := re.search(r'megascale_transfer_type="(\w+)"', i.rest)):
+                kind = {"ONE_TO_ONE": "collective-permute"}.get(kind[1], kind[1].lower().replace("_", "-"))
+                sent = size(program.types[name].get(i.operands[0], "")) * _share(kind, [list(range(slices))])
+                found.append(Collective(kind, ("dcn",), sent, times[name]))
+    return found
 
 
 def _share(kind: str, groups: list[list[int]]) -> float:

@@ -18,6 +18,8 @@ def render(report: Report) -> str:
             f"           arguments {report.argument_gb:.2f} GB, results beside them "
             f"{report.output_gb - report.alias_gb:.2f}, temporaries {report.temp_gb:.2f}, program {report.code_gb:.2f}"
         )
+    if report.host_gb:
+        lines.append(f"           beside it {report.host_gb:.2f} GB in the host's memory for each device")
     compiled = f", {report.flops_compiled:.3e} after the compiler" if report.flops_compiled else ""
     lines.append(f"FLOPs      {report.flops_asked:.3e} as an equal share of what the step asks for{compiled}")
     if report.hbm_bytes:
@@ -52,10 +54,11 @@ def _memory(report: Report) -> str:
 
 def render_layout(tensors: Sequence[Tensor]) -> str:
     """Every array: bytes on one device, name, type, shape and the mesh axes of its dimensions."""
-    total = sum(tensor.bytes for tensor in tensors)
-    return "\n".join([*(_row(tensor) for tensor in tensors), f"{total / GB:11.4f} GB in all on one device"])
+    total, host = (sum(tensor.bytes for tensor in tensors if tensor.host == where) for where in (False, True))
+    beside = f", beside {host / GB:.4f} in its host's memory" if host else ""
+    return "\n".join([*(_row(tensor) for tensor in tensors), f"{total / GB:11.4f} GB in all on one device{beside}"])
 
 
 def _row(tensor: Tensor) -> str:
-    shape = "x".join(map(str, tensor.shape))
-    return f"{tensor.bytes / GB:11.4f} GB  {tensor.name:55s} {tensor.dtype} {shape} [{tensor.layout}]"
+    shape, where = "x".join(map(str, tensor.shape)), " on the host" if tensor.host else ""
+    return f"{tensor.bytes / GB:11.4f} GB  {tensor.name:55s} {tensor.dtype} {shape} [{tensor.layout}]{where}"

@@ -1,9 +1,12 @@
 """Accelerators by name: `v5p-1024` as gcloud spells it, `v5p:8x8x8` by shape, `cpu` or `gpu` of this machine (K2.5 §3.8).
 
+`2xv5p-1024` are two such slices joined by the data-centre network, what gcloud calls --node-count=2.
+
 Figures of a chip are those of Google's published tables, bytes in decimal units (95 GB are 95e9): what lies between these
 and the real capacity is left to the runtime.
 """
 
+import dataclasses
 import difflib
 import importlib.util
 import math
@@ -30,6 +33,7 @@ class Chip:
     peak_flops: float = 0.0  # bfloat16, a second
     hbm_bandwidth: float = 0.0  # bytes a second
     ici_bandwidth: float = 0.0  # bytes a second, over all links of a chip, one way
+    dcn_bandwidth: float = 0.0  # bytes a second: a chip's share of its host's network cards, to other slices
     dims: int = 3  # of the torus
     unit: int = 1  # what the number in a gcloud name counts: 2 for TensorCores of a chip with two
     devices: int = 1  # that JAX sees in a chip; each has its share of the chip
@@ -37,20 +41,21 @@ class Chip:
 
 
 CHIPS = {
-    "v5p": Chip("v5p", 95e9, 459e12, 2765e9, 600e9, unit=2, largest=6144),
-    "v5e": Chip("v5e", 16e9, 197e12, 819e9, 200e9, dims=2, largest=256),
-    "v6e": Chip("v6e", 32e9, 918e12, 1640e9, 400e9, dims=2, largest=256),
-    "tpu7x": Chip("tpu7x", 192e9, 2307e12, 7380e9, 600e9, unit=2, devices=2, largest=9216),
+    "v5p": Chip("v5p", 95e9, 459e12, 2765e9, 600e9, 6.25e9, unit=2, largest=6144),
+    "v5e": Chip("v5e", 16e9, 197e12, 819e9, 200e9, 3.125e9, dims=2, largest=256),
+    "v6e": Chip("v6e", 32e9, 918e12, 1640e9, 400e9, 12.5e9, dims=2, largest=256),
+    "tpu7x": Chip("tpu7x", 192e9, 2307e12, 7380e9, 600e9, 12.5e9, unit=2, devices=2, largest=9216),
 }
 ALIASES = {"v5litepod": "v5e", "v5lite": "v5e", "v7x": "tpu7x"}
 
 
 @dataclass(frozen=True)
 class Topology:
-    """A slice of chips, or the devices of this machine (no shape)."""
+    """A slice of chips, several alike, or the devices of this machine (no shape)."""
 
     chip: Chip
     shape: tuple[int, ...] = ()
+    slices: int = 1
 
     @property
     def is_tpu(self) -> bool:
@@ -58,6 +63,11 @@ class Topology:
 
     @property
     def name(self) -> str:
+        return f"{self.slices}x{self.slice_name}" if self.slices > 1 else self.slice_name
+
+    @property
+    def slice_name(self) -> str:
+        """One slice, as the TPU compiler calls it."""
         return f"{self.chip.name}:{'x'.join(map(str, self.shape))}" if self.shape else self.chip.name
 
     def share(self, of_chip: float) -> float:
@@ -66,7 +76,12 @@ class Topology:
 
 
 def parse_topology(text: str) -> Topology:
-    """`v5p-1024`, `v5litepod-8`, `v5p:4x4x8`, `cpu`, `gpu`; ConfigError names the nearest that exist."""
+    """`v5p-1024`, `v5litepod-8`, `v5p:4x4x8`, `2xv5p-1024`, `cpu`, `gpu`; ConfigError names the nearest that exist."""
+    if several := re.fullmatch(r"(\d+)x([a-z].*)", text):
+        one = parse_topology(several[2])
+        if not one.is_tpu or int(several[1]) < 1:
+            raise ConfigError(f"--topology={text}: several slices are of TPUs, at least one, as 2xv5p-1024")
+        return dataclasses.replace(one, slices=int(several[1]))
     if text in ("cpu", "gpu"):
         return Topology(Chip(text))
     match = re.fullmatch(r"([a-z0-9]+?)(?:-(\d+)|:(\d+(?:x\d+)+))", text)
@@ -131,8 +146,10 @@ def devices_of(topology: Topology) -> list:
     jax.config.update("jax_platforms", "cpu")  # even on a TPU machine: its chips are not needed, and may be in use
     from jax.experimental import topologies
 
-    hosts = {"chips_per_host_bounds": (1, 1, 1)} if math.prod(topology.shape) == 1 else {}
+    settings = {"chips_per_host_bounds": (1, 1, 1)} if math.prod(topology.shape) == 1 else {}
+    if topology.slices > 1:
+        settings["num_slices"] = topology.slices
     try:
-        return list(topologies.get_topology_desc(topology.name, platform="tpu", **hosts).devices)
+        return list(topologies.get_topology_desc(topology.slice_name, platform="tpu", **settings).devices)
     except Exception as error:  # of several classes, as the compiler has it
         raise ConfigError(f"--topology={topology.name}: {str(error).splitlines()[0]}") from error

@@ -1,4 +1,6 @@
-"""The device mesh (pipe, fsdp, context, expert)."""
+"""The device mesh (pipe, fsdp, context, expert), over one slice of a pod or several (K2.5 §3.8)."""
+
+import collections
 
 import jax
 import numpy as np
@@ -8,7 +10,10 @@ AXES = ("pipe", "fsdp", "context", "expert")
 
 
 def make_mesh(pipe: int = 1, fsdp: int = -1, expert: int = 1, context: int = 1, devices=None) -> Mesh:
-    """A mesh over `devices` (default: all); fsdp=-1 takes what the other axes leave."""
+    """A mesh over `devices` (default: all); fsdp=-1 takes what the other axes leave.
+
+    ValueError where the axes do not multiply to the devices, or neither pipe nor fsdp divides over several slices.
+    """
     devices = list(jax.devices() if devices is None else devices)
     if fsdp == -1:
         fsdp = len(devices) // (pipe * expert * context)
@@ -17,7 +22,38 @@ def make_mesh(pipe: int = 1, fsdp: int = -1, expert: int = 1, context: int = 1, 
             f"mesh pipe={pipe} x fsdp={fsdp} x context={context} x expert={expert} needs "
             f"{pipe * fsdp * context * expert} devices, there are {len(devices)}"
         )
-    return Mesh(np.asarray(devices).reshape(pipe, fsdp, context, expert), AXES)
+    return Mesh(_laid(devices, (pipe, fsdp, context, expert)), AXES)
+
+
+def slice_shape(shape: dict[str, int], slices: int) -> dict[str, int]:
+    """What one of `slices` slices has of a mesh of `shape`: of pipe or else of fsdp its share, of other axes all.
+
+    The network between slices is tens of times slower than the links inside one, so the axis that asks least of it
+    crosses it: pipe passes on activations alone, fsdp gathers weights and adds up gradients, the others wait for one
+    another in every layer. ValueError where neither divides.
+    """
+    for axis in ("pipe", "fsdp"):
+        if shape[axis] % slices == 0:
+            return shape | {axis: shape[axis] // slices}
+    raise ValueError(
+        f"mesh pipe={shape['pipe']} x fsdp={shape['fsdp']} over {slices} slices: one of the two must be a multiple of "
+        f"{slices}, since no other axis may cross the network between slices"
+    )
+
+
+def _laid(devices, sizes) -> np.ndarray:
+    """The devices in the shape of the mesh. Slices, by `slice_index` where devices have one, follow along one axis."""
+    slices = collections.defaultdict(list)
+    for device in devices:
+        slices[getattr(device, "slice_index", 0)].append(device)
+    counts = {index: len(members) for index, members in sorted(slices.items())}
+    if len(set(counts.values())) > 1:
+        raise ValueError(f"mesh over slices of unequal size: devices by slice are {counts}; use slices of one size")
+    shape = dict(zip(AXES, sizes, strict=True))
+    inner = slice_shape(shape, len(slices))
+    parts = [np.asarray(slices[index]).reshape(tuple(inner.values())) for index in counts]
+    crossing = next((i for i, axis in enumerate(AXES) if inner[axis] != shape[axis]), 0)
+    return np.concatenate(parts, axis=crossing)
 
 
 def platform() -> str:

@@ -26,7 +26,7 @@ from k25_jax.parallel.pipeline import bubble
 from k25_jax.report.metrics import MetricsWriter, read_metrics
 from k25_jax.sharding.mesh import make_mesh
 from k25_jax.train.pretrain import loss_fn
-from k25_jax.train.state import abstract_state, init_state, state_shardings
+from k25_jax.train.state import HOST, abstract_state, init_state, state_shardings
 from k25_jax.train.step import make_step
 
 log = logging.getLogger(__name__)
@@ -112,6 +112,13 @@ def check_mesh(experiment: Experiment, mesh: Mesh) -> None:
     for field, size, parts, reason in checks:
         if size % parts:
             raise ConfigError(f"{field}={size} must be a multiple of {parts} ({reason}); change one of them")
+    if experiment.optim.offload:
+        kinds = [memory.kind for memory in mesh.devices.flat[0].addressable_memories()]
+        if HOST not in kinds:
+            raise ConfigError(
+                f"optim.offload=True needs devices that reach memory of the kind {HOST}, these reach {', '.join(kinds)}; "
+                "set optim.offload=False"
+            )
 
 
 def restore_or_init(experiment: Experiment, store: Store, pipeline, mesh: Mesh):

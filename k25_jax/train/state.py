@@ -13,6 +13,8 @@ from k25_jax.models.k25 import init_params, logical_axes
 from k25_jax.optim.muonclip import OptimState, muonclip
 from k25_jax.sharding.rules import shardings
 
+HOST = "pinned_host"  # what JAX calls the part of a host's memory that a device reads and writes by itself
+
 
 @flax.struct.dataclass
 class TrainState:
@@ -40,12 +42,17 @@ def abstract_state(experiment: Experiment, mesh: Mesh | None = None) -> TrainSta
 
 
 def state_shardings(experiment: Experiment, mesh: Mesh) -> TrainState:
-    """The layout of a state: the optimizer's means lie where their parameters lie, single numbers everywhere."""
+    """The layout of a state: the optimizer's means lie where their parameters lie, single numbers everywhere.
+
+    With optim.offload the means lie in the memory of each device's host (K2.5 §3.8).
+    """
     everywhere = NamedSharding(mesh, PartitionSpec())
     state = jax.eval_shape(functools.partial(_fresh, experiment))
     params = shardings(logical_axes(experiment.model), state.params, mesh)
-    nu = jax.tree.map(lambda layout, a: layout if a.ndim else everywhere, params, state.opt_state.nu)
-    return TrainState(everywhere, params, OptimState(everywhere, params, nu), everywhere)
+    kind = HOST if experiment.optim.offload else None
+    place = lambda layout, a: layout.with_memory_kind(kind) if a.ndim else everywhere  # noqa: E731
+    mu, nu = (jax.tree.map(place, params, means) for means in (state.opt_state.mu, state.opt_state.nu))
+    return TrainState(everywhere, params, OptimState(everywhere, mu, nu), everywhere)
 
 
 def _fresh(experiment: Experiment) -> TrainState:

@@ -39,6 +39,13 @@ NAMES = {
 }
 
 
+def test_names_of_several_slices():
+    two = parse_topology("2xv5p-512")
+    assert (two.chip.name, two.shape, two.slices, two.name) == ("v5p", (4, 8, 8), 2, "2xv5p:4x8x8")
+    assert two.slice_name == "v5p:4x8x8" == parse_topology("v5p-512").name and parse_topology("v5p-512").slices == 1
+    assert parse_topology("16xv5e:4x4").slices == 16
+
+
 @pytest.mark.parametrize("name", NAMES)
 def test_names_of_slices(name):
     parsed = parse_topology(name)
@@ -54,6 +61,10 @@ WRONG = {
     "v5e:2x2x2": "2 sides",
     "v5p:0x2x2": "3 sides",
     "v5p:64x64x64": "at most 6144 chips",
+    "2xv5p-100": r"v5p-64 \(32 chips\)",
+    "0xv5p-64": "at least one",
+    "2xcpu": "of TPUs",
+    "2x2xv5p-64": "did you mean",
     "": "did you mean",
 }
 
@@ -137,6 +148,16 @@ def test_the_layout_lists_every_array_with_its_share():
     assert params == 990656 and len(state) > 100
 
 
+def test_what_lies_on_the_host_is_told_apart(capsys):
+    """The means of 990656 parameters, two each, are beside what the device holds."""
+    flags = ["--topology=cpu", "--layout", "--config.optim.offload=True"]
+    assert main(["preflight", f"--config={DEMO}", *flags]) == 0
+    *rows, total = capsys.readouterr().out.splitlines()
+    on_host = [row for row in rows if row.endswith(" on the host")]
+    assert on_host and all("state.opt_state." in row for row in on_host)
+    assert total.endswith(f", beside {2 * 990656 * 4 / 1e9:.4f} in its host's memory")
+
+
 def test_what_does_not_fit_is_named_with_status_1(monkeypatch, capsys):
     """A chip with next to no memory; the largest arrays are listed, and an unfitting step is no error."""
     report = aot.Report(
@@ -170,3 +191,17 @@ def test_a_step_for_eight_chips_that_are_not_here():
     assert report["fits"] and report["chips"] == 8 and report["hbm_gb"] == 16.0 and report["unknown_loops"] == 0
     exchanged = {(entry["kind"], *entry["axes"]) for entry in report["collectives"]}
     assert ("all-gather", "expert") in exchanged and report["mfu_bound"] > 0
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="needs the preflight extra")
+def test_a_step_for_two_slices_that_are_not_here():
+    """Only fsdp crosses the network between them; the experts' exchange stays inside a slice."""
+    flags = ("--topology=2xv5e:2x2", "--config.mesh.expert=4", "--config.data.packs=8", "--json", *SMALL)
+    done = runs.k25("preflight", f"--config={DEMO}", *flags)
+    assert done.returncode == 0, done.stderr
+    report = json.loads(done.stdout.splitlines()[-1])
+    assert report["chips"] == 8 and report["mesh"] == {"pipe": 1, "fsdp": 2, "context": 1, "expert": 4}
+    exchanged = {(entry["kind"], *entry["axes"]) for entry in report["collectives"]}
+    assert ("all-gather", "expert") in exchanged and ("all-gather", "dcn") in exchanged
+    assert not any("fsdp" in entry["axes"] for entry in report["collectives"])

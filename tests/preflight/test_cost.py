@@ -192,6 +192,40 @@ def test_a_program_as_the_tpu_compiler_writes_it():
     assert hlo.traffic(program, times, fused) == 5 * (2 * (4 * 8 * 16 * 2) + comparison)
 
 
+SEVERAL_SLICES = """HloModule m
+
+ENTRY %main (a: f32[4,8]) -> f32[4,8] {
+  %a = f32[4,8]{1,0:T(8,128)} parameter(0)
+  %token = token[] after-all()
+  %send = (f32[4,8]{1,0:T(8,128)}, u32[], token[]) send(%a, %token), is_host_transfer=true, SETTINGS
+  %done = token[] send-done(%send), channel_id=2, is_host_transfer=true
+  ROOT %own = f32[4,8]{1,0:T(8,128)} all-gather(%a), replica_groups={{0,2},{1,3}}, dimensions={0}
+}
+"""
+SENT = {"ALL_GATHER": 2, "ALL_REDUCE": 4 / 3, "REDUCE_SCATTER": 2 / 3, "ALL_TO_ALL": 2 / 3, "ONE_TO_ONE": 1}
+
+
+@pytest.mark.parametrize("kind", SENT)
+def test_what_crosses_three_slices(kind):
+    """Of 128 bytes: to each of the two others, or a third to each; what stays inside is numbered by the slice."""
+    settings = (
+        f'frontend_attributes={{_xla_megascale_target="{{1,2,3}}x{{0:3}}",_xla_megascale_transfer_type="{kind}"}}'
+    )
+    program = hlo.parse(SEVERAL_SLICES.replace("SETTINGS", settings))
+    times, fused, _ = hlo.runs(program)
+    (across,) = hlo.between_slices(program, times, 3)
+    assert (across.axes, across.times) == (("dcn",), 1) and across.bytes == pytest.approx(128 * SENT[kind])
+    assert across.kind == kind.lower().replace("_", "-").replace("one-to-one", "collective-permute")
+    (inside,) = hlo.collectives(program, times, {"pipe": 1, "fsdp": 2, "expert": 2})
+    assert (inside.axes, inside.bytes) == (("fsdp",), 128)
+    assert hlo.traffic(program, times, fused) == 0
+
+
+def test_the_network_between_slices_bounds_a_step():
+    bounds = roofline(parse_topology("2xv5e-8"), 16, 0.0, 0.0, sent=200e9, model=1.0, between_slices=2 * 3.125e9)
+    assert (bounds.network, bounds.dcn, bounds.step) == (1.0, 2.0, 2.0)
+
+
 def test_a_roofline_takes_the_slowest_of_three():
     chip = parse_topology("v5e-8")
     bounds = roofline(chip, 8, flops=197e12, traffic=2 * 819e9, sent=0.5 * 200e9, model=8 * 197e12)
