@@ -8,6 +8,7 @@ what it would close waits for the others.
 import contextlib
 import ctypes
 import os
+import pathlib
 import signal
 import sys
 import threading
@@ -23,6 +24,7 @@ BEAT = 1.0  # seconds between two signs of life
 SILENCE = 30.0  # seconds without one after which a process counts as dead
 SUSPECT = 5.0  # the same, when something went wrong here: on CPUs an exchange fails at once when a process dies
 FAREWELL = 4.0  # seconds that process 0, which serves the others, waits for them before it leaves
+COMPILATION = 3_600_000  # milliseconds that one process may need more than another to compile a step
 LOST, USAGE, INTERRUPTED = 1, 2, 130  # exit statuses
 
 
@@ -63,6 +65,7 @@ class Watch:
         self._contact = now  # with process 0
         self._reasons: dict[int, str] = {}
         self._done: set[int] = set()
+        self._asked = 0.0  # when process 0 was asked something that it has not answered yet
         self._unreachable = self._judging = self._finished = False
         self._exit = threading.Lock()
         with contextlib.suppress(jax.errors.JaxRuntimeError):
@@ -72,6 +75,19 @@ class Watch:
         libc.signal(int(signal.SIGABRT), ctypes.cast(libc.sleep, ctypes.c_void_p))
         for work in (self._talk, self._judge):
             threading.Thread(target=work, daemon=True).start()
+
+    def together(self, function):
+        """The jitted `function`, called when all have compiled it: CPUs give up an exchange after thirty seconds."""
+        compiled = {}
+
+        def call(*arguments):
+            shapes = tuple(a.shape for a in jax.tree.leaves(arguments))
+            if shapes not in compiled:
+                compiled[shapes] = function.lower(*arguments).compile()
+                self._client.wait_at_barrier(f"k25/compiled/{len(compiled)}", COMPILATION)
+            return compiled[shapes](*arguments)
+
+        return call
 
     def finish(self) -> None:
         """This process has done its work; its silence is no reason to worry."""
@@ -100,13 +116,14 @@ class Watch:
         number = 0
         while not self._finished:
             number += 1
+            self._asked = time.monotonic()
             try:
                 self._client.key_value_set(f"k25/beat/{self._index}", str(number), allow_overwrite=True)
                 beats, reasons, done = (self._read(name) for name in ("beat", "failed", "done"))
             except Exception:  # whatever it is, process 0 does not answer
                 self._unreachable = True
                 return
-            self._contact = time.monotonic()
+            self._contact, self._asked = time.monotonic(), 0.0
             for process, beat in beats.items():
                 if process in self._beats and beat != self._beats[process][0]:
                     self._beats[process] = beat, self._contact
@@ -127,10 +144,12 @@ class Watch:
         reasons = [reason for process, reason in sorted(self._reasons.items()) if process != self._index]
         if reasons:
             return reasons[0]
-        if self._unreachable:
-            return "process 0, which coordinates, has died"
         now = time.monotonic()
+        if self._unreachable or (self._asked and now - self._asked > BEAT and aborting()):
+            self._unreachable = True
+            return "process 0, which coordinates, has died"
         if now - self._contact > patience:
+            self._unreachable = True
             return f"process 0, which coordinates, has not answered for {now - self._contact:.0f} seconds"
         for process, (_, when) in self._beats.items():
             if now - when > patience and process not in self._done:
@@ -147,9 +166,10 @@ class Watch:
             Console(stderr=True).show_cursor()  # a progress bar hid it
         if message:
             print(f"\nk25 train: error: process {self._index}: {message.strip()}", file=sys.stderr, flush=True)
-        teller = threading.Thread(target=self._tell, args=(reason,), daemon=True)
-        teller.start()
-        teller.join(FAREWELL)
+        if not self._unreachable:
+            teller = threading.Thread(target=self._tell, args=(reason,), daemon=True)
+            teller.start()
+            teller.join(FAREWELL)
         sys.stdout.flush()
         os._exit(status)
 
@@ -158,3 +178,14 @@ class Watch:
             self._client.key_value_set(f"k25/failed/{self._index}", reason, allow_overwrite=True)
             while self._index == 0 and not set(self._others) <= self._reasons.keys() | self._done:
                 time.sleep(BEAT / 10)
+
+
+def aborting() -> bool:
+    """Whether a thread of this process is in the handler of SIGABRT, and so blocks this signal, but not all signals."""
+    abort, term = (1 << (number - 1) for number in (signal.SIGABRT, signal.SIGTERM))
+    for status in pathlib.Path("/proc/self/task").glob("*/status"):
+        with contextlib.suppress(OSError):  # a thread that has ended
+            blocked = int(status.read_text().partition("SigBlk:")[2].split()[0], 16)
+            if blocked & abort and not blocked & term:
+                return True
+    return False

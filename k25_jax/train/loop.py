@@ -53,6 +53,7 @@ def train(experiment: Experiment, directory: str | pathlib.Path, on_step=None) -
         stack.enter_context(jax.set_mesh(mesh))
         state, start, bad = restore_or_init(experiment, store, pipeline, mesh)
         step_fn = make_step(experiment, loss_fn, mesh)
+        step_fn = watcher.together(step_fn) if watcher else step_fn
         writer = stack.enter_context(MetricsWriter(directory)) if first else None
         if writer:
             writer.truncate_after(start)
