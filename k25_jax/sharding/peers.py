@@ -147,7 +147,7 @@ class Watch:
         now = time.monotonic()
         if self._unreachable or (self._asked and now - self._asked > BEAT and aborting()):
             self._unreachable = True
-            return "process 0, which coordinates, has died"
+            return "process 0, which coordinates, has died" if self._index else "JAX has aborted, as said above"
         if now - self._contact > patience:
             self._unreachable = True
             return f"process 0, which coordinates, has not answered for {now - self._contact:.0f} seconds"

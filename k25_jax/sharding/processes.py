@@ -25,9 +25,8 @@ from k25_jax.sharding.rules import RULES
 
 ADDRESS, COUNT, INDEX = "JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID"
 JOIN_SECONDS = 120  # for all processes to be there
-HEARTBEAT_SECONDS = (
-    40  # JAX's own watch ends a process this long after another fell silent; sharding/peers.py is quicker
-)
+HEARTBEAT_SECONDS = 100  # JAX aborts a process so long after another fell silent; sharding/peers.py is quicker
+SHUTDOWN_SECONDS = 60  # that all wait for each other at the end
 
 
 # ------------------------------------------------------------------------------------------------------------ beginning
@@ -58,11 +57,11 @@ def _join(seconds: float) -> None:
             cluster_detection_method="deactivate",
             initialization_timeout=int(seconds) + 1,
             heartbeat_timeout_seconds=HEARTBEAT_SECONDS,
-            shutdown_timeout_seconds=HEARTBEAT_SECONDS,
+            shutdown_timeout_seconds=SHUTDOWN_SECONDS,
         )
     elif on_tpu_vm():
         jax.distributed.initialize(
-            heartbeat_timeout_seconds=HEARTBEAT_SECONDS, shutdown_timeout_seconds=HEARTBEAT_SECONDS
+            heartbeat_timeout_seconds=HEARTBEAT_SECONDS, shutdown_timeout_seconds=SHUTDOWN_SECONDS
         )
 
 
