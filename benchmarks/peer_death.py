@@ -25,7 +25,7 @@ from k25_jax.config import load_experiment
 from k25_jax.train.state import abstract_state
 
 ROOT = pathlib.Path(__file__).parent.parent
-CONFIG, STEPS, EVERY, KILLED_AT = "experiments/pretrain/k25_1t.py:runlocal", 12, 4, 6
+CONFIG, STEPS, EVERY, KILLED_AT = "experiments/pretrain/k25_1t.py:runlocal", 10, 3, 5
 BOUND = 60.0
 
 

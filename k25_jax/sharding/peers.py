@@ -102,7 +102,7 @@ class Watch:
             time.sleep(BEAT / 4)
             reason = self._blame(SUSPECT)
         if reason:
-            self._leave(reason, f"{reason}. {self._remedy()}", LOST)
+            self._follow(reason)
         name = f"process {self._index} "
         if isinstance(error, KeyboardInterrupt):
             self._leave(name + "was interrupted", "", INTERRUPTED)
@@ -137,7 +137,7 @@ class Watch:
         while not self._finished:
             time.sleep(BEAT / 4)
             if not self._judging and (reason := self._blame(SILENCE)):
-                self._leave(reason, f"{reason}. {self._remedy()}", LOST)
+                self._follow(reason)
 
     def _blame(self, patience: float) -> str | None:
         """Which other process is to blame for the end of the run, if one is."""
@@ -156,8 +156,10 @@ class Watch:
                 return f"process {process} has died: no sign of life for {now - when:.0f} seconds"
         return None
 
-    def _remedy(self) -> str:
-        return f"Start all processes again with the same command: the run goes on {self._resume()}"
+    def _follow(self, reason: str):
+        """Leave because of another process. Never returns."""
+        remedy = f"Start all processes again with the same command: the run goes on {self._resume()}"
+        self._leave(reason, f"{reason}. {remedy}", INTERRUPTED if reason.endswith("was interrupted") else LOST)
 
     def _leave(self, reason: str, message: str, status: int):
         """Tell the others `reason` and the user `message`, and end this process. Never returns."""

@@ -11,6 +11,7 @@ import json
 import os
 import re
 import socket
+import sys
 import time
 from dataclasses import dataclass
 
@@ -37,9 +38,25 @@ def joined(seconds: float = JOIN_SECONDS):
     Enter it before JAX is used. At its end, unless by an error, all wait for each other.
     """
     _join(seconds)
-    yield jax.process_index()
-    if jax.process_count() > 1:
-        jax.distributed.shutdown()
+    if not jax.distributed.is_initialized():
+        yield 0
+        return
+    with _clean_stdout():
+        yield jax.process_index()
+    jax.distributed.shutdown()
+
+
+@contextlib.contextmanager
+def _clean_stdout():
+    """Python alone writes to standard output, which is for results; what Gloo says there goes to standard error."""
+    sys.stdout.flush()
+    before, output = sys.stdout, os.dup(1)
+    os.dup2(2, 1)
+    with open(output, "w", buffering=1, closefd=False) as sys.stdout:
+        yield
+    os.dup2(output, 1)
+    os.close(output)
+    sys.stdout = before
 
 
 def _join(seconds: float) -> None:
