@@ -8,6 +8,12 @@ import pathlib
 import shutil
 import sys
 
+TRAIN_HELP = """several processes: on a TPU pod, the same command on every worker. Elsewhere set for each process
+  JAX_COORDINATOR_ADDRESS  HOST:PORT of process 0, at a port that is free
+  JAX_NUM_PROCESSES        how many there are
+  JAX_PROCESS_ID           which one this is, from 0
+or, on one machine, python launch/local.py --processes=N -- k25 train ... All need the same --workdir. When one was
+lost, start all again: they go on after the last checkpoint, if they are as many."""
 COMMANDS = "train a model, ask it questions, count its parameters, convert its weights"
 
 
@@ -79,6 +85,7 @@ def build_parser() -> argparse.ArgumentParser:
         return added
 
     train = command("train", run_train, "run an experiment file, or resume it")
+    train.formatter_class, train.epilog = argparse.RawDescriptionHelpFormatter, TRAIN_HELP
     train.add_argument("--config", required=True, metavar="FILE[:ARG]", help="experiment file with get_config(arg)")
     train.add_argument("--workdir", default="", help="where the run lives; default runs/<name>")
     train.add_argument("--json", action="store_true", help="print the last metrics as JSON")
@@ -148,14 +155,17 @@ def add_sampling(parser: argparse.ArgumentParser) -> None:
 
 # ------------------------------------------------------------------------------------------------------------- commands
 def run_train(args) -> None:
-    """Train, print where the run lives."""
+    """Train, alone or with other processes; the first prints where the run lives."""
     from k25_jax.config import load_experiment
+    from k25_jax.sharding.processes import joined
     from k25_jax.train.loop import train
 
     experiment = load_experiment(args.config, args.overrides)
     workdir = pathlib.Path(args.workdir or f"runs/{experiment.name}")
-    metrics = train(experiment, workdir)
-    print(json.dumps(metrics) if args.json else f"finished: {workdir} (k25 report --workdir={workdir})")
+    with joined() as index:
+        metrics = train(experiment, workdir)
+    if index == 0:
+        print(json.dumps(metrics) if args.json else f"finished: {workdir} (k25 report --workdir={workdir})")
 
 
 def run_params(args) -> None:

@@ -69,6 +69,11 @@ class Store:
             self._manager.close()
 
 
+def complete_steps(directory: str | pathlib.Path) -> list[int]:
+    """The steps with a complete checkpoint under `directory`, by the names of its folders."""
+    return sorted(int(path.name) for path in pathlib.Path(directory).glob("*") if path.name.isdigit())
+
+
 def restore_params(directory: str | pathlib.Path, abstract_params) -> dict:
     """Only the parameters of the newest checkpoint under `directory`; a run may go on there, so nothing is changed."""
     directory = pathlib.Path(directory).resolve()
@@ -123,8 +128,8 @@ def _sums(tree):
 
 
 def placed(abstract_tree):
-    """Shapes with a sharding each: their own, else the first device."""
-    device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    """Shapes with a sharding each: their own, else the first device of this process."""
+    device = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
     return jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=a.sharding or device), abstract_tree)
 
 

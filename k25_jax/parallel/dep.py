@@ -59,7 +59,7 @@ def layout(batch: Batch, mesh: Mesh, vision: str):
 
 def abstract_routes(batch: Batch, mesh: Mesh, config: VisionConfig, vision: str, most: int):
     """Tables as shapes, for features of which at most `most` travel between the same two devices."""
-    table = _table(batch, mesh.size, encoders(mesh, vision), config, most)
+    table = table_shape(batch.vision.segments_PN.size // config.group, mesh.size, encoders(mesh, vision), most)
     return (jax.ShapeDtypeStruct(table, np.int32),) * 2
 
 
@@ -70,7 +70,13 @@ def striped(batch: Batch, shares: int) -> Batch:
 
 
 def routed(batch: Batch, shape: dict[str, int], config: VisionConfig, vision: str = "dep") -> Batch:
-    """The batch with `routes` = (send_XJZU, land_ZJXU), by which features travel in J rounds.
+    """The batch with `routes` = (send_XJZU, land_ZJXU), by which features travel in J rounds: see `tables`."""
+    features = batch.vision.segments_PN.size // config.group
+    return batch.replace(routes=tables(batch.media_BL, features, shape, vision))
+
+
+def tables(media_BL, features: int, shape: dict[str, int], vision: str = "dep"):
+    """(send_XJZU, land_ZJXU) for tokens whose features are media_BL, of so many; `shape` is that of the mesh.
 
     In round j device x sends device z its features send_XJZU[x, j, z], and they land on the tokens land_ZJXU[z, j, x] of
     the rows of z, flattened. U is so small that a round carries about what a device has, and J is as many rounds as the
@@ -81,10 +87,10 @@ def routed(batch: Batch, shape: dict[str, int], config: VisionConfig, vision: st
     axes = [AXES.index(axis) for axis in (*RULES["batch"], RULES["length"])]
     homes = number.transpose(axes).reshape(-1, shape["context"])  # of each block of rows, and of the tokens in them
     senders = number.reshape(-1) if vision == "dep" else number[0].reshape(-1)  # of each block of packs
-    own = batch.vision.segments_PN.size // config.group // len(senders)  # features of a sender
-    where = np.nonzero(batch.media_BL >= 0)
-    feature = batch.media_BL[where]
-    high, wide = (size // blocks for size, blocks in zip(batch.media_BL.shape, homes.shape, strict=True))
+    own = features // len(senders)  # features of a sender
+    where = np.nonzero(media_BL >= 0)
+    feature = media_BL[where]
+    high, wide = (size // blocks for size, blocks in zip(media_BL.shape, homes.shape, strict=True))
     tokens, token = high * wide, where[0] % high * wide + where[1] % wide  # of one device
     sender, receiver = senders[feature // own], homes[where[0] // high, where[1] // wide]
     pair = sender * number.size + receiver
@@ -92,7 +98,7 @@ def routed(batch: Batch, shape: dict[str, int], config: VisionConfig, vision: st
     order = np.argsort(pair, kind="stable")
     place = np.empty_like(order)  # of each feature among those of its pair
     place[order] = np.arange(len(order)) - np.repeat(np.cumsum(counts) - counts, counts)
-    table = _table(batch, number.size, len(senders), config, counts.max())
+    table = table_shape(features, number.size, len(senders), counts.max())
     width = table[-1]
     send_XJZU = np.zeros(table, np.int32)
     send_XJZU[sender, place // width, receiver, place % width] = feature % own
@@ -100,16 +106,17 @@ def routed(batch: Batch, shape: dict[str, int], config: VisionConfig, vision: st
         tokens + np.arange(number.size * width, dtype=np.int32).reshape(-1, width), table
     ).copy()
     land_ZJXU[receiver, place // width, sender, place % width] = token
-    return batch.replace(routes=(send_XJZU, land_ZJXU))
+    return send_XJZU, land_ZJXU
 
 
-def _table(batch: Batch, devices: int, senders: int, config: VisionConfig, most: int) -> tuple[int, int, int, int]:
-    """(devices, rounds, devices, features) of the tables."""
-    width = _power_of_two(batch.vision.segments_PN.size / config.group / senders / devices)
-    return devices, _power_of_two(most / width), devices, width
+def table_shape(items: int, devices: int, senders: int, most: int) -> tuple[int, int, int, int]:
+    """(devices, rounds, devices, items) of the tables by which so many items of all senders travel."""
+    width = power_of_two(items / senders / devices)
+    return devices, power_of_two(most / width), devices, width
 
 
-def _power_of_two(least: float) -> int:
+def power_of_two(least: float) -> int:
+    """The smallest power of two that is not below `least`."""
     return 1 << max(0, int(np.ceil(least)) - 1).bit_length()
 
 

@@ -1,6 +1,7 @@
 """The training loop, one screen: restore, step, log, checkpoint. A killed run started again goes on exactly."""
 
 import contextlib
+import dataclasses
 import importlib.metadata
 import json
 import logging
@@ -16,14 +17,14 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from k25_jax.checkpoint.huggingface import load_params
 from k25_jax.checkpoint.load import read_experiment
 from k25_jax.checkpoint.siglip import load_siglip_vision
-from k25_jax.checkpoint.store import Store, restore_params
+from k25_jax.checkpoint.store import CheckpointError, Store, complete_steps, restore_params
 from k25_jax.config import ConfigError, Experiment, to_dict
-from k25_jax.data.packing import batch_stats
 from k25_jax.data.pipeline import make_pipeline
 from k25_jax.models.k25 import abstract_params
-from k25_jax.parallel import dep
+from k25_jax.parallel import dep, hosts
 from k25_jax.parallel.pipeline import bubble
 from k25_jax.report.metrics import MetricsWriter, read_metrics
+from k25_jax.sharding import peers, processes
 from k25_jax.sharding.mesh import make_mesh
 from k25_jax.train.pretrain import loss_fn
 from k25_jax.train.state import HOST, abstract_state, init_state, state_shardings
@@ -39,39 +40,44 @@ class BadSteps(RuntimeError):
 def train(experiment: Experiment, directory: str | pathlib.Path, on_step=None) -> dict:
     """Run `experiment` in `directory` to its last step and return the last metrics; resumes what it finds there.
 
-    `on_step(step, metrics)` is called after each logged step.
+    `on_step(step, metrics)` is called after each logged step. Several processes (sharding/processes.py) all call this with
+    the same arguments; process 0 writes what is not theirs together. One that fails, or loses another, ends at once.
     """
-    directory, config = pathlib.Path(directory), experiment.train
-    with contextlib.ExitStack() as stack:
-        pipeline = stack.enter_context(contextlib.closing(make_pipeline(experiment.data, experiment.model)))
+    directory, config, first = pathlib.Path(directory), experiment.train, jax.process_index() == 0
+    watch = peers.watched(lambda: f"after step {max(complete_steps(directory / 'checkpoints'), default=0)}")
+    with watch as watcher, contextlib.ExitStack() as stack, peers.leaving(watcher):
+        mesh = mesh_of(experiment)
+        pipeline = stack.enter_context(contextlib.closing(open_data(experiment, mesh)))
         save_run(experiment, directory)
         store = stack.enter_context(contextlib.closing(Store(directory / "checkpoints", config.keep)))
-        mesh = mesh_of(experiment)
         stack.enter_context(jax.set_mesh(mesh))
         state, start, bad = restore_or_init(experiment, store, pipeline, mesh)
         step_fn = make_step(experiment, loss_fn, mesh)
-        writer = stack.enter_context(MetricsWriter(directory))
-        writer.truncate_after(start)
-        bar = stack.enter_context(progress_bar())
+        step_fn = watcher.together(step_fn) if watcher else step_fn
+        writer = stack.enter_context(MetricsWriter(directory)) if first else None
+        if writer:
+            writer.truncate_after(start)
+        bar = stack.enter_context(progress_bar(hidden=not first))
         task = bar.add_task("train", total=config.steps, completed=start, note="compiling")
         for step in range(start + 1, config.steps + 1):
             began = time.perf_counter()
             batch = next(pipeline)
             waited = time.perf_counter() - began
-            state, on_device = step_fn(state, dep.place(batch, mesh, experiment.model.vision, config.vision))
-            metrics = {k: v.item() for k, v in jax.device_get(on_device).items()} | batch_stats(batch)
-            metrics |= dep.balance_metrics(batch, mesh, experiment.model.vision, config.vision)
+            placed = hosts.place(batch, mesh, experiment.model.vision, config.vision)
+            state, on_device = step_fn(state, placed)
+            metrics = {k: v.item() for k, v in jax.device_get(on_device).items()}
+            metrics |= hosts.metrics(batch, placed, mesh, experiment.model.vision, config.vision)
             seconds = time.perf_counter() - began
             bad = bad + 1 if metrics["bad"] else 0
             metrics |= {"bad_in_a_row": bad, "tokens_per_second": metrics["tokens"] / seconds}
             metrics |= {"step_seconds": seconds, "data_seconds": waited}
-            if step % config.log_every == 0 or step == config.steps or bad:
+            if writer and (step % config.log_every == 0 or step == config.steps or bad):
                 writer.write(step, metrics)
                 if on_step:
                     on_step(step, metrics)
             note = f"loss {metrics['loss']:.4f}  {metrics['tokens_per_second']:,.0f} tokens/s"
             bar.update(task, completed=step, note=note)
-            if bad:
+            if bad and first:
                 log.warning("step %d: loss %s or gradient not finite; skipped", step, metrics["loss"])
             if bad >= config.max_bad_steps:
                 raise BadSteps(
@@ -80,7 +86,7 @@ def train(experiment: Experiment, directory: str | pathlib.Path, on_step=None) -
                     "train.max_bad_steps"
                 )
             if step % config.checkpoint_every == 0 or step == config.steps:
-                store.save(step, state, {"pipeline": pipeline.get_state(), "bad_in_a_row": bad})
+                store.save(step, state, {"pipelines": data_states(pipeline, mesh), "bad_in_a_row": bad})
     return (read_metrics(directory) or [{}])[-1]
 
 
@@ -100,11 +106,14 @@ def check_mesh(experiment: Experiment, mesh: Mesh) -> None:
     config, model, data, sizes = experiment.mesh, experiment.model.text, experiment.data, mesh.shape
     microbatches = (config.microbatches or config.pipe) if config.pipe > 1 else 1
     packs, blocks = dep.encoders(mesh, experiment.train.vision), config.pipe * config.repeats
+    reason = f"the devices that encode under train.vision={experiment.train.vision!r}"
+    if jax.process_count() > 1:  # a device takes in as many as any other
+        packs, reason = mesh.size, "the devices of all processes"
     checks = (
         ("data.batch_size", data.batch_size, sizes["fsdp"] * sizes["expert"] * microbatches * experiment.train.accumulate,
          "mesh.fsdp x mesh.expert x mesh.microbatches (0 is mesh.pipe) x train.accumulate"),
         ("data.seq_len", data.seq_len, sizes["context"], "mesh.context"),
-        ("data.packs", data.packs, packs, f"the devices that encode under train.vision={experiment.train.vision!r}"),
+        ("data.packs", data.packs, packs, reason),
         ("moe.experts", model.moe.experts, sizes["expert"], "mesh.expert"),
         ("text.layers less text.dense_layers", model.moe_layers, blocks if config.pipe > 1 else 1,
          "mesh.pipe x mesh.repeats"),
@@ -121,14 +130,35 @@ def check_mesh(experiment: Experiment, mesh: Mesh) -> None:
             )
 
 
+def open_data(experiment: Experiment, mesh: Mesh):
+    """The batches that this process reads: its rows and its packs of each batch (sharding/processes.py)."""
+    everyone, data = processes.readers(processes.owners_of(mesh)), experiment.data
+    number = len(everyone)
+    share = dataclasses.replace(data, batch_size=data.batch_size // number, packs=data.packs // number)
+    return make_pipeline(share, experiment.model, processes.own_reader(everyone), number)
+
+
+def data_states(pipeline, mesh: Mesh) -> list[dict]:
+    """The state of the data of each reader; all processes call this."""
+    states = processes.gathered(pipeline.get_state())
+    return [states[reader.processes[0]] for reader in processes.readers(processes.owners_of(mesh))]
+
+
 def restore_or_init(experiment: Experiment, store: Store, pipeline, mesh: Mesh):
     """(state, step, bad steps just before it) from the newest checkpoint, else from train.init_from, else fresh."""
     if store.steps():
         state, data = store.restore(abstract_state(experiment, mesh))
-        pipeline.set_state(data["pipeline"])
+        everyone = processes.readers(processes.owners_of(mesh))
+        if len(everyone) != len(data["pipelines"]):
+            raise CheckpointError(
+                f"{store.directory}: the data was read by {len(data['pipelines'])} processes, now by {len(everyone)}; "
+                "start as many, with the mesh that they had, or take only the weights into a new run by train.init_from"
+            )
+        pipeline.set_state(data["pipelines"][processes.own_reader(everyone)])
         return state, int(state.step), data["bad_in_a_row"]
     state = init_state(experiment, mesh)
-    params = jax.device_put(load_initial(experiment, state.params), state_shardings(experiment, mesh).params)
+    layout = state_shardings(experiment, mesh).params
+    params = jax.tree.map(processes.spread, load_initial(experiment, state.params), layout)
     return state.replace(params=params), 0, 0
 
 
@@ -145,16 +175,26 @@ def load_initial(experiment: Experiment, params: dict) -> dict:
 
 
 def save_run(experiment: Experiment, directory: pathlib.Path) -> None:
-    """Write `experiment.json` (the configuration) and `run.json` (revision, versions, devices)."""
+    """Write `experiment.json` (the configuration) and `run.json` (revision, versions, devices), in process 0."""
     directory.mkdir(parents=True, exist_ok=True)
     if (directory / "experiment.json").exists() and read_experiment(directory).model != experiment.model:
         raise ConfigError(f"{directory} holds a run of another model; choose another --workdir or delete it")
+    if jax.process_index() == 0:
+        _write_run(experiment, directory)
+    processes.gathered(None)  # all wait for process 0
+    blind = [p for p, sees in enumerate(processes.gathered((directory / "run.json").exists())) if not sees]
+    if blind:
+        raise ConfigError(f"--workdir={directory} is another folder in processes {blind}; choose one that all share")
+
+
+def _write_run(experiment: Experiment, directory: pathlib.Path) -> None:
     mesh = experiment.mesh
     packages = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy")
     info = {
         "revision": revision(),
         "versions": {name: importlib.metadata.version(name) for name in packages},
         "devices": [str(d) for d in jax.devices()],
+        "processes": jax.process_count(),
         "pipeline_bubble": bubble(mesh.pipe, mesh.repeats, mesh.microbatches or mesh.pipe),
     }
     for name, values in (("experiment.json", to_dict(experiment)), ("run.json", info)):
@@ -173,9 +213,9 @@ def revision() -> str:
     return git.stdout.strip() or "unknown"
 
 
-def progress_bar() -> Progress:
+def progress_bar(hidden: bool = False) -> Progress:
     """Step, loss, tokens/s, elapsed and remaining time, on stderr."""
     return Progress(
         TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[note]}"),
-        TimeElapsedColumn(), TimeRemainingColumn(), console=Console(stderr=True),
+        TimeElapsedColumn(), TimeRemainingColumn(), console=Console(stderr=True), disable=hidden,
     )  # fmt: skip

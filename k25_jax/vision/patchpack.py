@@ -168,7 +168,8 @@ def _evened(loads_P: np.ndarray) -> np.ndarray:
     return groups.reshape(-1)
 
 
-def _blank(packs: int, pack_patches: int, patch_dim: int, dtype) -> VisionPack:
+def blank_pack(packs: int, pack_patches: int, patch_dim: int, dtype) -> VisionPack:
+    """Packs that hold padding only, of patches of `patch_dim` values."""
     coords = np.zeros((packs, pack_patches, 5), np.int32)
     coords[..., 3:] = 1
     return VisionPack(
@@ -182,7 +183,7 @@ def _blank(packs: int, pack_patches: int, patch_dim: int, dtype) -> VisionPack:
 
 def empty_pack(packs: int, pack_patches: int, config: VisionConfig) -> VisionPack:
     """Packs that hold padding only; `packs=0` for text-only batches."""
-    return _blank(packs, pack_patches, config.patch_dim, np.uint8)
+    return blank_pack(packs, pack_patches, config.patch_dim, np.uint8)
 
 
 def waste(pack: VisionPack) -> float:
@@ -210,7 +211,7 @@ def pack_clips(
     dtype = clips[0].patches.dtype if clips else np.uint8
     for clip in clips:
         _check(clip, pack_patches, merge, patch_dim, dtype)
-    pack = _blank(packs, pack_patches, patch_dim, dtype)
+    pack = blank_pack(packs, pack_patches, patch_dim, dtype)
     used, tokens, count = [0] * packs, [0] * packs, [0] * packs
     starts = np.zeros(len(clips), np.int32)
     placement = place([len(clip.patches) for clip in clips], packs, pack_patches)
@@ -218,7 +219,8 @@ def pack_clips(
         raise PackError(_too_few(clips, len(placement), packs, pack_patches))
     for i, (clip, index) in enumerate(zip(clips, placement, strict=True)):
         count[index] += 1
-        _write(pack, index, used[index], count[index], tokens[index], clip)
+        pack.patches_PNC[index, used[index] : used[index] + len(clip.patches)] = clip.patches
+        write_grid(pack, index, used[index], count[index], tokens[index], clip.grid, clip.merge)
         used[index] += len(clip.patches)
         starts[i] = index * (pack_patches // group) + tokens[index]
         tokens[index] += clip.tokens
@@ -248,10 +250,10 @@ def _too_few(clips: Sequence[Clip], index: int, packs: int, pack_patches: int) -
     )
 
 
-def _write(pack: VisionPack, index: int, start: int, segment: int, first_token: int, clip: Clip):
-    """Fill one clip's slots in place."""
-    (frames, rows, columns), (merge_rows, merge_columns) = clip.grid, clip.merge
-    where = (index, slice(start, start + len(clip.patches)))
+def write_grid(pack: VisionPack, index: int, start: int, segment: int, first_token: int, grid, merge):
+    """Fill all but the pixels of one clip's slots in place, from slot `start` of pack `index` on."""
+    (frames, rows, columns), (merge_rows, merge_columns) = grid, merge
+    where = (index, slice(start, start + frames * rows * columns))
     frame, row, column = np.ogrid[:frames, :rows, :columns]
     coords = pack.coords_PN5[where].reshape(frames, rows, columns, 5)
     coords[..., 0] = frame + 1 if frames > 1 else 0
@@ -259,7 +261,6 @@ def _write(pack: VisionPack, index: int, start: int, segment: int, first_token: 
     token = first_token + (row // merge_rows) * (columns // merge_columns) + column // merge_columns
     place = (row % merge_rows) * merge_columns + column % merge_columns
     slots = token * (merge_rows * merge_columns) + place
-    pack.patches_PNC[where] = clip.patches
     pack.segments_PN[where] = segment
-    pack.slots_PN[where] = np.broadcast_to(slots, clip.grid).reshape(-1)
+    pack.slots_PN[where] = np.broadcast_to(slots, grid).reshape(-1)
     pack.weights_PN[where] = 1.0 / frames
