@@ -57,12 +57,13 @@ def attention(
     fifth fewer FLOPs there, for memory that grows with the square of the length.
 
     `implementation` is "blocked", which is plain XLA; "flash", the kernels for TPUs (elsewhere interpreted, which is slow),
-    which keep no weights; or "auto", these on a TPU for lengths that they take, outside of what the compiler shares out.
+    which keep no weights; or "auto", these on a TPU for lengths that they take, unless weights are to be kept or the
+    compiler is to share out the work.
     """
     by_head = jax.lax.optimization_barrier(tuple(jnp.swapaxes(x, 1, 2) for x in (q_BLHK, k_BSHK, v_BSHK)))
     if implementation == "auto":
         flash = platform() == "tpu" and on_own_device() and suits(q_BLHK.shape[1], k_BSHK.shape[1])
-        implementation = "flash" if flash else "blocked"
+        implementation = "flash" if flash and not keep_weights else "blocked"
     form = scale, causal, block, keep_weights, implementation == "flash"
     out_BHLK, top_H = _attention(*form, *by_head, segments_BS, jnp.asarray(first, jnp.int32))
     return jnp.swapaxes(out_BHLK, 1, 2), top_H

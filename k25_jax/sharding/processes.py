@@ -72,6 +72,7 @@ def _join(seconds: float) -> None:
             count,
             index,
             cluster_detection_method="deactivate",
+            coordinator_bind_address=address if listening(address) else None,
             initialization_timeout=int(seconds) + 1,
             heartbeat_timeout_seconds=HEARTBEAT_SECONDS,
             shutdown_timeout_seconds=SHUTDOWN_SECONDS,
@@ -104,6 +105,12 @@ def read_place(variables) -> tuple[str, int, int] | None:
     return address, count, index
 
 
+def listening(address: str) -> str:
+    """Where process 0 listens: on the loopback alone when it is addressed there, else on every network of its machine."""
+    host = address.rpartition(":")[0]
+    return host if host == "localhost" or host.startswith("127.") else ""
+
+
 def on_tpu_vm() -> bool:
     """Whether this machine has TPU chips that JAX may use."""
     platforms = os.environ.get("JAX_PLATFORMS", "tpu")
@@ -124,7 +131,7 @@ def roll_call(address: str, count: int, index: int, seconds: float) -> None:
             _report(stack, (host.strip("[]"), int(port)), count, index, deadline)
             return
         try:
-            server = stack.enter_context(socket.create_server(("", int(port)), backlog=count))
+            server = stack.enter_context(socket.create_server((listening(address), int(port)), backlog=count))
         except (OSError, OverflowError) as error:
             raise ConfigError(f"{ADDRESS}={address}: process 0 cannot listen there ({error}); another port?") from error
         replies, problem = _collect(stack, server, count, deadline)
