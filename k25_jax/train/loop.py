@@ -20,7 +20,6 @@ from k25_jax.checkpoint.siglip import load_siglip_vision
 from k25_jax.checkpoint.store import CheckpointError, Store, complete_steps, restore_params
 from k25_jax.config import ConfigError, Experiment, to_dict
 from k25_jax.data.pipeline import make_pipeline
-from k25_jax.models.k25 import abstract_params
 from k25_jax.parallel import dep, hosts
 from k25_jax.parallel.pipeline import bubble
 from k25_jax.report.metrics import MetricsWriter, read_metrics
@@ -158,17 +157,18 @@ def restore_or_init(experiment: Experiment, store: Store, pipeline, mesh: Mesh):
         return state, int(state.step), data["bad_in_a_row"]
     state = init_state(experiment, mesh)
     layout = state_shardings(experiment, mesh).params
-    params = jax.tree.map(processes.spread, load_initial(experiment, state.params), layout)
+    params = jax.tree.map(processes.spread, load_initial(experiment, state.params, mesh), layout)
     return state.replace(params=params), 0, 0
 
 
-def load_initial(experiment: Experiment, params: dict) -> dict:
+def load_initial(experiment: Experiment, params: dict, mesh: Mesh | None = None) -> dict:
     """`params`, or instead what train.init_from (a run, public files) and train.init_vision_from (SigLIP) hold."""
     config, model = experiment.train, experiment.model
     if config.init_from:
         checkpoints = pathlib.Path(config.init_from) / "checkpoints"
         ours = checkpoints.is_dir()
-        params = restore_params(checkpoints, abstract_params(model)) if ours else load_params(config.init_from, model)
+        abstract = abstract_state(experiment, mesh).params
+        params = restore_params(checkpoints, abstract) if ours else load_params(config.init_from, model)
     if config.init_vision_from:
         params = params | {"vision": load_siglip_vision(config.init_vision_from, model.vision)}
     return params
