@@ -19,6 +19,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 from k25_jax.config import ConfigError, TextConfig
 from k25_jax.models.context import attend_over_context
 from k25_jax.models.rope import softmax_scale
+from k25_jax.preflight.cost import temporaries
 from k25_jax.preflight.topology import devices_of, parse_topology
 from k25_jax.sharding.mesh import make_mesh
 
@@ -76,7 +77,7 @@ def main():
         memory = jax.jit(both).lower(*inputs).compile().memory_analysis()
         seconds = time.perf_counter() - began
         gathered = gathered_gb(forward, inputs)
-    temp = memory.temp_size_in_bytes / 1e9
+    temp = temporaries(memory) / 1e9
     ring = args.tokens * config.heads * (config.qk_dim + config.v_dim) * 2 / 1e9
     ok = temp <= TEMP_BOUND_GB and gathered <= GATHERED_BOUND_GB
     out = {"name": "context_parallel", "figure": temp, "bound": TEMP_BOUND_GB, "ok": ok, "gathered_gb": gathered}

@@ -23,6 +23,7 @@ from k25_jax.models.layers import layer_norm
 from k25_jax.models.moonvit3d import encoder_block, normalise, pool, positions
 from k25_jax.models.projector import project
 from k25_jax.models.rope import axial_tables
+from k25_jax.preflight.cost import temporaries
 from k25_jax.preflight.topology import devices_of, parse_topology
 from k25_jax.vision.patchpack import empty_pack
 
@@ -120,7 +121,7 @@ def figures(function, device, pack_patches: int) -> dict:
     return {
         "held_gb": held_gb(function, weights, packs),
         "flops_over_forward": both / forward,
-        "temp_gb": memory.temp_size_in_bytes / 1e9,
+        "temp_gb": temporaries(memory) / 1e9,
     }
 
 

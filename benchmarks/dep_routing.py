@@ -19,6 +19,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from k25_jax.config import ConfigError, VisionConfig
 from k25_jax.data.packing import Batch
 from k25_jax.parallel.dep import exchange, routed
+from k25_jax.preflight.cost import temporaries
 from k25_jax.preflight.topology import devices_of, parse_topology
 from k25_jax.sharding.mesh import AXES
 from k25_jax.sharding.rules import RULES
@@ -67,7 +68,7 @@ def figures(function, mesh: Mesh, *arguments) -> dict:
     program = jax.jit(function, out_shardings=rows).lower(features, *placed).compile()
     text = program.as_text()
     count = sum(text.count(f" {name}(") for name in ("all-to-all", "all-to-all-start", "ragged-all-to-all"))
-    return {"temp_gb": program.memory_analysis().temp_size_in_bytes / 1e9, "all_to_alls": count}
+    return {"temp_gb": temporaries(program.memory_analysis()) / 1e9, "all_to_alls": count}
 
 
 def by_exchange(mesh: Mesh, media_BL: np.ndarray) -> dict:

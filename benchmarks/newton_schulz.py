@@ -20,6 +20,7 @@ from optax.contrib import _muon
 from k25_jax.config import ConfigError
 from k25_jax.optim.newton_schulz import STEPS, sharded_newton_schulz
 from k25_jax.preflight import hlo
+from k25_jax.preflight.cost import temporaries
 from k25_jax.preflight.topology import devices_of, parse_topology
 from k25_jax.sharding.mesh import make_mesh
 
@@ -43,7 +44,7 @@ def figures(program) -> dict:
     """FLOPs of products, right through loops, over ideal; and temporary memory."""
     text = hlo.parse(program.as_text())
     flops = hlo.products(text, hlo.runs(text)[0])
-    return {"flops_over_ideal": flops / ideal_flops(), "temp_gb": program.memory_analysis().temp_size_in_bytes / 1e9}
+    return {"flops_over_ideal": flops / ideal_flops(), "temp_gb": temporaries(program.memory_analysis()) / 1e9}
 
 
 def main():

@@ -14,9 +14,10 @@ import jax
 
 from k25_jax.config import ConfigError, Experiment
 from k25_jax.data.packing import Batch, BatchBuilder
+from k25_jax.models.experts import ROOM
 from k25_jax.parallel import dep
 from k25_jax.preflight import hlo
-from k25_jax.preflight.cost import arrays_made, jaxpr_flops, model_flops, roofline
+from k25_jax.preflight.cost import arrays_made, jaxpr_flops, model_flops, roofline, temporaries
 from k25_jax.preflight.topology import Topology, devices_of
 from k25_jax.sharding.mesh import platform, slice_shape
 from k25_jax.train.loop import mesh_of
@@ -53,7 +54,6 @@ class Report:
     reason: str = ""  # why it does not fit
     hbm_gb: float = 0.0  # of a device; 0: not known
     peak_hbm_gb: float = 0.0  # arguments, results that are not written in place, temporaries, the program itself
-    compiler_peak_gb: float = 0.0  # the compiler's own figure, to compare; caches of the chip may be in it
     argument_gb: float = 0.0
     host_gb: float = 0.0  # arguments in the host's memory, a device's share; beside the figures of the device
     output_gb: float = 0.0
@@ -173,7 +173,7 @@ def _asked(experiment: Experiment, mesh, traced, state, batch):
         moe = dataclasses.replace(text.moe, grouped_matmul="ragged")
         model = dataclasses.replace(experiment.model, text=dataclasses.replace(text, moe=moe))
         traced = make_step(dataclasses.replace(experiment, model=model), loss_fn, mesh).trace(state, batch)
-    return jaxpr_flops(traced.jaxpr, mesh.size, 1 / mesh.shape["expert"])
+    return jaxpr_flops(traced.jaxpr, mesh.size, 1 / ROOM if mesh.shape["expert"] > 1 else 1.0)
 
 
 def _memory(report: Report, memory) -> None:
@@ -181,9 +181,8 @@ def _memory(report: Report, memory) -> None:
     report.host_gb = memory.host_argument_size_in_bytes / GB
     report.output_gb = memory.output_size_in_bytes / GB
     report.alias_gb = memory.alias_size_in_bytes / GB
-    report.temp_gb = memory.temp_size_in_bytes / GB
+    report.temp_gb = temporaries(memory) / GB
     report.code_gb = memory.generated_code_size_in_bytes / GB
-    report.compiler_peak_gb = memory.peak_memory_in_bytes / GB
     new = report.output_gb - report.alias_gb
     report.peak_hbm_gb = report.argument_gb + new + report.temp_gb + report.code_gb
     if report.hbm_gb and report.peak_hbm_gb > report.hbm_gb:
@@ -195,12 +194,12 @@ def _refused(report: Report, message: str) -> None:
     """What the compiler says when memory does not suffice: how much it needs, and its largest allocations if listed."""
     report.fits = False
     report.reason = message.split("RESOURCE_EXHAUSTED:")[-1].strip().splitlines()[0]
-    if needed := re.search(r"\(?([\d.]+)([MGT])\)? (?:exceeds|of)|Used ([\d.]+)([MGT])", report.reason):
+    needed = re.search(r"\(?([\d.]+)([MGT])\)? (?:exceeds|of)|Used ([\d.]+)([MGT])", report.reason)
+    if needed and "hbm" in report.reason.lower():
         number, unit = (needed[1], needed[2]) if needed[1] else (needed[3], needed[4])
         amount = float(number) * {"M": 2**20, "G": 2**30, "T": 2**40}[unit] / GB
-        if "temporaries" in report.reason:
-            report.temp_gb = amount
-        report.peak_hbm_gb = amount + (report.argument_gb if "temporaries" in report.reason else 0.0)
+        report.peak_hbm_gb = amount  # with the arguments, though the compiler calls all of it temporaries
+        report.temp_gb = max(amount - report.argument_gb, 0.0)
     allocations = re.findall(r"Size: ([\d.]+)([KMGT])\s.*?Shape: (\S+)", message, flags=re.S)
     for number, unit, shape in allocations[:LARGEST]:
         amount = float(number) * {"K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}[unit]

@@ -39,8 +39,8 @@ def jaxpr_flops(jaxpr: Jaxpr | ClosedJaxpr, devices: int = 1, filled: float = 1.
 
     Outside of a shard_map shapes are those of all devices, and each takes an equal share; inside they are its own.
     `filled` is the share of rows that hold something in products over groups of rows (`ragged_dot`, kernels whose grid
-    depends on the data): with expert parallelism every device reserves rows for all tokens that it sees, and about one
-    in `mesh.expert` of them chooses its experts. A conditional counts its most expensive branch.
+    depends on the data): with expert parallelism a device reserves rows for more token copies than the mean load. A
+    conditional counts its most expensive branch.
     """
     jaxpr = jaxpr.jaxpr if isinstance(jaxpr, ClosedJaxpr) else jaxpr
     total = Flops()
@@ -151,6 +151,18 @@ def _trips(eqn) -> int | None:
     if not isinstance(start, Literal) or not by_one or rises[0].invars[1].val != 1:
         return None
     return max(int(test.invars[1].val) - int(start.val), 0)
+
+
+# --------------------------------------------------------------------------------------------------------------- memory
+def temporaries(memory) -> int:
+    """Bytes that a compiled program (its memory_analysis()) needs beside arguments, and results not written over them.
+
+    The TPU compiler's `temp_size_in_bytes` has the arguments in it for some programs and not for others. Its peak is
+    right for all: it is the total of the compiler's own list of buffers.
+    """
+    new = memory.output_size_in_bytes - memory.alias_size_in_bytes
+    beside = memory.peak_memory_in_bytes - memory.argument_size_in_bytes - new
+    return min(memory.temp_size_in_bytes, max(beside, 0)) if memory.peak_memory_in_bytes else memory.temp_size_in_bytes
 
 
 # ------------------------------------------------------------------------------------------------------------- roofline
