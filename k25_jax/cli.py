@@ -96,16 +96,7 @@ def build_parser() -> argparse.ArgumentParser:
     what.add_argument("--preset", help="k25_1t, moonlight_16b, 1b, 100m or tiny")
     params.add_argument("--json", action="store_true", help="print JSON")
 
-    preflight = command("preflight", run_preflight, "compile a training step for chips that are not here; does it fit?")
-    preflight.add_argument("--config", required=True, metavar="FILE[:ARG]", help="experiment file")
-    preflight.add_argument(
-        "--topology",
-        required=True,
-        help="v5p-1024 as gcloud has it, v5p:8x8x8, 2xv5p-1024 (two slices), or cpu, gpu of here",
-    )
-    preflight.add_argument("--rows", type=int, default=0, help="rows in a step; default data.batch_size")
-    preflight.add_argument("--layout", action="store_true", help="only list every array's sharding and bytes a device")
-    preflight.add_argument("--json", action="store_true", help="print JSON")
+    add_preflight(command("preflight", run_preflight, "compile a step for chips that are not here; does it fit?"))
 
     generate = command("generate", run_generate, "continue a prompt of text, images and video")
     add_sampling(generate)
@@ -135,6 +126,16 @@ def build_parser() -> argparse.ArgumentParser:
         "--steps", type=int, default=0, help="training steps; default: those of experiments/pretrain/demo.py"
     )
     return parser
+
+
+def add_preflight(parser: argparse.ArgumentParser) -> None:
+    """The flags of `k25 preflight`."""
+    parser.add_argument("--config", required=True, metavar="FILE[:ARG]", help="experiment file")
+    topologies = "v5p-1024 as gcloud has it, v5p:8x8x8, 2xv5p-1024 (two slices), or cpu, gpu of here"
+    parser.add_argument("--topology", required=True, help=topologies)
+    parser.add_argument("--rows", type=int, default=0, help="rows in a step; default data.batch_size")
+    parser.add_argument("--layout", action="store_true", help="only list every array's sharding and bytes a device")
+    parser.add_argument("--json", action="store_true", help="print JSON")
 
 
 def add_sampling(parser: argparse.ArgumentParser) -> None:

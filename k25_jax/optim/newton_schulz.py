@@ -51,7 +51,6 @@ def _exchange(local, *, rows, columns, copies, mesh, dtype):
     shares, copied = (math.prod(mesh.shape[name] for name in names) for names in ((*rows, *columns), copies))
 
     def one_group(pieces):
-        pieces = pieces.astype(dtype)
         for names, axis in ((rows, 1), (columns, 2)):
             if names:
                 pieces = jax.lax.all_to_all(pieces, names, split_axis=0, concat_axis=axis, tiled=True)
@@ -61,14 +60,11 @@ def _exchange(local, *, rows, columns, copies, mesh, dtype):
                 pieces = jax.lax.all_to_all(pieces, names, split_axis=axis, concat_axis=0, tiled=True)
         return pieces
 
-    pieces = local.reshape(-1, *local.shape[-2:])
+    pieces = local.reshape(-1, *local.shape[-2:]).astype(dtype)
     padded = jnp.pad(pieces, ((0, -len(pieces) % shares), (0, 0), (0, 0)))
     groups = padded.reshape(-1, shares, *local.shape[-2:])
-    if copies:
-        groups = _shared_out(one_group, groups.astype(dtype), copies, copied).astype(local.dtype)
-    else:
-        groups = jax.lax.map(lambda group: one_group(group).astype(local.dtype), groups)
-    return groups.reshape(padded.shape)[: len(pieces)].reshape(local.shape)
+    groups = _shared_out(one_group, groups, copies, copied) if copies else jax.lax.map(one_group, groups)
+    return groups.reshape(padded.shape)[: len(pieces)].reshape(local.shape).astype(local.dtype)
 
 
 def _shared_out(function, groups, copies, copied: int):

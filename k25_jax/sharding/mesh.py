@@ -15,12 +15,17 @@ def make_mesh(pipe: int = 1, fsdp: int = -1, expert: int = 1, context: int = 1, 
     ValueError where the axes do not multiply to the devices, or neither pipe nor fsdp divides over several slices.
     """
     devices = list(jax.devices() if devices is None else devices)
-    if fsdp == -1:
-        fsdp = len(devices) // (pipe * expert * context)
-    if pipe * fsdp * context * expert != len(devices):
+    others = pipe * expert * context
+    if fsdp == -1 and len(devices) % others:
         raise ValueError(
-            f"mesh pipe={pipe} x fsdp={fsdp} x context={context} x expert={expert} needs "
-            f"{pipe * fsdp * context * expert} devices, there are {len(devices)}"
+            f"mesh pipe={pipe} x context={context} x expert={expert} needs a multiple of {others} devices, there are "
+            f"{len(devices)}"
+        )
+    fsdp = len(devices) // others if fsdp == -1 else fsdp
+    if fsdp * others != len(devices):
+        raise ValueError(
+            f"mesh pipe={pipe} x fsdp={fsdp} x context={context} x expert={expert} needs {fsdp * others} devices, there are "
+            f"{len(devices)}"
         )
     return Mesh(_laid(devices, (pipe, fsdp, context, expert)), AXES)
 

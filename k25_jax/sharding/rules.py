@@ -29,15 +29,18 @@ RULES: dict[str | None, str | tuple[str, ...] | None] = {
     "packs": ("pipe", "fsdp", "context", "expert"),
 }
 
+# The optimizer's means lie as their parameters do, but those of what is replicated are shared out.
+MEANS = RULES | {"vision": ("expert", "pipe", "fsdp", "context"), "vision_mlp": ("fsdp", "expert", "pipe", "context")}
 
-def spec(axes: PartitionSpec, shape: tuple[int, ...], mesh: Mesh) -> PartitionSpec:
+
+def spec(axes: PartitionSpec, shape: tuple[int, ...], mesh: Mesh, rules: dict = RULES) -> PartitionSpec:
     """Mesh axes of one array. One that does not divide its dimension, is taken already or has one device is left out."""
     taken: set[str] = set()
     out = []
     for axis, size in zip(tuple(axes) + (None,) * (len(shape) - len(axes)), shape, strict=True):
-        if axis is not None and axis not in RULES:
+        if axis is not None and axis not in rules:
             raise ValueError(f"logical axis {axis!r} has no rule in sharding/rules.py")
-        rule = RULES[axis] if axis is not None else None
+        rule = rules[axis] if axis is not None else None
         names = (rule,) if isinstance(rule, str) else tuple(rule or ())
         names = tuple(n for n in names if mesh.shape.get(n, 1) > 1 and n not in taken)
         while names and size % _product(mesh.shape[n] for n in names):
@@ -47,11 +50,11 @@ def spec(axes: PartitionSpec, shape: tuple[int, ...], mesh: Mesh) -> PartitionSp
     return PartitionSpec(*out)
 
 
-def shardings(axes_tree, shapes_tree, mesh: Mesh):
+def shardings(axes_tree, shapes_tree, mesh: Mesh, rules: dict = RULES):
     """NamedShardings of a parameter tree from its logical axes and shapes."""
     is_spec = lambda x: isinstance(x, PartitionSpec)  # noqa: E731
     return jax.tree.map(
-        lambda axes, a: NamedSharding(mesh, spec(axes, a.shape, mesh)), axes_tree, shapes_tree, is_leaf=is_spec
+        lambda axes, a: NamedSharding(mesh, spec(axes, a.shape, mesh, rules)), axes_tree, shapes_tree, is_leaf=is_spec
     )
 
 

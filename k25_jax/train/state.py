@@ -11,7 +11,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from k25_jax.config import Experiment
 from k25_jax.models.k25 import init_params, logical_axes
 from k25_jax.optim.muonclip import OptimState, muonclip
-from k25_jax.sharding.rules import shardings
+from k25_jax.sharding.rules import MEANS, RULES, shardings
 
 HOST = "pinned_host"  # what JAX calls the part of a host's memory that a device reads and writes by itself
 
@@ -42,16 +42,17 @@ def abstract_state(experiment: Experiment, mesh: Mesh | None = None) -> TrainSta
 
 
 def state_shardings(experiment: Experiment, mesh: Mesh) -> TrainState:
-    """The layout of a state: the optimizer's means lie where their parameters lie, single numbers everywhere.
+    """The layout of a state: the optimizer's means lie where their parameters lie, or shared out where these are copies.
 
     With optim.offload the means lie in the memory of each device's host (K2.5 §3.8).
     """
     everywhere = NamedSharding(mesh, PartitionSpec())
     state = jax.eval_shape(functools.partial(_fresh, experiment))
-    params = shardings(logical_axes(experiment.model), state.params, mesh)
+    axes = logical_axes(experiment.model)
+    params, means = (shardings(axes, state.params, mesh, rules) for rules in (RULES, MEANS))
     kind = HOST if experiment.optim.offload else None
     place = lambda layout, a: layout.with_memory_kind(kind) if a.ndim else everywhere  # noqa: E731
-    mu, nu = (jax.tree.map(place, params, means) for means in (state.opt_state.mu, state.opt_state.nu))
+    mu, nu = (jax.tree.map(place, means, shapes) for shapes in (state.opt_state.mu, state.opt_state.nu))
     return TrainState(everywhere, params, OptimState(everywhere, mu, nu), everywhere)
 
 
