@@ -14,7 +14,7 @@ over all chips; stages wait for their turns besides, which makes it backbone / (
     stage0, rows   as usual without balance: a chip of the first stage encodes the images of its own rows, one microbatch
                    after the other, and in each of these ticks all wait for the busiest: 4 x the sum of these maxima
     plain          4 x all vision: every chip encodes every image
-With --json one JSON line.
+Most of the minutes that this takes go into compiling. With --json one JSON line.
 """
 
 import argparse
@@ -252,7 +252,7 @@ def projected(share: float, seed: int = 0) -> dict:
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--json", action="store_true", help="one JSON line instead of text")
-    parser.add_argument("--rounds", type=int, default=15, help="steps of each arm; default 15")
+    parser.add_argument("--rounds", type=int, default=21, help="steps of each arm; default 21")
     parser.add_argument("--worker", action="store_true", help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.worker:
