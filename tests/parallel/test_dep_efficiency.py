@@ -27,7 +27,8 @@ STAGES, CHIPS, MICROBATCHES, PACKS = 2, 8, 4, 16
 def minute():
     """A run of the benchmark's form that compiles more quickly."""
     tiny = preset("tiny")
-    model = dataclasses.replace(tiny, vision=dataclasses.replace(tiny.vision, layers=1))
+    text = dataclasses.replace(tiny.text, layers=2, dense_layers=0)
+    model = dataclasses.replace(tiny, text=text, vision=dataclasses.replace(tiny.vision, layers=1))
     data = DataConfig(batch_size=4, seq_len=48, packs=6, pack_patches=64)
     train, mesh = TrainConfig(remat="none"), MeshConfig(pipe=2, microbatches=2)
     return dataclasses.replace(experiment(), model=model, data=data, train=train, mesh=mesh)
