@@ -47,7 +47,7 @@ def place(batch: Batch, mesh: Mesh, config: VisionConfig, vision: str = "dep") -
     return whole.replace(
         **rows,
         media_BL=spread(batch.media_BL, layout.media_BL),
-        vision=jax.jit(lambda packs: packs, out_shardings=layout.vision)(packs),
+        vision=jax.device_put(packs, layout.vision),
         routes=jax.tree.map(spread, whole.routes, layout.routes),
     )
 
