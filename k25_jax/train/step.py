@@ -27,6 +27,8 @@ def make_step(experiment: Experiment, loss_fn, mesh: Mesh | None = None):
     def step(state: TrainState, batch):
         grad_fn = jax.value_and_grad(loss_fn, has_aux=True)
         (loss, (metrics, stats)), grads = grad_fn(state.params, batch, experiment)
+        if layout:  # the means may lie otherwise, which is no reason to compute a gradient otherwise
+            grads = jax.lax.with_sharding_constraint(grads, layout.params)
         grad_norm = optax.tree.norm(grads)
         finite = jnp.isfinite(loss) & jnp.isfinite(grad_norm)
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params, grad_norm=grad_norm, finite=finite)
