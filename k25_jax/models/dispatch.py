@@ -1,4 +1,4 @@
-"""Token copies sent to the devices that hold their experts, and the results back: all-to-all in rounds (K2.5 §3.8).
+"""Token copies a round at a time, and their way to the devices that hold their experts: all-to-all (K2.5 §3.8).
 
 Beside it stands the gather of models/experts.py. Of T tokens a device, D wide, K copies each, over n devices that share out
 the experts, forward and backward pass under remat send for each device and layer
@@ -20,46 +20,56 @@ import jax.numpy as jnp
 AXIS = "expert"
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
 def exchanged(layer, places: int, p, x_TD, weights_TK, experts_TK):
     """What the chosen experts, on whichever device of the `expert` axis, make of this device's tokens: [T,D]; dropless.
 
     `layer(p, x_ND, weights_N1, number_N1, load_E)` is what one device makes of rows for its own experts, p; their number
     is the number of own experts where a row is empty. `experts_TK` is at least the number of all experts where nothing is
     chosen. In a round every device has `places` for each other one, and as many rounds run as the fullest pair needs,
-    usually one. Memory is held for one: the backward pass sends each again.
+    usually one.
     """
-    rounds, one_round = _rounds(layer, places, p, experts_TK)
+    rounds = functools.partial(_exchanges, layer, places, p["gate"].shape[0])
+    return in_rounds(rounds, p, x_TD, weights_TK, experts_TK)
 
-    def add(j, y_TD):
-        function, token_N, slot_N = one_round(j)
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def in_rounds(rounds, p, x_TD, weights_TK, choice):
+    """The weighted results of token copies, added up by token, a round of copies at a time: [T,D].
+
+    `rounds(choice)` is (how many; round(i) -> (a function of weights p, rows and router weights to results; the token
+    and the copy of each row)). Memory is held for one round: the backward pass computes each again.
+    """
+    count, one_round = rounds(choice)
+
+    def add(i, y_TD):
+        function, token_N, slot_N = one_round(i)
         return y_TD.at[token_N].add(function(p, x_TD[token_N], weights_TK.reshape(-1)[slot_N]))
 
-    return jax.lax.fori_loop(0, rounds, add, jnp.zeros_like(x_TD))
+    return jax.lax.fori_loop(0, count, add, jnp.zeros_like(x_TD))
 
 
-def _forward(layer, places, *arguments):
-    return exchanged(layer, places, *arguments), arguments
+def _forward(rounds, *arguments):
+    return in_rounds(rounds, *arguments), arguments
 
 
-def _backward(layer, places, arguments, dy_TD):
-    p, x_TD, weights_TK, experts_TK = arguments
-    rounds, one_round = _rounds(layer, places, p, experts_TK)
+def _backward(rounds, arguments, dy_TD):
+    p, x_TD, weights_TK, choice = arguments
+    count, one_round = rounds(choice)
 
-    def add(j, carry):
+    def add(i, carry):
         dp, dx_TD, dweights_N = carry
-        function, token_N, slot_N = one_round(j)
+        function, token_N, slot_N = one_round(i)
         _, pull = jax.vjp(function, p, x_TD[token_N], weights_TK.reshape(-1)[slot_N])
         dp_here, dx_ND, dw_N = pull(dy_TD[token_N])
         dp = jax.tree.map(jnp.add, dp, dp_here)
         return dp, dx_TD.at[token_N].add(dx_ND), dweights_N.at[slot_N].add(dw_N)
 
     init = jax.tree.map(jnp.zeros_like, (p, x_TD, weights_TK.reshape(-1)))
-    dp, dx_TD, dweights_N = jax.lax.fori_loop(0, rounds, add, init)
+    dp, dx_TD, dweights_N = jax.lax.fori_loop(0, count, add, init)
     return dp, dx_TD, dweights_N.reshape(weights_TK.shape), None
 
 
-exchanged.defvjp(_forward, _backward)
+in_rounds.defvjp(_forward, _backward)
 
 
 def places_for(copies: int, devices: int, room: float) -> int:
@@ -67,9 +77,9 @@ def places_for(copies: int, devices: int, room: float) -> int:
     return min(copies, 8 * math.ceil(room * copies / devices / 8))
 
 
-def _rounds(layer, places: int, p, experts_TK):
-    """(how many; round(j) -> (a function of weights, rows, router weights to results; token, copy of each row))."""
-    devices, own = jax.lax.axis_size(AXIS), p["gate"].shape[0]
+def _exchanges(layer, places: int, own: int, experts_TK):
+    """The rounds of `exchanged`, for a device with `own` experts."""
+    devices = jax.lax.axis_size(AXIS)
     experts_N, copies = experts_TK.reshape(-1), experts_TK.shape[1]
     order_N = jnp.argsort(experts_N, stable=True)  # by expert, so by device too
     count_Z = jnp.bincount(experts_N // own, length=devices)

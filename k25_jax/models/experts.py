@@ -9,7 +9,7 @@ from jax.sharding import PartitionSpec
 
 from k25_jax.config import MoEConfig
 from k25_jax.kernels.grouped_matmul import copy_rows, expert_swiglu, permute_rows
-from k25_jax.models.dispatch import exchanged, places_for
+from k25_jax.models.dispatch import exchanged, in_rounds, places_for
 
 ROWS = ("fsdp", "expert")  # the axes of the mesh that share out the rows of a batch; `context` shares out their tokens
 WIDTH = ("fsdp", "context")  # the axes that share out an expert's matrices
@@ -90,7 +90,8 @@ def _by_gather(p, x_TD, weights_TK, experts_TK, config: MoEConfig):
         y_TD = _local(p, x_TD, weights_TK, number_TK, load_E, config.grouped_matmul)
     else:
         rows = min(number_TK.size, 128 * math.ceil(ROOM * number_TK.size * own / config.experts / 128))
-        y_TD = _in_chunks(rows, config.grouped_matmul, p, x_TD, weights_TK, number_TK, load_E)
+        chunks = functools.partial(_chunks, rows, config.grouped_matmul)
+        y_TD = in_rounds(chunks, p, x_TD, weights_TK, (number_TK, load_E))
     return jax.lax.psum_scatter(y_TD, "expert", scatter_dimension=0, tiled=True)
 
 
@@ -101,48 +102,12 @@ def _by_all_to_all(p, x_TD, weights_TK, experts_TK, config: MoEConfig):
     return exchanged(layer, places, p, x_TD, weights_TK, experts_TK)
 
 
-# ------------------------------------------------------------------------------------------------------------ in chunks
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
-def _in_chunks(rows: int, implementation: str, p, x_TD, weights_TK, number_TK, load_E):
-    """`_local` in chunks of `rows` token copies, sorted by expert; as many chunks as there are copies for these experts.
+def _chunks(rows: int, implementation: str, choice):
+    """Rounds (models/dispatch.py) of `rows` token copies, sorted by expert, as many as these experts have copies.
 
-    No array of all copies is made. The backward pass computes each chunk again.
+    `choice` is (number_TK, load_E). No array of all copies is made.
     """
-    chunk = _chunks(rows, implementation, number_TK, load_E)
-
-    def add(i, y_TD):
-        function, token_N, slot_N = chunk(i)
-        return y_TD.at[token_N].add(function(p, x_TD[token_N], weights_TK.reshape(-1)[slot_N]))
-
-    return jax.lax.fori_loop(0, -(-load_E.sum() // rows), add, jnp.zeros_like(x_TD))
-
-
-def _chunks_forward(rows, implementation, *arguments):
-    return _in_chunks(rows, implementation, *arguments), arguments
-
-
-def _chunks_backward(rows, implementation, arguments, dy_TD):
-    p, x_TD, weights_TK, number_TK, load_E = arguments
-    chunk = _chunks(rows, implementation, number_TK, load_E)
-
-    def add(i, carry):
-        dp, dx_TD, dweights_N = carry
-        function, token_N, slot_N = chunk(i)
-        _, pull = jax.vjp(function, p, x_TD[token_N], weights_TK.reshape(-1)[slot_N])
-        dp_here, dx_ND, dw_N = pull(dy_TD[token_N])
-        dp = jax.tree.map(jnp.add, dp, dp_here)
-        return dp, dx_TD.at[token_N].add(dx_ND), dweights_N.at[slot_N].add(dw_N)
-
-    init = jax.tree.map(jnp.zeros_like, (p, x_TD, weights_TK.reshape(-1)))
-    dp, dx_TD, dweights_N = jax.lax.fori_loop(0, -(-load_E.sum() // rows), add, init)
-    return dp, dx_TD, dweights_N.reshape(weights_TK.shape), None, None
-
-
-_in_chunks.defvjp(_chunks_forward, _chunks_backward)
-
-
-def _chunks(rows: int, implementation: str, number_TK, load_E):
-    """chunk(i) -> (a function of weights, tokens and router weights to weighted results; token, copy of each row)."""
+    number_TK, load_E = choice
     order_N = jnp.argsort(number_TK.reshape(-1), stable=True)
     order_N = jnp.pad(order_N, (0, -len(order_N) % rows))
     ends_E = jnp.cumsum(load_E)
@@ -159,4 +124,4 @@ def _chunks(rows: int, implementation: str, number_TK, load_E):
 
         return function, slot_N // number_TK.shape[1], slot_N
 
-    return chunk
+    return -(-load_E.sum() // rows), chunk

@@ -1,12 +1,15 @@
 """Expert parallelism in chunks; a run that moves to another mesh. Its gradients: tests/parallel/test_parallel_pipeline.py."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 import runs
-from k25_jax.models.experts import _in_chunks, _local
+from k25_jax.models.dispatch import in_rounds
+from k25_jax.models.experts import _chunks, _local
 
 
 @pytest.mark.parametrize("favourite", [False, True])
@@ -26,7 +29,8 @@ def test_chunks_equal_one_piece_however_many_there_are(favourite):
         return jax.value_and_grad(loss, argnums=(0, 1, 2))(p, x_TD, weights_TK)
 
     want = run(lambda *a: _local(*a, "blocked"))
-    got = run(lambda *a: _in_chunks(8, "blocked", *a))
+    chunks = functools.partial(_chunks, 8, "blocked")
+    got = run(lambda p, x, weights, *choice: in_rounds(chunks, p, x, weights, choice))
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5), got, want)
 
 

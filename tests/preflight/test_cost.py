@@ -3,6 +3,7 @@
 import functools
 import importlib
 import json
+import types
 
 import jax
 import jax.numpy as jnp
@@ -12,7 +13,7 @@ from k25_jax.config import load_experiment
 from k25_jax.kernels.grouped_matmul import TILE, grouped_matmul
 from k25_jax.models.count import count_params
 from k25_jax.preflight import hlo
-from k25_jax.preflight.cost import arrays_made, jaxpr_flops, model_flops, roofline
+from k25_jax.preflight.cost import arrays_made, jaxpr_flops, model_flops, roofline, temporaries
 from k25_jax.preflight.topology import parse_topology
 from runs import on_eight_devices
 
@@ -242,3 +243,11 @@ def test_model_flops_are_six_for_each_active_parameter_and_token():
     attention = 6 * 3 * 2 * text.layers * text.heads * (text.qk_dim + text.v_dim) * 2 / 2
     counts = count_params(experiment.model)
     assert model_flops(experiment) == 6 * 3 * 2 * (counts["active"] - counts["embedding"]) + attention
+
+
+@pytest.mark.parametrize("temporary, peak, expected", [(30, 250, 30), (130, 250, 30), (30, 0, 30), (30, 90, 0)])
+def test_temporaries_leave_out_the_arguments_even_where_the_compiler_counts_them(temporary, peak, expected):
+    """Of 100 bytes of arguments 80 are written over by results of 200."""
+    sizes = dict(argument_size_in_bytes=100, output_size_in_bytes=200, alias_size_in_bytes=80)
+    memory = types.SimpleNamespace(**sizes, temp_size_in_bytes=temporary, peak_memory_in_bytes=peak)
+    assert temporaries(memory) == expected
