@@ -161,10 +161,11 @@ _attention.defvjp(_forward, _backward)
 def _groups(queries: int, keys: int, causal: bool, block: int) -> list[tuple[int, int, int, int]]:
     """(first query, queries of a block, blocks, keys before which all of them end) of each group of blocks.
 
-    The program has a piece for each group, so there are about GROUPS, of one block if they suffice.
+    The program has a piece for each group. Where all queries may see all keys one group has all whole blocks; causal groups
+    are about GROUPS, of one block if they suffice.
     """
     stride, full = keys // queries, queries // block
-    blocks = max(1, -(-full // GROUPS))
+    blocks = max(1, -(-full // GROUPS) if causal else full)
     groups = [(i * block, block, min(blocks, full - i)) for i in range(0, full, blocks)]
     if queries % block:
         groups.append((full * block, queries % block, 1))

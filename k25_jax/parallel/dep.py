@@ -15,6 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from einops import rearrange
+from jax.flatten_util import ravel_pytree
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from k25_jax.config import K25Config, VisionConfig
@@ -24,6 +25,7 @@ from k25_jax.sharding.mesh import AXES
 from k25_jax.sharding.rules import RULES, batch_shardings
 from k25_jax.vision.patchpack import pack_flops
 
+SMALL = 2**17  # numbers of a leaf
 ENCODERS = {"dep": AXES, "stage0": AXES[1:]}  # the axes that the packs are split over
 
 
@@ -126,7 +128,8 @@ def vision_at_tokens(params, batch: Batch, config: K25Config, dtype=jnp.float32,
     `batch` comes from `place`; call it under jax.set_mesh of the same mesh.
     """
 
-    def body(weights, packs, routes, media_BL):
+    def body(large, small, packs, routes, media_BL):
+        weights = joined(large, small)
         if vision == "stage0":
             features_MD = _on_first_stage(lambda: vision_features(weights, packs, config, "full", dtype))
         else:
@@ -134,13 +137,29 @@ def vision_at_tokens(params, batch: Batch, config: K25Config, dtype=jnp.float32,
         x_TD = exchange(features_MD, routes[0][0], routes[1][0], media_BL.size)
         return x_TD.reshape(*media_BL.shape, -1)
 
-    weights = {"vision": params["vision"], "projector": params["projector"]}
+    large, small, joined = small_together({"vision": params["vision"], "projector": params["projector"]})
     rows = PartitionSpec(RULES["batch"], RULES["length"])
     every, packs = (PartitionSpec(axes) for axes in (AXES, ENCODERS[vision]))
-    specs = (PartitionSpec(), packs, every, rows)
+    specs = (PartitionSpec(), PartitionSpec(), packs, every, rows)
     return jax.shard_map(body, in_specs=specs, out_specs=rows, check_vma=False)(
-        weights, batch.vision, batch.routes, batch.media_BL
+        large, small, batch.vision, batch.routes, batch.media_BL
     )
+
+
+def small_together(weights):
+    """(large leaves, all small leaves in one vector, the way back), so that the gradients of the small ones are one sum.
+
+    A sum over devices takes a while however little it adds up, and most leaves are biases and norms.
+    """
+    leaves, tree = jax.tree.flatten(weights)
+    large = {i: leaf for i, leaf in enumerate(leaves) if leaf.size > SMALL}
+    small, unravel = ravel_pytree({i: leaf for i, leaf in enumerate(leaves) if i not in large})
+
+    def joined(large, small):
+        leaves = large | unravel(small)
+        return jax.tree.unflatten(tree, [leaves[i] for i in range(len(leaves))])
+
+    return large, small, joined
 
 
 def exchange(features_MD, send_JZU, land_JXU, tokens: int):

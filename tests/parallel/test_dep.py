@@ -2,6 +2,7 @@
 
 import itertools
 
+import chex
 import numpy as np
 import pytest
 from jax.sharding import AbstractMesh
@@ -9,7 +10,7 @@ from jax.sharding import AbstractMesh
 import runs
 from k25_jax.config import DataConfig, preset
 from k25_jax.data.packing import make_example, pack_examples
-from k25_jax.parallel.dep import balance_metrics, routed, striped
+from k25_jax.parallel.dep import balance_metrics, routed, small_together, striped
 from k25_jax.sharding.mesh import AXES
 from k25_jax.vision.patchpack import Clip, clip_flops
 
@@ -53,6 +54,15 @@ def test_every_token_gets_its_feature(shape, vision):
             own = batch.media_BL[row * high : (row + 1) * high, c * wide : (c + 1) * wide]
             assert got.tolist() == own.reshape(-1).tolist()
     assert (batch.media_BL >= 0).sum() > 2 * devices
+
+
+def test_small_leaves_travel_as_one():
+    weights = {"bias": np.arange(3.0), "norm": np.ones((2, 2)), "matrix": np.ones((512, 512))}
+    large, small, joined = small_together(weights)
+    assert [leaf.size for leaf in large.values()] == [2**18] and small.shape == (7,)
+    chex.assert_trees_all_equal(
+        joined(large, 2 * small), weights | {"bias": 2 * weights["bias"], "norm": 2 * weights["norm"]}
+    )
 
 
 def test_stripes():
