@@ -1,4 +1,4 @@
-"""The command `k25`: train, generate, chat, convert, params, preflight, report, demo."""
+"""The command `k25`: train, sweep, generate, chat, eval, convert, params, preflight, report, demo."""
 
 import argparse
 import dataclasses
@@ -21,7 +21,7 @@ def main(argv: list[str] | None = None) -> int:
     """Entry point; returns the exit status. Errors that a user can mend are one line on stderr and status 2."""
     parser = build_parser()
     args, rest = parser.parse_known_args(argv)
-    if rest and args.command not in ("train", "params", "preflight"):
+    if rest and args.command not in ("train", "sweep", "params", "preflight"):
         args.parser.error(f"unknown argument {rest[0]}")
     args.overrides = [override(item, args.parser) for item in rest]
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
@@ -90,6 +90,12 @@ def build_parser() -> argparse.ArgumentParser:
     train.add_argument("--workdir", default="", help="where the run lives; default runs/<name>")
     train.add_argument("--json", action="store_true", help="print the last metrics as JSON")
 
+    sweep = command("sweep", run_sweep, "run all points of an experiment file's get_hyper(), then its report")
+    sweep.add_argument("--config", required=True, metavar="FILE[:ARG]", help="experiment file with get_hyper()")
+    sweep.add_argument("--workdir", required=True, help="where the runs live, a folder each")
+    sweep.add_argument("--jobs", type=int, default=1, help="runs at once, each on its share of the cores; default 1")
+    sweep.add_argument("--only", default="", metavar="TEXT", help="only runs with this in their names, and no report")
+
     params = command("params", run_params, "count parameters by component; allocates nothing")
     what = params.add_mutually_exclusive_group(required=True)
     what.add_argument("--config", metavar="FILE[:ARG]", help="experiment file")
@@ -117,6 +123,8 @@ def build_parser() -> argparse.ArgumentParser:
     convert.add_argument("--dtype", default="bfloat16", choices=("bfloat16", "float32", "float16"))
     convert.add_argument("--quantise", choices=("int4", "fp8"), help="int4: routed experts; fp8: the layers' matrices")
 
+    add_eval(command("eval", run_eval, "ask a model the held-out questions of tasks, and score its answers"))
+
     report = command("report", run_report, "write report.html of a run: curves and configuration")
     report.add_argument("--workdir", required=True, help="the run's folder")
 
@@ -135,6 +143,15 @@ def add_preflight(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--topology", required=True, help=topologies)
     parser.add_argument("--rows", type=int, default=0, help="rows in a step; default data.batch_size")
     parser.add_argument("--layout", action="store_true", help="only list every array's sharding and bytes a device")
+    parser.add_argument("--json", action="store_true", help="print JSON")
+
+
+def add_eval(parser: argparse.ArgumentParser) -> None:
+    """The flags of `k25 eval`."""
+    parser.add_argument("--checkpoint", required=True, help="a run of ours or a public checkpoint")
+    parser.add_argument("--task", action="append", default=[], metavar="SPEC", help="such as words:test; default: all")
+    parser.add_argument("--questions", type=int, default=128, help="of each task, at most; default 128")
+    parser.add_argument("--output", default="", metavar="FOLDER", help="write evals.json and evals.png there")
     parser.add_argument("--json", action="store_true", help="print JSON")
 
 
@@ -167,6 +184,20 @@ def run_train(args) -> None:
         metrics = train(experiment, workdir)
     if index == 0:
         print(json.dumps(metrics) if args.json else f"finished: {workdir} (k25 report --workdir={workdir})")
+
+
+def run_sweep(args) -> int:
+    """Status 1 when a run failed."""
+    from k25_jax.train.sweep import sweep
+
+    return 1 if sweep(args.config, pathlib.Path(args.workdir), args.overrides, args.jobs, args.only) else 0
+
+
+def run_eval(args) -> None:
+    """Print a table, or JSON."""
+    from k25_jax.evals.console import evaluate_checkpoint
+
+    evaluate_checkpoint(args.checkpoint, args.task, args.questions, args.output, args.json)
 
 
 def run_params(args) -> None:

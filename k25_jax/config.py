@@ -414,7 +414,7 @@ def _one_of(config, name, options):
 def load_experiment(spec: str, overrides: typing.Sequence[str] = ()) -> Experiment:
     """Read `path/to/file.py[:arg]`, apply `section.key=value` overrides, return the dataclasses."""
     path, _, arg = spec.partition(":")
-    module = _import_file(path)
+    module = import_file(path)
     config = module.get_config(arg) if arg else module.get_config()
     if not isinstance(config, ml_collections.ConfigDict):
         raise ConfigError(f"{path}: get_config must return an ml_collections.ConfigDict, not {type(config).__name__}")
@@ -439,7 +439,8 @@ def run_local(config: ml_collections.ConfigDict) -> ml_collections.ConfigDict:
     return ml_collections.ConfigDict(values | dict(model="tiny", data=data, optim=optim, train=train, mesh={}))
 
 
-def _import_file(path: str) -> types.ModuleType:
+def import_file(path: str) -> types.ModuleType:
+    """An experiment file as a module; raises ConfigError."""
     file = pathlib.Path(path)
     if not file.is_file():
         siblings = [str(p) for p in sorted(file.parent.glob("*.py"))] if file.parent.is_dir() else []

@@ -61,6 +61,22 @@ def bar_chart(
         return png_bytes(figure)
 
 
+def grouped_points(
+    groups: Mapping[str, Mapping[str, Sequence[float]]], title: str, y_label: str, top: float | None = None
+) -> bytes:
+    """`groups[series][category]` are the values of repetitions: each a dot, their mean a bar behind them."""
+    with matplotlib.rc_context(STYLE):
+        figure, axes = new_figure(9.0, 4.2)
+        means = {name: {key: float(np.mean(v)) for key, v in heights.items()} for name, heights in groups.items()}
+        draw_bars(axes, means, title, y_label, top, digits=1)
+        width, categories = 0.8 / max(1, len(groups)), list(next(iter(groups.values())))
+        for index, heights in enumerate(groups.values()):
+            for category, values in heights.items():
+                at = categories.index(category) + (index - (len(groups) - 1) / 2) * width
+                axes.plot([at] * len(values), values, "o", color=INK, markersize=3, alpha=0.7)
+        return png_bytes(figure)
+
+
 def image_grid(
     images: Sequence[np.ndarray],
     captions: Sequence[str],
