@@ -130,8 +130,8 @@ class _Machine:
     def _statement(self, node: ast.stmt):
         self._step()
         match node:
-            case ast.Return(value=value):
-                raise _Return(None if value is None else self._value(value))
+            case ast.Return(value=ast.expr() as value):
+                raise _Return(self._value(value))
             case ast.Assign(targets=[ast.Name(id=name)], value=value):
                 self._names[name] = self._value(value)
             case ast.AugAssign(target=ast.Name(id=name), op=op, value=value):
