@@ -19,7 +19,7 @@ import numpy as np
 from k25_jax.config import ConfigError, from_dict
 from k25_jax.data import scores
 
-# Name of the task -> its module and what it is about. The class has the name of the task, with a capital.
+# Name of the task -> its module. The class has the name of the task, with a capital.
 TASKS = {
     "photographs": "photographs",
     "emblems": "emblems",

@@ -11,8 +11,8 @@ from k25_jax.data.tasks.drawing import COLOURS, SHAPES, Canvas, pick, pick_some
 KINDS = ("what", "where", "order")
 WAYS = {"left": (-1, 0), "right": (1, 0), "up": (0, -1), "down": (0, 1)}
 PAPERS = ((255, 255, 255), (28, 30, 36))
-RADIUS, REACH = 0.12, 0.4  # of a shape, and how far it goes, in shares of the side
-EDGE = 0.15  # how near to the edge the middle of a shape may be
+REACH = 0.4  # how far a shape goes, in shares of the side
+EDGE = 0.16  # how near to the edge the middle of a shape may be
 
 
 @dataclass(frozen=True)
@@ -101,12 +101,12 @@ class Motion(Endless):
 
 def draw(scene: Scene, frames: int, size: int) -> np.ndarray:
     """uint8 RGB [frames, size, size, 3]."""
-    film = []
+    film, radius = [], min(0.15, 0.46 / len(scene.actors)) * size  # inside its lane
     for number in range(frames):
         canvas, share = Canvas(size, size, scene.paper), number / (frames - 1)
         for actor in scene.actors:
             if number >= actor.since:
                 x, y = (a + share * (b - a) for a, b in zip(actor.start, actor.end, strict=True))
-                canvas.shape(actor.shape, COLOURS[actor.colour], (x * size, y * size, RADIUS * size, 0.0))
+                canvas.shape(actor.shape, COLOURS[actor.colour], (x * size, y * size, radius, 0.0))
         film.append(canvas.pixels())
     return np.stack(film)
