@@ -69,9 +69,8 @@ class Motion(Endless):
         return (draw(self.scene(index), self.frames, self.size),)
 
     def key(self, scene: Scene) -> str:
-        return " ".join(
-            f"{actor.shape} {actor.colour} {np.sign(np.subtract(actor.end, actor.start))}" for actor in scene.actors
-        )
+        ways = [[(b > a) - (b < a) for a, b in zip(actor.start, actor.end, strict=True)] for actor in scene.actors]
+        return " ".join(f"{actor.shape} {actor.colour} {way}" for actor, way in zip(scene.actors, ways, strict=True))
 
     def compose(self, generator: np.random.Generator) -> Scene:
         kind = pick(generator, KINDS) if self.ask == "any" else self.ask
