@@ -11,7 +11,6 @@ from k25_jax.config import ConfigError
 from k25_jax.data.tasks import (
     SPLITS,
     TASKS,
-    Endless,
     TaskError,
     library,
     make_task,
@@ -21,7 +20,6 @@ from k25_jax.data.tasks import (
 )
 
 OLD = ("digits", "photographs", "words", "shapes")  # one image, which a question follows
-ENDLESS = [name for name in TASKS if isinstance(make_task(f"{name}:test"), Endless)]
 BOTH = [f"{name}:{split}" for name in TASKS for split in SPLITS]
 
 
@@ -249,6 +247,11 @@ def test_library_pieces_are_whole_lines_of_the_size_asked_for():
     lengths = [len(task.record(index)["text"].encode()) for index in range(len(task))]
     assert 900 < np.mean(lengths) < 1200 and max(lengths) < 3000
     assert task.score(task.answer(1), 1) == 1.0 and task.score(task.answer(1)[:-20], 1) == 0.0
+
+
+def test_library_asks_nothing():
+    with pytest.raises(TaskError, match="library is text to read on and asks nothing"):
+        make_task("library:test").prompt(0)
 
 
 def test_cut_loses_nothing_but_space():

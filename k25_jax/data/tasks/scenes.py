@@ -12,6 +12,8 @@ from k25_jax.data.tasks.drawing import COLOURS, SHAPES, Canvas, pick, pick_some
 KINDS = ("count", "more", "next", "biggest", "change")
 SIDE = 3  # cells of the grid on a side
 BESIDE = {"left of": (-1, 0), "right of": (1, 0), "above": (0, -1), "below": (0, 1)}
+Paper = tuple[int, int, int]
+
 PAPERS = ((255, 255, 255), (28, 30, 36))
 
 
@@ -32,7 +34,7 @@ class Scene:
     question: str
     answer: str
     pictures: tuple[tuple[Item, ...], ...]
-    paper: tuple[int, int, int]
+    paper: Paper
 
 
 @dataclass(frozen=True)
@@ -102,14 +104,14 @@ def _items(generator: np.random.Generator, number: int, repeat: bool) -> tuple[I
     return tuple(Item(*parts) for parts in zip(cells, shapes, colours, places, strict=True))
 
 
-def _count(items: tuple[Item, ...], generator: np.random.Generator, paper) -> Scene:
+def _count(items: tuple[Item, ...], generator: np.random.Generator, paper: Paper) -> Scene:
     one, by = pick(generator, items), pick(generator, ("shape", "colour"))
     wanted = getattr(one, by)
     number = sum(getattr(item, by) == wanted for item in items)
     return Scene(f"how many {wanted}?", str(number), (items,), paper)
 
 
-def _more(items: tuple[Item, ...], generator: np.random.Generator, paper) -> Scene:
+def _more(items: tuple[Item, ...], generator: np.random.Generator, paper: Paper) -> Scene:
     """Of two colours, which has more shapes; when they have as many, the first shape takes the other colour."""
     first, other = pick_some(generator, tuple(COLOURS), 2)
     colours = [first if generator.random() < 0.5 else other for _ in items]
@@ -120,7 +122,7 @@ def _more(items: tuple[Item, ...], generator: np.random.Generator, paper) -> Sce
     return Scene(f"more {first} or {other}?", more, (items,), paper)
 
 
-def _next(items: tuple[Item, ...], generator: np.random.Generator, paper) -> Scene:
+def _next(items: tuple[Item, ...], generator: np.random.Generator, paper: Paper) -> Scene:
     """The second shape moves beside the first one, unless a shape is there already."""
     first, second, *rest = items
     ways = [way for way, (x, y) in BESIDE.items() if 0 <= first.cell[0] + x < SIDE and 0 <= first.cell[1] + y < SIDE]
@@ -133,7 +135,7 @@ def _next(items: tuple[Item, ...], generator: np.random.Generator, paper) -> Sce
     return Scene(f"{way} {first.shape}?", there.shape, (items,), paper)
 
 
-def _biggest(items: tuple[Item, ...], generator: np.random.Generator, paper) -> Scene:
+def _biggest(items: tuple[Item, ...], generator: np.random.Generator, paper: Paper) -> Scene:
     number = int(generator.integers(len(items)))
     sized = []
     for index, item in enumerate(items):
@@ -143,7 +145,7 @@ def _biggest(items: tuple[Item, ...], generator: np.random.Generator, paper) -> 
     return Scene("biggest?", items[number].shape, (tuple(sized),), paper)
 
 
-def _change(items: tuple[Item, ...], generator: np.random.Generator, paper) -> Scene:
+def _change(items: tuple[Item, ...], generator: np.random.Generator, paper: Paper) -> Scene:
     """In the second picture one of the shapes has another colour."""
     number = int(generator.integers(len(items)))
     colour = pick(generator, [colour for colour in COLOURS if colour != items[number].colour])
@@ -151,7 +153,7 @@ def _change(items: tuple[Item, ...], generator: np.random.Generator, paper) -> S
     return Scene("what changed?", items[number].shape, (items, after), paper)
 
 
-def draw(items: tuple[Item, ...], paper: tuple[int, int, int], size: int) -> np.ndarray:
+def draw(items: tuple[Item, ...], paper: Paper, size: int) -> np.ndarray:
     """uint8 RGB [size, size, 3]."""
     canvas, cell = Canvas(size, size, paper), size / SIDE
     for item in items:
