@@ -29,9 +29,9 @@ LISTS = {
     "total": (("sum of a times {i} plus {j}", "{j} more than {i} times the sum of a"), "return sum(a)*{i}+{j}"),
     "over": (("how many of a are over {i}, plus {j}", "{j} plus the number over {i} in a"),
              "n={j}\nfor v in a:\n if v>{i}:n+=1\nreturn n"),
-    "pick": (("those of a over {i}", "all in a that exceed {i}"), "return [v for v in a if v>{i}]"),
+    "pick": (("those of a over {i}, plus {j}", "{j} more than each in a over {i}"), "return [v+{j} for v in a if v>{i}]"),
     "scale": (("each of a times {i} plus {j}", "a with {i} times each, plus {j}"), "return [v*{i}+{j} for v in a]"),
-    "spread": (("largest of a minus {j}", "{j} less than the largest of a"), "return max(a)-{j}"),
+    "most": (("largest of a times {i} minus {j}", "{i} times the largest of a, less {j}"), "return max(a)*{i}-{j}"),
 }  # fmt: skip
 KINDS = {"x": NUMBERS, "s": STRINGS, "a": LISTS}
 
@@ -60,12 +60,12 @@ class Programs(Endless):
     longest: ClassVar[int] = 64
 
     inputs: str = "any"
-    limit: int = 9
+    limit: int = 19
 
     def __post_init__(self):
         super().__post_init__()
         self.check_choice("inputs", (*KINDS, "any"))
-        self.check_range("limit", 5, 99)
+        self.check_range("limit", 5, 20)  # strings repeated so often stay in the bounds of programs
 
     def question(self, index: int) -> str:
         return self.scene(index).question

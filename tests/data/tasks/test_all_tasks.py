@@ -22,6 +22,7 @@ OPTIONS = [
     *(f"motion:{{}}:ask={ask},objects={n}" for ask in ("what", "where", "order") for n in (2, 4)),
     *(f"programs:{{}}:inputs={inputs}" for inputs in "xsa"),
     "programs:{}:limit=5,inputs=s",
+    "programs:{}:limit=20,inputs=s",
     "boxes:{}:objects=1,most=1",
     "boxes:{}:objects=6,most=3",
     "points:{}:objects=6,size=56",

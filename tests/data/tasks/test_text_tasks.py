@@ -129,8 +129,8 @@ def test_hidden_outputs_are_those_of_python():
 
 def test_programs_are_judged_by_what_they_do():
     task = make_task("programs:test:inputs=x")
-    index = next(index for index in range(200) if re.fullmatch(r"return x\*\d\+\d", task.answer(index)))
-    i, j = map(int, re.findall(r"\d", task.answer(index)))
+    index = next(index for index in range(200) if re.fullmatch(r"return x\*\d+\+\d+", task.answer(index)))
+    i, j = map(int, re.findall(r"\d+", task.answer(index)))
     same = [
         f"return {j}+x*{i}",
         f"y=x*{i}\nreturn y+{j}",
