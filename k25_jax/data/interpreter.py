@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 
 MOST_TEXT = 1000  # characters of a program
 MOST_STEPS = 4000  # nodes visited
-MOST_ITEMS = 256  # of a list or string
+MOST_ITEMS = 512  # of a list or string
 MOST_NUMBER = 2**63  # of a whole number, without its sign
 
 Value = int | bool | str | list

@@ -106,7 +106,7 @@ def _inputs(name: str, generator: np.random.Generator, near: tuple[int, int]) ->
             edges = [number + step for number in near for step in (-1, 0, 1)]
             return (*edges, *generator.integers(0, 100, RUNS - len(edges)).tolist())
         case "s":
-            letters = generator.integers(97, 123, (RUNS, 12))
-            return tuple("".join(map(chr, row[: 1 + number].tolist())) for number, row in enumerate(letters))
+            lengths = [*range(1, RUNS - 2), near[0] - 1, near[0], near[0] + 1]
+            return tuple("".join(map(chr, generator.integers(97, 123, length).tolist())) for length in lengths)
     lists = [generator.integers(0, 2 * max(near) + 2, int(generator.integers(1, 8))).tolist() for _ in range(RUNS - 1)]
     return (*lists, generator.permutation([number + step for number in near for step in (-1, 0, 1)]).tolist())
