@@ -412,8 +412,6 @@ class _Media:
         kind = "image" if "image" in part else "video"
         source = part[kind]
         name = f"{self._name}: {source}" if isinstance(source, Path) else self._name
-        if kind == "video" and isinstance(source, np.ndarray):
-            raise RecordError("video", "is an array; give frames as images, or a file")
         return self._image(source, name) if kind == "image" else self._video(source, name)
 
     def _image(self, source: Path | bytes | np.ndarray, name: str) -> list[tuple[None, Clip]]:
@@ -422,7 +420,7 @@ class _Media:
         budget = min(self._data.max_image_patches, limit)
         return _shrink(lambda budget: [(None, preprocess(rgb, self._vision, budget, name))], budget, limit)
 
-    def _video(self, source: Path | bytes, name: str) -> list[tuple[str, Clip]]:
+    def _video(self, source: Path | bytes | np.ndarray, name: str) -> list[tuple[str, Clip]]:
         frames_a_clip, data = self._vision.pos_time, self._data
         budget = max(1, min(data.max_frame_patches, data.pack_patches // frames_a_clip))
         clips_a_pack = max(1, data.pack_patches // (budget * frames_a_clip))

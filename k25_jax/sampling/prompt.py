@@ -39,10 +39,10 @@ class MediaReader:
         return preprocess(pixels, self.config.vision, self.max_image_patches, name)
 
     def video(self, source) -> list[tuple[str, Clip]]:
-        """Chunks of up to four frames, each with its time."""
-        vision = self.config.vision
+        """Chunks of up to four frames, each with its time; an array holds frames, `fps` of them a second."""
+        vision, name = self.config.vision, "video" if isinstance(source, (np.ndarray, bytes)) else str(source)
         frames, seconds = load_video(source, self.fps, max_patches=self.max_frame_patches, config=vision)
-        return [(format_timestamp(time), clip) for time, clip in chunks(frames, seconds, vision, str(source))]
+        return [(format_timestamp(time), clip) for time, clip in chunks(frames, seconds, vision, name)]
 
     def load(self, part: Mapping) -> list[tuple[str | None, Clip]]:
         """A part of a message, for `text.chat.render`."""

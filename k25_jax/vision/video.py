@@ -90,7 +90,7 @@ class _Sampler:
 
 
 def load_video(
-    source: str | Path | bytes,
+    source: str | Path | bytes | np.ndarray,
     fps: float = 2.0,
     max_frames: int = 256,
     max_patches: int = 4096,
@@ -100,17 +100,21 @@ def load_video(
 ) -> tuple[list[np.ndarray], list[float]]:
     """Decode a video, or an animated GIF or WebP, to (frames, timestamps) at `fps` (K2.5 §3.2).
 
+    `source` may also be frames in memory, uint8 RGB [frames, h, w, 3], `fps` of them a second.
     Frames are uint8 RGB [h, w, 3], all of one size, scaled down to `max_patches` patches as `target_size` does, not
     padded; timestamps are seconds since the first frame. A video slower than `fps` gives all its frames, each once; one
     longer than `max_frames / fps` is sampled more thinly, evenly over its length. Rotation metadata is applied. Raises
     VideoError; a damaged video of which some frames can be decoded gives those, and logs a warning.
     """
-    name = name or source_name(source)
+    name = name or ("video" if isinstance(source, np.ndarray) else source_name(source))
     if not (fps > 0 and max_frames >= 1):
         raise VideoError(
             f"{name}: fps={fps} must be positive and max_frames={max_frames} at least 1; check data.video_fps"
         )
     sampler = _Sampler(fps, max_frames, max_patches, config or VisionConfig())
+    if isinstance(source, np.ndarray):
+        _read_array(source, sampler, fps, max_pixels, name)
+        return sampler.frames, sampler.times
     with open_source(source, name, VideoError) as file:
         head = file.read(12)
         file.seek(0)
@@ -129,6 +133,19 @@ def load_video(
     if not sampler.frames:
         raise VideoError(f"{name}: holds no frame; fetch it again or drop the record")
     return sampler.frames, sampler.times
+
+
+def _read_array(frames: np.ndarray, sampler: _Sampler, fps: float, max_pixels: int, name: str):
+    """Feed frames in memory to the sampler."""
+    if frames.dtype != np.uint8 or frames.ndim != 4 or frames.shape[3] != 3 or not frames.size:
+        raise VideoError(
+            f"{name}: an array of frames must be uint8 [frames, h, w, 3], not {frames.dtype} {frames.shape}"
+        )
+    check_pixels(frames.shape[2], frames.shape[1], max_pixels, name, VideoError)
+    sampler.expect(len(frames) / fps)
+    for index, frame in enumerate(frames):
+        if sampler.wants(index / fps, _MILLISECOND / 2):
+            sampler.keep(frame, index / fps, _MILLISECOND / 2)
 
 
 def _read_animation(file: BinaryIO, sampler: _Sampler, max_pixels: int, name: str):

@@ -8,10 +8,19 @@ import pytest
 from scipy import ndimage
 
 from k25_jax.config import ConfigError
-from k25_jax.data.tasks import NAMES, SPLITS, TaskError, library, make_task, photographs, shapes, words
+from k25_jax.data.tasks import (
+    SPLITS,
+    TASKS,
+    TaskError,
+    library,
+    make_task,
+    photographs,
+    shapes,
+    words,
+)
 
-PICTURES = tuple(name for name in NAMES if name != "library")
-BOTH = [f"{name}:{split}" for name in NAMES for split in SPLITS]
+OLD = ("digits", "photographs", "words", "shapes")  # one image, which a question follows
+BOTH = [f"{name}:{split}" for name in TASKS for split in SPLITS]
 
 
 def _fingerprint(specs):
@@ -21,8 +30,8 @@ def _fingerprint(specs):
         task = make_task(spec)
         for index in (0, 1, len(task) // 2, len(task) - 1):
             record = task.record(index)
-            if "messages" in record:
-                digest.update(record["messages"][0]["content"][0].pop("image").tobytes())
+            for part in record["messages"][0]["content"] if "messages" in record else ():
+                digest.update(part.pop(part["type"]).tobytes() if part["type"] != "text" else b"")
             digest.update(repr(record).encode())
     return digest.hexdigest()
 
@@ -48,7 +57,7 @@ def test_validate_finds_a_score_that_is_wrong():
         Generous("test").validate()
 
 
-@pytest.mark.parametrize("name", PICTURES)
+@pytest.mark.parametrize("name", OLD)
 def test_a_record_is_a_chat_with_an_image(name):
     task = make_task(f"{name}:train")
     user, assistant = task.record(3)["messages"]
@@ -66,7 +75,7 @@ def test_records_are_the_same_in_another_process():
     assert other.stdout.strip() == _fingerprint(BOTH)
 
 
-@pytest.mark.parametrize("name", PICTURES)
+@pytest.mark.parametrize("name", OLD)
 def test_the_seed_changes_the_pictures(name):
     last = len(make_task(f"{name}:train")) - 1
     first, second = (make_task(f"{name}:train:seed={seed}").image(last) for seed in (0, 1))
@@ -95,6 +104,9 @@ def test_an_index_outside_is_named(spec):
         ("words:train:height=3", "height=3 must be at least 12"),
         ("shapes:train:ask=weight", "ask='weight' must be one of shape, colour, count, any"),
         ("shapes:train:size=2", "size=2 must be at least 14"),
+        ("shapes:train:records=-1", "records=-1 and seed=0 must not be negative"),
+        ("charts:train:bars=9", "bars=9 must be at least 3 and at most 7"),
+        ("boxes:train:objects=1", "most=2 must be at most objects=1"),
         ("library:train:size=0", "size=0 must be positive"),
     ],
 )
@@ -160,7 +172,7 @@ def test_photographs_come_in_several_sizes_or_in_one():
 
 # ---------------------------------------------------------------------------------------------------------------- words
 def test_words_of_the_two_splits_are_different():
-    train, test = set(words._words("train")), set(words._words("test"))
+    train, test = set(words.vocabulary("train")), set(words.vocabulary("test"))
     assert not train & test and len(train) > 200 and len(test) > 50
     assert all(2 <= len(word) <= 5 and word.isalpha() for word in train | test)
 
@@ -174,13 +186,6 @@ def test_a_word_is_inside_its_image():
         edge = np.concatenate([image[:, 0], image[:, -1]])
         assert np.abs(edge - paper).max() < 60, task.answer(index)  # no letter is cut at a side
         assert np.abs(image - paper).max() > 70
-
-
-@pytest.mark.parametrize(
-    "a, b, distance", [("", "", 0), ("", "abc", 3), ("kitten", "sitting", 3), ("ab", "ba", 2), ("class", "clas", 1)]
-)
-def test_edit_distance(a, b, distance):
-    assert words.edit_distance(a, b) == words.edit_distance(b, a) == distance
 
 
 def test_a_word_with_one_wrong_letter_scores_in_part():
@@ -242,6 +247,11 @@ def test_library_pieces_are_whole_lines_of_the_size_asked_for():
     lengths = [len(task.record(index)["text"].encode()) for index in range(len(task))]
     assert 900 < np.mean(lengths) < 1200 and max(lengths) < 3000
     assert task.score(task.answer(1), 1) == 1.0 and task.score(task.answer(1)[:-20], 1) == 0.0
+
+
+def test_library_asks_nothing():
+    with pytest.raises(TaskError, match="library is text to read on and asks nothing"):
+        make_task("library:test").prompt(0)
 
 
 def test_cut_loses_nothing_but_space():

@@ -103,3 +103,9 @@ def test_token_ids_that_cannot_be_are_refused(picture, tokens, message):
 def test_a_tokenizer_of_another_model_is_refused():
     with pytest.raises(PromptError, match=r"<\|media_pad\|> is 264, the model's 163605: use the model's tokenizer"):
         from_messages([{"role": "user", "content": "hi"}], load_tokenizer(), MediaReader(preset("1b")))
+
+
+def test_a_video_from_memory_has_a_clip_for_four_frames():
+    film = np.random.default_rng(1).integers(0, 256, (6, 28, 56, 3)).astype(np.uint8)
+    clips = MediaReader(TINY).video(film)
+    assert [(time, clip.grid) for time, clip in clips] == [("00:00:00.000", (4, 2, 4)), ("00:00:02.000", (2, 2, 4))]

@@ -392,3 +392,26 @@ def test_chunks_of_nothing_and_of_unequal_frames():
 )
 def test_format_timestamp(seconds, text):
     assert format_timestamp(seconds) == text
+
+
+# -------------------------------------------------------------------------------------------------------------- in memory
+def test_frames_in_memory_are_as_they_are():
+    film = np.random.default_rng(0).integers(0, 256, (6, 28, 42, 3)).astype(np.uint8)
+    frames, times = load_video(film, fps=4.0)
+    np.testing.assert_array_equal(frames, film)
+    assert times == [0.0, 0.25, 0.5, 0.75, 1.0, 1.25]
+
+
+def test_frames_in_memory_are_thinned_and_scaled_as_those_of_files():
+    film = np.stack([np.full((140, 140, 3), 10 * number, np.uint8) for number in range(20)])
+    frames, times = load_video(film, fps=2.0, max_frames=5, max_patches=25)
+    assert [int(frame[0, 0, 0]) for frame in frames] == [0, 40, 80, 120, 160] and times == [0, 2, 4, 6, 8]
+    assert frames[0].shape == (70, 70, 3)
+
+
+@pytest.mark.parametrize(
+    "shape, dtype", [((4, 28, 28), "uint8"), ((4, 28, 28, 3), "float32"), ((0, 28, 28, 3), "uint8")]
+)
+def test_an_array_that_is_no_film_is_named(shape, dtype):
+    with pytest.raises(VideoError, match=r"film: an array of frames must be uint8 \[frames, h, w, 3\], not"):
+        load_video(np.zeros(shape, dtype), name="film")

@@ -2,6 +2,7 @@
 
 import functools
 from dataclasses import dataclass
+from typing import ClassVar
 
 import numpy as np
 from PIL import Image
@@ -17,6 +18,8 @@ class Digits(Task):
 
     `size` is the side of the image in pixels. White ink on black, as the scans are.
     """
+
+    category: ClassVar[str] = "ocr"
 
     size: int = 28
     variants: int = 8

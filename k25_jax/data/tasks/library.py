@@ -6,6 +6,7 @@ import os
 import pathlib
 import sysconfig
 from dataclasses import dataclass
+from typing import ClassVar
 
 from k25_jax.data.tasks import Task, TaskError
 
@@ -19,6 +20,10 @@ class Library(Task):
     A file is in one split only. Plain text: a record is {"text": ...}, and the answer is that text.
     """
 
+    category: ClassVar[str] = "text"
+    modality: ClassVar[str] = "text"
+    longest: ClassVar[int] = 1_000_000
+
     size: int = 1500
 
     def __post_init__(self):
@@ -28,6 +33,9 @@ class Library(Task):
 
     def __len__(self) -> int:
         return len(_pieces(self.split, self.size))
+
+    def prompt(self, index: int) -> list[dict]:
+        raise TaskError("library is text to read on and asks nothing; evaluate another task")
 
     def record(self, index: int) -> dict:
         return {"text": self.answer(index)}

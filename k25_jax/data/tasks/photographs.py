@@ -3,6 +3,7 @@
 import functools
 import importlib.resources
 from dataclasses import dataclass
+from typing import ClassVar
 
 import numpy as np
 from PIL import Image
@@ -39,6 +40,8 @@ class Photographs(Task):
 
     Height and width of an image are drawn from 56, 84 and 112 pixels; `size` fixes both.
     """
+
+    category: ClassVar[str] = "vision_knowledge"
 
     records: int = 0  # 0: 9000 to train on, 360 to test on
     size: int = 0
