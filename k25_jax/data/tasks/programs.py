@@ -60,7 +60,7 @@ class Programs(Endless):
     longest: ClassVar[int] = 64
 
     inputs: str = "any"
-    limit: int = 19
+    limit: int = 9
 
     def __post_init__(self):
         super().__post_init__()

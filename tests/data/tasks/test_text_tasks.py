@@ -154,5 +154,5 @@ def test_a_number_that_is_off_by_one_is_found_out():
             if not (gold[place] == "1" or "::-1" in gold):
                 assert task.score(near, index) == 0.0, (gold, near)
                 caught += 1
-    assert caught > 150
+    assert caught > 120
     assert np.mean([task.score("return x", index) for index in range(50)]) == 0.0
