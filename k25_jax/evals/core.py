@@ -34,7 +34,7 @@ def evaluate(
     results = []
     for start in range(0, len(indices), batch):
         part = list(indices[start : start + batch])
-        prompts = [from_messages(task.record(i)["messages"][:-1], tokenizer, reader) for i in part]
+        prompts = [from_messages(task.prompt(i), tokenizer, reader) for i in part]
         rows = [[] for _ in part]
         for step in sampler.generate([p.tokens for p in prompts], [p.clips for p in prompts], how):
             for row, drawn in zip(rows, step, strict=True):
