@@ -51,7 +51,7 @@ def user_errors() -> tuple[type[Exception], ...]:
     from k25_jax.checkpoint.store import CheckpointError
     from k25_jax.config import ConfigError
     from k25_jax.data.packing import PackingError
-    from k25_jax.data.sources import DataError
+    from k25_jax.data.records import DataError
     from k25_jax.report.metrics import MetricsError
     from k25_jax.sampling.sample import PromptError
     from k25_jax.text.chat import ChatError

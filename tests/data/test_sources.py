@@ -9,7 +9,9 @@ from array_record.python.array_record_module import ArrayRecordWriter
 from PIL import Image
 
 from k25_jax.config import DataConfig, SourceConfig, preset
-from k25_jax.data.sources import DataError, Record, RecordError, open_source, prepare
+from k25_jax.data.forms import prepare
+from k25_jax.data.records import DataError, Record, RecordError
+from k25_jax.data.sources import open_source
 from k25_jax.text.tokenizer import BYTE_SPECIAL, load_tokenizer
 from k25_jax.vision.image import preprocess
 from k25_jax.vision.patchpack import fits
