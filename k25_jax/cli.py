@@ -1,4 +1,4 @@
-"""The command `k25`: train, generate, chat, convert, params, preflight, report, demo."""
+"""The command `k25`: train, data, generate, chat, convert, params, preflight, report, demo."""
 
 import argparse
 import dataclasses
@@ -7,6 +7,8 @@ import logging
 import pathlib
 import shutil
 import sys
+
+from k25_jax.data import console
 
 TRAIN_HELP = """several processes: on a TPU pod, the same command on every worker. Elsewhere set for each process
   JAX_COORDINATOR_ADDRESS  HOST:PORT of process 0, at a port that is free
@@ -21,7 +23,7 @@ def main(argv: list[str] | None = None) -> int:
     """Entry point; returns the exit status. Errors that a user can mend are one line on stderr and status 2."""
     parser = build_parser()
     args, rest = parser.parse_known_args(argv)
-    if rest and args.command not in ("train", "params", "preflight"):
+    if rest and args.command not in ("train", "params", "preflight", "data"):
         args.parser.error(f"unknown argument {rest[0]}")
     args.overrides = [override(item, args.parser) for item in rest]
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
@@ -89,6 +91,9 @@ def build_parser() -> argparse.ArgumentParser:
     train.add_argument("--config", required=True, metavar="FILE[:ARG]", help="experiment file with get_config(arg)")
     train.add_argument("--workdir", default="", help="where the run lives; default runs/<name>")
     train.add_argument("--json", action="store_true", help="print the last metrics as JSON")
+
+    data = commands.add_parser("data", help="build, inspect or check a data set", allow_abbrev=False)
+    console.add_commands(data)
 
     params = command("params", run_params, "count parameters by component; allocates nothing")
     what = params.add_mutually_exclusive_group(required=True)
