@@ -89,7 +89,7 @@ class ParquetTables(_Archives):
 
     def open(self, file: Path) -> int:
         try:
-            table = pa.parquet.ParquetFile(file, memory_map=True)
+            table = pa.parquet.ParquetFile(file, memory_map=True, page_checksum_verification=True)
             rows = [table.metadata.row_group(group).num_rows for group in range(table.num_row_groups)]
         except (pa.ArrowException, OSError, ValueError) as problem:
             raise DataError(
