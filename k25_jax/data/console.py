@@ -156,7 +156,7 @@ def _print_summary(title: str, summary: dict):
 
     columns = ("records", "tokens", "loss_tokens", "media_tokens", "clips", "patches")
     table = Table(title=Text(title), title_justify="left")
-    table.add_column("form")
+    table.add_column("form", no_wrap=True)
     for column in columns:
         table.add_column(column.replace("_", " "), justify="right")
     for form, row in summary["forms"].items():
@@ -165,7 +165,8 @@ def _print_summary(title: str, summary: dict):
     table.add_row("good", f"{summary['good']:,d}", *(f"{summary[column]:,d}" for column in columns[1:]))
     for reason, number in summary["bad"].items():
         table.add_row(f"bad: {reason}", f"{number:,d}")
-    Console(emoji=False, markup=False).print(table)
+    console = Console(emoji=False, markup=False)
+    console.print(table, width=max(console.width, 110))
 
 
 def _print_lengths(lengths: dict[str, int]):

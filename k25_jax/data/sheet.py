@@ -46,16 +46,27 @@ def learnt_BL(batch: Batch) -> np.ndarray:
     return out
 
 
-def spans(batch: Batch, row: int, special: frozenset[int]) -> list[Span]:
+def clips_of_features(batch: Batch, group: int) -> np.ndarray:
+    """The clip that each vision token of the features flattened to [P * M] belongs to; 0: none."""
+    packs, slots = batch.vision.slots_PN.shape
+    out = np.zeros((packs, slots // group + 1), np.int64)
+    for number in range(packs):
+        segments = batch.vision.segments_PN[number]
+        out[number, batch.vision.slots_PN[number] // group] = np.where(segments > 0, segments + number * (slots + 1), 0)
+    return out[:, :-1].reshape(-1)
+
+
+def spans(batch: Batch, row: int, special: frozenset[int], group: int = 4) -> list[Span]:
     """The row from its first token to its last; each special token and each clip by itself."""
     tokens, segments, media = batch.tokens_BL[row], batch.segments_BL[row], batch.media_BL[row]
+    clips = np.append(clips_of_features(batch, group), 0)[media]  # -1: none
     learnt = learnt_BL(batch)[row]
     is_special = np.isin(tokens, list(special)) & (media < 0)
     kinds = np.where(segments == 0, "padding", np.where(media >= 0, "media", np.where(is_special, "special", "text")))
     change = np.ones(len(tokens), bool)
     change[1:] = (kinds[1:] != kinds[:-1]) | (segments[1:] != segments[:-1]) | (kinds[1:] == "special")
     change[1:] |= (learnt[1:] != learnt[:-1]) & (kinds[1:] == "text")
-    change[1:] |= (kinds[1:] == "media") & (media[1:] != media[:-1] + 1)
+    change[1:] |= clips[1:] != clips[:-1]
     firsts = [*np.flatnonzero(change).tolist(), len(tokens)]
     return [
         Span(row, str(kinds[a]), a, b, bool(learnt[a]), int(segments[a]))
@@ -138,7 +149,7 @@ class Sheet:
 
     def _card(self, row: int) -> Image.Image:
         width = WIDTH - 2 * MARGIN
-        parts = spans(self._batch, row, self._special)
+        parts = spans(self._batch, row, self._special, self._model.vision.group)
         lines, cut = self._lines(parts, width - 2 * PAD)
         heights = [max(item.height for item in line) + 6 for line in lines]
         out = Image.new("RGB", (width, 70 + sum(heights) + (24 if cut else 0) + 10), PAPER)
