@@ -131,6 +131,21 @@ def test_file_that_vanishes_is_a_bad_record(tmp_path):
     assert error.value.reason == "file"
 
 
+def test_pipes_and_devices_in_a_folder_are_bad_records_and_not_a_hang(tmp_path):
+    os.mkfifo(tmp_path / "a.txt")
+    (tmp_path / "b.txt").symlink_to("/dev/zero")
+    (tmp_path / "c.txt").symlink_to(tmp_path / "nowhere")
+    os.mkfifo(tmp_path / "d.png")
+    (tmp_path / "d.txt").write_text("a picture")
+    source = open_source(SourceConfig(str(tmp_path)))
+    reasons = []
+    for i in range(4):
+        with pytest.raises(RecordError) as error:
+            example_of(source[i])
+        reasons.append(error.value.reason)
+    assert sorted(reasons) == ["file", "file", "file", "image"]
+
+
 # ---------------------------------------------------------------------------------------------------------------- jsonl
 def test_jsonl_lines_against_split(tmp_path):
     lines = [
