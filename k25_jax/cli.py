@@ -1,4 +1,4 @@
-"""The command `k25`: train, sweep, generate, chat, eval, convert, params, preflight, report, demo."""
+"""The command `k25`: train, sweep, data, generate, chat, eval, convert, params, preflight, report, demo."""
 
 import argparse
 import dataclasses
@@ -7,6 +7,8 @@ import logging
 import pathlib
 import shutil
 import sys
+
+from k25_jax.data import console
 
 TRAIN_HELP = """several processes: on a TPU pod, the same command on every worker. Elsewhere set for each process
   JAX_COORDINATOR_ADDRESS  HOST:PORT of process 0, at a port that is free
@@ -21,7 +23,7 @@ def main(argv: list[str] | None = None) -> int:
     """Entry point; returns the exit status. Errors that a user can mend are one line on stderr and status 2."""
     parser = build_parser()
     args, rest = parser.parse_known_args(argv)
-    if rest and args.command not in ("train", "sweep", "params", "preflight"):
+    if rest and args.command not in ("train", "sweep", "params", "preflight", "data"):
         args.parser.error(f"unknown argument {rest[0]}")
     args.overrides = [override(item, args.parser) for item in rest]
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
@@ -51,7 +53,7 @@ def user_errors() -> tuple[type[Exception], ...]:
     from k25_jax.checkpoint.store import CheckpointError
     from k25_jax.config import ConfigError
     from k25_jax.data.packing import PackingError
-    from k25_jax.data.sources import DataError
+    from k25_jax.data.records import DataError
     from k25_jax.report.metrics import MetricsError
     from k25_jax.sampling.sample import PromptError
     from k25_jax.text.chat import ChatError
@@ -95,6 +97,9 @@ def build_parser() -> argparse.ArgumentParser:
     sweep.add_argument("--workdir", required=True, help="where the runs live, a folder each")
     sweep.add_argument("--jobs", type=int, default=1, help="runs at once, each on its share of the cores; default 1")
     sweep.add_argument("--only", default="", metavar="TEXT", help="only runs with this in their names, and no report")
+
+    data = commands.add_parser("data", help="build, inspect or check a data set", allow_abbrev=False)
+    console.add_commands(data)
 
     params = command("params", run_params, "count parameters by component; allocates nothing")
     what = params.add_mutually_exclusive_group(required=True)
@@ -195,7 +200,7 @@ def run_sweep(args) -> int:
 
 def run_eval(args) -> None:
     """Print a table, or JSON."""
-    from k25_jax.evals.console import evaluate_checkpoint
+    from k25_jax.report.evals import evaluate_checkpoint
 
     evaluate_checkpoint(args.checkpoint, args.task, args.questions, args.output, args.json)
 

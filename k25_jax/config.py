@@ -176,14 +176,14 @@ class K25Config:
 # ------------------------------------------------------------------------------------------------------------- training
 @dataclass(frozen=True)
 class SourceConfig:
-    """One source of records: a folder, a JSONL file, ArrayRecord shards, or a rendered task."""
+    """One source of records: a folder, JSONL, Parquet, WebDataset tar, ArrayRecord shards, or a rendered task."""
 
     path: str = ""
-    kind: str = "auto"  # auto | folder | jsonl | arrayrecord | task
+    kind: str = "auto"  # auto | folder | jsonl | parquet | webdataset | arrayrecord | task
     weight: float = 1.0
 
     def __post_init__(self):
-        _one_of(self, "kind", ("auto", "folder", "jsonl", "arrayrecord", "task"))
+        _one_of(self, "kind", ("auto", "folder", "jsonl", "parquet", "webdataset", "arrayrecord", "task"))
         if not self.path:
             raise ConfigError("data.sources: every source needs a path")
         if self.weight <= 0:

@@ -1,7 +1,7 @@
 """Joint pre-training of Kimi K2.5 at its real size, on text and vision from the first step (K2.5 §3.3).
 
 The schedule is K2's: 15.5T tokens in batches of 67M, of which the last 5.5T see the rate fall. The data are
-placeholders: ArrayRecord shards of records in the forms of `k25_jax/data/sources.py`.
+placeholders: ArrayRecord shards of records in the forms of `k25_jax/data/forms.py`.
 """
 
 import ml_collections

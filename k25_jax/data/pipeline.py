@@ -15,8 +15,10 @@ import grain
 import numpy as np
 
 from k25_jax.config import DataConfig, K25Config
+from k25_jax.data.forms import prepare
 from k25_jax.data.packing import Batch, BatchBuilder, Example, split
-from k25_jax.data.sources import DataError, Record, RecordError, Source, open_source, prepare
+from k25_jax.data.records import DataError, Record, RecordError, Source
+from k25_jax.data.sources import open_source
 from k25_jax.text.tokenizer import Tokenizer, load_tokenizer
 from k25_jax.vision.patchpack import fits
 

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import BinaryIO
 
 import numpy as np
+import tensorstore
 from PIL import Image, UnidentifiedImageError
 
 from k25_jax.config import VisionConfig
@@ -21,6 +22,8 @@ FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF")  # the decoders tried; n
 MAX_PIXELS = 2**27
 _ORIENTATION = 0x0112  # EXIF tag
 _PHOTOMETRIC = 262  # TIFF tag; 0: white is zero
+_PNG = b"\x89PNG\r\n\x1a\n\0\0\0\rIHDR"
+_PLAIN_CHUNKS = (b"IHDR", b"IDAT", b"IEND", b"sRGB", b"gAMA", b"cHRM", b"pHYs", b"sBIT", b"tIME", b"bKGD", b"iCCP")
 
 
 class ImageError(ValueError):
@@ -68,6 +71,8 @@ def load_image(source: str | Path | bytes, max_pixels: int = MAX_PIXELS, name: s
         try:
             with Image.open(file, formats=FORMATS) as image:
                 check_pixels(image.width, image.height, max_pixels, name, ImageError)
+                if (rgb := _plain_png(file)) is not None:
+                    return rgb
                 image.load()
                 return _turn(to_rgb(image, name), _orientation(image))
         except ImageError:
@@ -83,6 +88,40 @@ def load_image(source: str | Path | bytes, max_pixels: int = MAX_PIXELS, name: s
             raise ImageError(
                 f"{name}: cannot be decoded ({type(problem).__name__}: {problem}); fetch it again or drop the record"
             ) from problem
+
+
+def _plain_png(file: BinaryIO) -> np.ndarray | None:
+    """The pixels of an 8-bit RGB PNG without transparency, orientation or interlacing, from a decoder that takes half of
+    Pillow's time; None for all other files, and for those that it refuses. The file is left where it was.
+    """
+    place = file.tell()
+    file.seek(0)
+    head = file.read(29)
+    plain = head.startswith(_PNG) and head[24:26] == b"\x08\x02" and head[28] == 0  # bits, colour type, interlacing
+    data = head + file.read() if plain else head
+    file.seek(place)
+    if not plain or not _has_plain_chunks(data):
+        return None
+    try:
+        context = tensorstore.Context()
+        tensorstore.KvStore.open({"driver": "memory"}, context=context).result()["png"] = data
+        spec = {"driver": "png", "kvstore": {"driver": "memory", "path": "png"}}
+        rgb = tensorstore.open(spec, context=context, read=True).result().read().result()
+    except ValueError:
+        return None  # damaged: Pillow says how
+    return rgb if rgb.dtype == np.uint8 and rgb.ndim == 3 and rgb.shape[2] == 3 else None
+
+
+def _has_plain_chunks(data: bytes) -> bool:
+    """Whether a PNG holds no chunk that changes its pixels or turns them."""
+    place = len(_PNG) - 8
+    while place + 12 <= len(data):
+        kind = data[place + 4 : place + 8]
+        note = kind == b"tEXt" and not data.startswith((b"Raw profile", b"XML"), place + 8)  # these hold an orientation
+        if kind not in _PLAIN_CHUNKS and not note:
+            return False
+        place += 12 + int.from_bytes(data[place : place + 4])
+    return True
 
 
 def check_pixels(width: int, height: int, max_pixels: int, name: str, error: type[ValueError]):
@@ -102,7 +141,7 @@ def to_rgb(image: Image.Image, name: str) -> np.ndarray:
     if image.has_transparency_data:
         image = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-    return np.array(image.convert("RGB"))
+    return np.array(image if image.mode == "RGB" else image.convert("RGB"))
 
 
 def _grey16_to_rgb(image: Image.Image) -> np.ndarray:
@@ -173,9 +212,11 @@ def patchify(image: np.ndarray, config: VisionConfig) -> tuple[np.ndarray, tuple
     rows, columns = (
         math.ceil(side / (patch * merge)) * merge for side, merge in zip(image.shape[:2], config.merge, strict=True)
     )
-    padded = np.zeros((rows * patch, columns * patch, 3), np.uint8)
-    padded[: image.shape[0], : image.shape[1]] = image
-    cut = padded.reshape(rows, patch, columns, patch, 3).transpose(0, 2, 4, 1, 3)
+    if image.shape[:2] != (rows * patch, columns * patch):
+        padded = np.zeros((rows * patch, columns * patch, 3), np.uint8)
+        padded[: image.shape[0], : image.shape[1]] = image
+        image = padded
+    cut = image.reshape(rows, patch, columns, patch, 3).transpose(0, 2, 4, 1, 3)
     return cut.reshape(rows * columns, config.patch_dim), (rows, columns)
 
 

@@ -26,6 +26,8 @@ from k25_jax.vision.patchpack import Clip
 # The demuxers tried. Playlists are left out: they make the library open other files and addresses.
 CONTAINERS = "mov,matroska,avi,mpegts,mpeg,mpegvideo,m4v,flv,asf,ogg,ivf,h264,hevc"
 
+MAX_WORK = 2**38  # pixels decoded, in all; each frame or packet counts for at least LEAST_WORK
+LEAST_WORK = 2**16
 _MILLISECOND = 1e-3  # the clock of animations
 
 logger = logging.getLogger(__name__)
@@ -53,12 +55,19 @@ class _Sampler:
         self.times: list[float] = []
         self.size: tuple[int, int] = (0, 0)  # of the kept frames; set by the first
         self.due = 0.0  # when the next interval begins
+        self.work = 0  # pixels decoded, whether kept or not
         self.expected = 0.0  # length of the video by its header; 0: unknown
 
     def expect(self, seconds: float):
         """Widen the interval so that a video of this length gives at most `max_frames`."""
         self.expected = seconds
         self.interval = max(self.interval, seconds / self.max_frames)
+
+    def count(self, pixels: int):
+        """Count the work of decoding; raises _Damage when a video goes on and on, whatever its header says."""
+        self.work += max(pixels, LEAST_WORK)
+        if self.work > MAX_WORK:
+            raise _Damage(f"more than {MAX_WORK} pixels to decode; cut it into shorter videos or scale it down")
 
     def wants(self, time: float, slack: float = 0.0) -> bool:
         """Whether a frame at `time` begins an interval; it may be early by `slack`, the rounding error of its clock."""
@@ -104,7 +113,8 @@ def load_video(
     Frames are uint8 RGB [h, w, 3], all of one size, scaled down to `max_patches` patches as `target_size` does, not
     padded; timestamps are seconds since the first frame. A video slower than `fps` gives all its frames, each once; one
     longer than `max_frames / fps` is sampled more thinly, evenly over its length. Rotation metadata is applied. Raises
-    VideoError; a damaged video of which some frames can be decoded gives those, and logs a warning.
+    VideoError; a damaged video of which some frames can be decoded gives those, and logs a warning. So does one that takes
+    more than `MAX_WORK` to decode.
     """
     name = name or ("video" if isinstance(source, np.ndarray) else source_name(source))
     if not (fps > 0 and max_frames >= 1):
@@ -158,6 +168,7 @@ def _read_animation(file: BinaryIO, sampler: _Sampler, max_pixels: int, name: st
             except EOFError:
                 return
             check_pixels(image.width, image.height, max_pixels, name, VideoError)
+            sampler.count(image.width * image.height)
             image.load()
             if sampler.wants(time, _MILLISECOND / 2):
                 sampler.keep(to_rgb(image, name), time, _MILLISECOND / 2)
@@ -182,6 +193,7 @@ def _read_stream(file: BinaryIO, sampler: _Sampler, max_pixels: int, name: str):
         step = float(1 / (stream.average_rate or 25))
         broken, start, end, time = 0, None, 0.0, -step
         for packet in container.demux(stream):
+            sampler.count(0)
             try:
                 decoded = packet.decode()
             except av.error.FFmpegError:
@@ -189,6 +201,7 @@ def _read_stream(file: BinaryIO, sampler: _Sampler, max_pixels: int, name: str):
                 continue
             for frame in decoded:
                 check_pixels(frame.width, frame.height, max_pixels, name, VideoError)
+                sampler.count(frame.width * frame.height)
                 start = frame.time if start is None else start
                 time = time + step if frame.time is None else frame.time - (start or 0.0)
                 tick = float(frame.time_base or 0)

@@ -13,7 +13,8 @@ from PIL import Image
 from k25_jax.config import DataConfig, SourceConfig, preset
 from k25_jax.data.packing import batch_stats
 from k25_jax.data.pipeline import LOGGED, LOOKAHEAD, Preparer, check, counts, make_pipeline, mix
-from k25_jax.data.sources import DataError, Record, open_source
+from k25_jax.data.records import DataError, Record
+from k25_jax.data.sources import open_source
 from k25_jax.text.tokenizer import load_tokenizer
 
 MODEL = preset("tiny")

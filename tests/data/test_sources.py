@@ -9,7 +9,9 @@ from array_record.python.array_record_module import ArrayRecordWriter
 from PIL import Image
 
 from k25_jax.config import DataConfig, SourceConfig, preset
-from k25_jax.data.sources import DataError, Record, RecordError, open_source, prepare
+from k25_jax.data.forms import prepare
+from k25_jax.data.records import DataError, Record, RecordError
+from k25_jax.data.sources import open_source
 from k25_jax.text.tokenizer import BYTE_SPECIAL, load_tokenizer
 from k25_jax.vision.image import preprocess
 from k25_jax.vision.patchpack import fits
@@ -127,6 +129,21 @@ def test_file_that_vanishes_is_a_bad_record(tmp_path):
     with pytest.raises(RecordError, match="a.txt: cannot be read") as error:
         example_of(source[0])
     assert error.value.reason == "file"
+
+
+def test_pipes_and_devices_in_a_folder_are_bad_records_and_not_a_hang(tmp_path):
+    os.mkfifo(tmp_path / "a.txt")
+    (tmp_path / "b.txt").symlink_to("/dev/zero")
+    (tmp_path / "c.txt").symlink_to(tmp_path / "nowhere")
+    os.mkfifo(tmp_path / "d.png")
+    (tmp_path / "d.txt").write_text("a picture")
+    source = open_source(SourceConfig(str(tmp_path)))
+    reasons = []
+    for i in range(4):
+        with pytest.raises(RecordError) as error:
+            example_of(source[i])
+        reasons.append(error.value.reason)
+    assert sorted(reasons) == ["file", "file", "file", "image"]
 
 
 # ---------------------------------------------------------------------------------------------------------------- jsonl

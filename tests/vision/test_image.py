@@ -11,9 +11,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from PIL import Image, ImageFile, ImageOps
+from PIL import Image, ImageCms, ImageFile, ImageOps, PngImagePlugin
 
 from k25_jax.config import VisionConfig
+from k25_jax.vision import image as image_module
 from k25_jax.vision.image import (
     ImageError,
     load_image,
@@ -281,6 +282,73 @@ def test_fuzzed_bytes_raise_nothing_but_image_error(kind):
             assert str(problem).startswith("fuzzed: ")
             outcomes["refused"] += 1
     assert outcomes["refused"] > 5
+
+
+def png_variant(name: str) -> bytes:
+    """PNG files for which the quick decoder is right, or has to be left alone."""
+    pixels = np.random.default_rng(5).integers(0, 256, (37, 53, 3), dtype=np.uint8)
+    image, info, exif = Image.fromarray(pixels), PngImagePlugin.PngInfo(), Image.Exif()
+    options = {}
+    match name:
+        case "text":
+            info.add_text("Software", "x")
+        case "profile":
+            options["icc_profile"] = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
+        case "orientation":
+            exif[0x0112] = 6
+            options["exif"] = exif
+        case "xmp":
+            info.add_itxt("XML:com.adobe.xmp", '<x tiff:Orientation="6"/>')
+        case "transparent colour":
+            options["transparency"] = tuple(pixels[3, 4].tolist())
+        case "palette":
+            image = image.convert("P")
+        case "alpha":
+            image = image.convert("RGBA")
+        case "grey":
+            image = image.convert("L")
+        case "animation":
+            options |= {"save_all": True, "append_images": [image.transpose(Image.Transpose.ROTATE_180)]}
+    file = io.BytesIO()
+    image.save(file, "PNG", pnginfo=info, **options)
+    return file.getvalue()
+
+
+PNG_VARIANTS = {
+    "plain": True, "text": True, "profile": True, "orientation": False, "xmp": False, "transparent colour": False,
+    "palette": False, "alpha": False, "grey": False, "animation": False,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name, quick", PNG_VARIANTS.items())
+def test_the_quick_png_decoder_gives_what_pillow_gives(name, quick, monkeypatch):
+    data = png_variant(name)
+    found = image_module._plain_png(io.BytesIO(data))
+    assert (found is not None) == quick
+    ours = load_image(data)
+    monkeypatch.setattr(image_module, "_plain_png", lambda file: None)
+    assert np.array_equal(ours, load_image(data))
+    assert ours.shape == ((53, 37, 3) if name in ("orientation", "xmp") else (37, 53, 3))
+
+
+def test_damaged_png_files_fare_the_same_with_both_decoders(monkeypatch):
+    rng, data = np.random.default_rng(2), png_variant("plain")
+    samples = [data[:cut] for cut in rng.integers(30, len(data), 30)]
+    for _ in range(120):
+        fuzzed = bytearray(data)
+        fuzzed[int(rng.integers(33, len(data)))] ^= int(rng.integers(1, 256))
+        samples.append(bytes(fuzzed))
+
+    def outcomes():
+        for sample in samples:
+            try:
+                yield load_image(sample).tobytes()
+            except ImageError as problem:
+                yield str(problem)
+
+    quick = list(outcomes())
+    monkeypatch.setattr(image_module, "_plain_png", lambda file: None)
+    assert quick == list(outcomes())
 
 
 # -------------------------------------------------------------------------------------------------------------- patches

@@ -10,6 +10,7 @@ import pytest
 from PIL import Image
 
 from k25_jax.config import VisionConfig
+from k25_jax.vision import video as video_module
 from k25_jax.vision.image import target_size
 from k25_jax.vision.patchpack import pack_clips
 from k25_jax.vision.video import VideoError, chunks, format_timestamp, load_video
@@ -415,3 +416,15 @@ def test_frames_in_memory_are_thinned_and_scaled_as_those_of_files():
 def test_an_array_that_is_no_film_is_named(shape, dtype):
     with pytest.raises(VideoError, match=r"film: an array of frames must be uint8 \[frames, h, w, 3\], not"):
         load_video(np.zeros(shape, dtype), name="film")
+
+
+@pytest.mark.parametrize("data", [film(count=40), gif([100] * 40)], ids=["mp4", "gif"])
+def test_a_video_that_goes_on_and_on_is_left_in_time(data, monkeypatch, caplog):
+    """The limit counts what is decoded, so it is the same on every machine."""
+    monkeypatch.setattr(video_module, "MAX_WORK", 20 * video_module.LEAST_WORK)
+    frames, times = load_video(data, fps=10.0)
+    assert 5 <= len(frames) <= 20 and times[-1] < 2.0
+    assert "pixels to decode; cut it into shorter videos" in caplog.text
+    monkeypatch.setattr(video_module, "MAX_WORK", video_module.LEAST_WORK // 2)
+    with pytest.raises(VideoError, match="pixels to decode"):
+        load_video(data)

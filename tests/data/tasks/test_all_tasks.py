@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 
 from k25_jax.config import DataConfig, preset
-from k25_jax.data.sources import Record, prepare
+from k25_jax.data.forms import prepare
+from k25_jax.data.records import Record
 from k25_jax.data.tasks import CATEGORIES, TASKS, Endless, held_out, make_task
 from k25_jax.text.chat import part_kind
 from k25_jax.text.tokenizer import load_tokenizer

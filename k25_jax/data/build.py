@@ -1,0 +1,270 @@
+"""`k25 data build`: sources to ArrayRecord shards that hold everything, with a manifest (K2.5 §3.3).
+
+A shard is written by one worker under another name and then renamed, so that what has its name is whole. A build that
+was killed goes on with the shards that are missing and ends with the same bytes. Until the end all of them lie in
+`unfinished`, so that nothing trains on half of a data set.
+"""
+
+import base64
+import fcntl
+import hashlib
+import io
+import json
+import os
+import shutil
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from array_record.python.array_record_module import ArrayRecordWriter
+from PIL import Image
+
+from k25_jax.config import to_dict
+from k25_jax.data.forms import MEDIA, form_of, resolve_media
+from k25_jax.data.records import MAX_RECORD_BYTES, DataError, Record, RecordError, parse_record, read_bytes
+from k25_jax.data.sources import MANIFEST
+from k25_jax.data.survey import Counts, Joined, Reader
+from k25_jax.data.workers import DEADLINE, Lost, Unit, run
+from k25_jax.text.tokenizer import load_tokenizer
+
+SHARD_RECORDS = 2048  # in a shard, unless the number of shards is given
+FIELDS = {
+    "text": ("text",),
+    "pair": ("text", "caption"),
+    "video-text": ("text", "caption"),
+    "ocr": ("ocr",),
+    "grounding": ("boxes", "caption"),
+    "screen": ("elements", "caption"),
+}
+
+
+@dataclass(frozen=True)
+class Shards:
+    """The job of the workers: the records that `reader` reads, as shard files of `folder`."""
+
+    reader: Reader
+    folder: str
+    count: int
+
+    def start(self) -> Callable[[Unit, Lost, Callable[[int], None]], dict]:
+        """In a worker: write shards."""
+        joined, tokenizer = Joined(self.reader.sources), load_tokenizer(self.reader.data.tokenizer)
+
+        def work(unit: Unit, lost: Lost, begin: Callable[[int], None]) -> dict:
+            name, counts = shard_name(unit.number, self.count), Counts()
+            draft = Path(self.folder, f"draft-{unit.number}-{os.getpid()}")
+            writer = ArrayRecordWriter(str(draft), "group_size:1")
+            for index in range(*unit[1:]):
+                begin(index)
+                record = self.reader.examine(index, joined, tokenizer, lost, counts, contained)
+                if record is not None:
+                    writer.write(json.dumps(record.data).encode())
+            writer.close()
+            result = {"counts": counts.to_json(), "bytes": draft.stat().st_size, "sha256": _sha256(draft)}
+            os.replace(draft, Path(self.folder, name))
+            write_json(Path(self.folder, f"{name}.json"), result)  # last: what has this file is whole
+            return result
+
+        return work
+
+
+def shard_name(number: int, count: int) -> str:
+    """The file of a shard."""
+    return f"data.array_record-{number:05d}-of-{count:05d}"
+
+
+def contained(record: Record) -> Record:
+    """The record with its media inside, in base64, and nothing that its form does not need; raises RecordError."""
+    form, data, root = form_of(record.data), record.data, record.root
+    out: dict = {"from": record.name}
+    if form == "conversation":
+        out["messages"] = [_contain_message(message, root) for message in _list(data["messages"], "messages")]
+    elif form == "interleaved":
+        out["parts"] = [_contain(part, root) for part in _list(data["parts"], "parts")]
+    else:
+        keys = (*FIELDS[form], *MEDIA, *(f"{kind}_base64" for kind in MEDIA))
+        out |= _contain({key: data[key] for key in keys if data.get(key) is not None}, root)
+    try:
+        line = json.dumps(out, default=_plain).encode()
+    except (TypeError, ValueError, RecursionError) as problem:
+        raise RecordError("form", f"a field has no form in JSON ({problem})") from None
+    if len(line) > MAX_RECORD_BYTES:
+        raise RecordError("too large", f"{len(line)} bytes with its media exceed {MAX_RECORD_BYTES}")
+    return Record(record.name, parse_record(line))
+
+
+def _list(value, name: str):
+    if not isinstance(value, (list, tuple)):
+        raise RecordError("form", f"{name} must be a list, not {type(value).__name__}")
+    return value
+
+
+def _contain_message(message, root):
+    if isinstance(message, Mapping) and isinstance(message.get("content"), (list, tuple)):
+        return {**message, "content": [_contain(part, root) for part in message["content"]]}
+    return message
+
+
+def _contain(part, root):
+    """A part with its media in base64; what is odd about it, reading it will say."""
+    if not isinstance(part, Mapping):
+        return part
+    part = resolve_media(part, root)
+    for kind in MEDIA:
+        value = part.get(kind)
+        if isinstance(value, os.PathLike):
+            value = read_bytes(Path(value))
+        elif isinstance(value, np.ndarray):
+            value = _png(value)
+        if isinstance(value, bytes):
+            del part[kind]
+            part[f"{kind}_base64"] = base64.b64encode(value).decode()
+    return part
+
+
+def _png(pixels: np.ndarray) -> bytes:
+    file = io.BytesIO()
+    try:
+        Image.fromarray(pixels).save(file, "PNG")
+    except (TypeError, ValueError) as problem:
+        raise RecordError("image", f"an array that is no picture: {pixels.dtype} {pixels.shape} ({problem})") from None
+    return file.getvalue()
+
+
+def _plain(value):
+    """Numbers and lists of NumPy, for JSON."""
+    if isinstance(value, (np.ndarray, np.generic)):
+        return value.tolist()
+    raise TypeError(f"{type(value).__name__} is no JSON")
+
+
+# ---------------------------------------------------------------------------------------------------------------- build
+def build(
+    reader: Reader,
+    output: Path,
+    shards: int = 0,
+    workers: int = 0,
+    deadline: float = DEADLINE,
+    report: Callable[[int, int, int], None] = lambda done, total, bad: None,
+) -> dict:
+    """Write the data set, or go on where a build was interrupted; the manifest. Raises DataError."""
+    joined = Joined(reader.sources)
+    count = min(shards or -(-len(joined) // SHARD_RECORDS), len(joined))
+    plan = _plan(reader, joined, count)
+    unfinished = output / "unfinished"
+    if (output / MANIFEST).exists():
+        return _finished(output, plan)
+    unfinished.mkdir(parents=True, exist_ok=True)
+    with open(unfinished / "lock", "w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            raise DataError(f"{output}: another build is writing here; wait for it, or give another --output") from None
+        _check_plan(unfinished / "plan.json", plan, output)
+        for draft in unfinished.glob("draft-*"):
+            draft.unlink()
+        _write_shards(Shards(reader, str(unfinished), count), len(joined), workers, deadline, report)
+        return _finish(output, plan, count)
+
+
+def _plan(reader: Reader, joined: Joined, shards: int) -> dict:
+    """What decides the bytes of the output."""
+    data = to_dict(reader.data)
+    sources = [
+        {"path": config.path, "records": len(source), "left_out": dict(source.left_out), "sha256": _fingerprint(source)}
+        for config, source in zip(reader.sources, joined.sources, strict=True)
+    ]
+    taken = "packs pack_patches max_image_patches max_frame_patches video_fps tokenizer".split()
+    config = {"data": {key: data[key] for key in taken}, "model": to_dict(reader.model)}
+    return json.loads(json.dumps({"sources": sources, "shards": shards, "config": config}))
+
+
+def _fingerprint(source) -> str:
+    """Of names, sizes and times of the files of a source, not of their bytes."""
+    digest = hashlib.sha256()
+    for file in source.files():
+        try:
+            status = file.stat()
+            found = f"{status.st_size}\0{status.st_mtime_ns}"
+        except OSError:  # a link that leads nowhere is a bad record, not a bad source
+            found = "missing"
+        digest.update(f"{file}\0{found}\n".encode("utf-8", "surrogateescape"))
+    return digest.hexdigest()
+
+
+def _finished(output: Path, plan: dict) -> dict:
+    try:
+        manifest = json.loads((output / MANIFEST).read_bytes())
+        same = {key: manifest[key] for key in plan} == plan
+    except (ValueError, KeyError, TypeError) as problem:
+        raise DataError(f"{output / MANIFEST} is no manifest ({problem}); give another --output") from None
+    if not same:
+        raise DataError(f"{output} holds a data set of other sources or another configuration; give another --output")
+    shutil.rmtree(output / "unfinished", ignore_errors=True)
+    return manifest
+
+
+def _check_plan(file: Path, plan: dict, output: Path):
+    if not file.exists():
+        return write_json(file, plan)
+    before = json.loads(file.read_bytes())
+    if before != plan:
+        changed = [key for key in plan if before.get(key) != plan[key]]
+        raise DataError(
+            f"{output} holds an unfinished build with other {' and '.join(changed)}; give another --output, or remove "
+            f"{file.parent}"
+        )
+
+
+def _write_shards(job: Shards, total: int, workers: int, deadline: float, report: Callable[[int, int, int], None]):
+    bounds = [total * number // job.count for number in range(job.count + 1)]
+    parts = [Unit(number, bounds[number], bounds[number + 1]) for number in range(job.count)]
+    folder = Path(job.folder)
+    missing = [unit for unit in parts if not (folder / f"{shard_name(unit.number, job.count)}.json").exists()]
+    before = total - sum(unit.last - unit.first for unit in missing)
+    counts = Counts()
+
+    def listen(done: int):
+        report(before + done, total, len(counts.bad))
+
+    for _, result in run(job, missing, workers, deadline, listen):
+        counts.merge(Counts.from_json(result["counts"]))
+    report(total, total, len(counts.bad))
+
+
+def _finish(output: Path, plan: dict, count: int) -> dict:
+    """Move the shards to their place; the manifest is the last, and makes them a data set."""
+    unfinished, counts, shards = output / "unfinished", Counts(), []
+    for number in range(count):
+        name = shard_name(number, count)
+        result = json.loads((unfinished / f"{name}.json").read_bytes())
+        part = Counts.from_json(result["counts"])
+        shards.append({"name": name, "records": part.good, "bytes": result["bytes"], "sha256": result["sha256"]})
+        counts.merge(part)
+        if (unfinished / name).exists():
+            os.replace(unfinished / name, output / name)
+    lines = [json.dumps({"name": bad.name, "reason": bad.reason, "detail": bad.detail}) for bad in counts.bad]
+    draft = unfinished / "bad.jsonl"
+    draft.write_text("".join(f"{line}\n" for line in lines))
+    os.replace(draft, output / "bad.jsonl")
+    modality = "vision" if counts.total("clips") else "text"
+    manifest = {"modality": modality, **counts.summary(), **plan, "files": shards}
+    write_json(output / MANIFEST, manifest)
+    shutil.rmtree(unfinished)
+    return manifest
+
+
+def write_json(file: Path, values: dict):
+    """A JSON file, whole or not at all."""
+    draft = file.with_name(f"draft-{file.name}-{os.getpid()}")
+    with open(draft, "w") as handle:
+        json.dump(values, handle, indent=1)
+        handle.flush()
+        os.fsync(handle.fileno())
+    os.replace(draft, file)
+
+
+def _sha256(file: Path) -> str:
+    with open(file, "rb") as handle:
+        return hashlib.file_digest(handle, "sha256").hexdigest()
