@@ -92,11 +92,7 @@ def build_parser() -> argparse.ArgumentParser:
     train.add_argument("--workdir", default="", help="where the run lives; default runs/<name>")
     train.add_argument("--json", action="store_true", help="print the last metrics as JSON")
 
-    sweep = command("sweep", run_sweep, "run all points of an experiment file's get_hyper(), then its report")
-    sweep.add_argument("--config", required=True, metavar="FILE[:ARG]", help="experiment file with get_hyper()")
-    sweep.add_argument("--workdir", required=True, help="where the runs live, a folder each")
-    sweep.add_argument("--jobs", type=int, default=1, help="runs at once, each on its share of the cores; default 1")
-    sweep.add_argument("--only", default="", metavar="TEXT", help="only runs with this in their names, and no report")
+    add_sweep(command("sweep", run_sweep, "run all points of an experiment file's get_hyper(), then its report"))
 
     data = commands.add_parser("data", help="build, inspect or check a data set", allow_abbrev=False)
     console.add_commands(data)
@@ -149,6 +145,14 @@ def add_preflight(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--rows", type=int, default=0, help="rows in a step; default data.batch_size")
     parser.add_argument("--layout", action="store_true", help="only list every array's sharding and bytes a device")
     parser.add_argument("--json", action="store_true", help="print JSON")
+
+
+def add_sweep(parser: argparse.ArgumentParser) -> None:
+    """The flags of `k25 sweep`."""
+    parser.add_argument("--config", required=True, metavar="FILE[:ARG]", help="experiment file with get_hyper()")
+    parser.add_argument("--workdir", required=True, help="where the runs live, a folder each")
+    parser.add_argument("--jobs", type=int, default=1, help="runs at once, each on its share of the cores; default 1")
+    parser.add_argument("--only", default="", metavar="TEXT", help="only runs with this in their names, and no report")
 
 
 def add_eval(parser: argparse.ArgumentParser) -> None:
