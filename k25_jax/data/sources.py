@@ -67,6 +67,8 @@ class Record(NamedTuple):
 class Source:
     """Random access for Grain. `source[i]` raises DataError when the source fails, and never for a bad record."""
 
+    modality = ""  # text or vision, where the source itself knows
+
     def __init__(self):
         self.left_out: collections.Counter[str] = collections.Counter()  # files that gave no record, by reason
 
@@ -258,6 +260,7 @@ class Task(Source):
         from k25_jax.data.tasks import make_task  # a task may be slow to import, and imports this package's records
 
         self._spec, self._task = spec, make_task(spec)
+        self.modality = getattr(self._task, "modality", "")
 
     def __len__(self) -> int:
         return len(self._task)

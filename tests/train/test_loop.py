@@ -20,7 +20,7 @@ from k25_jax.config import ConfigError, load_experiment
 from k25_jax.train.loop import revision, save_run
 from k25_jax.train.state import abstract_state
 
-GOLDEN = (5.778346061706543, 5.370794296264648)
+GOLDEN = (5.761908531188965, 5.501477241516113)
 
 
 def train(finished, run: pathlib.Path, *more: str) -> subprocess.CompletedProcess:
@@ -247,7 +247,7 @@ POISONED = """
 
         def __next__(self):
             batch = next(self.pipeline)
-            if self.get_state()["counts"]["batches"] in bad:
+            if self.get_state()["lanes"][0]["counts"]["batches"] in bad:
                 return batch.replace(loss_weights_BL=np.full_like(batch.loss_weights_BL, np.inf))
             return batch
 
