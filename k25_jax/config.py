@@ -471,7 +471,7 @@ def load_experiment(spec: str, overrides: typing.Sequence[str] = ()) -> Experime
 
 def run_local(config: ml_collections.ConfigDict) -> ml_collections.ConfigDict:
     """An experiment shrunk to a laptop: the tiny model, tasks that need no download, four steps."""
-    tasks = (("words:train", 2.0), ("shapes:train", 2.0), ("library:train", 0.1))
+    tasks = (("words:train", 25.0), ("shapes:train", 28.0), ("library:train", 47.0))
     values = config.to_dict()
     data = dict(batch_size=4, seq_len=128, packs=2, pack_patches=128, max_image_patches=64)
     data["sources"] = [dict(path=path, kind="task", weight=weight) for path, weight in tasks]
