@@ -78,6 +78,17 @@ def test_a_finished_run_is_left_as_it_is(finished, tmp_path):
     assert_as_uninterrupted(finished, run)
 
 
+def test_a_run_ends_with_the_last_token_of_its_budget(finished, tmp_path):
+    """No step without a token is trained on, the last one that had some is saved, and started again it stays so."""
+    run, budget = tmp_path / "run", ("data.vision_tokens=900", "train.log_every=50")
+    for _ in range(2):
+        done = train(finished, run, *budget)
+        assert done.returncode == 0, done.stderr
+        (row,) = runs.rows(run)
+        assert 880 < row["vision_tokens"] <= 900 and row["tokens"] > 0 and row["text_tokens"] == 0
+        assert 7 <= row["step"] <= 10 and Store(run / "checkpoints").steps() == [row["step"]]
+
+
 # ------------------------------------------------------------------------------------------------------ interruptions
 def stop_after(process, run, step: int, how: int) -> int:
     """Send a signal right after the metrics of `step` appear, so in the middle of the next; the exit status."""
