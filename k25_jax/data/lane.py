@@ -3,7 +3,7 @@
 Images come in full packs or not at all: documents with clips wait until they fill the packs to the brim, most of them in
 order of arrival, then the largest, and the small ones in the gaps. They are handed out when their modality lacks at least
 half of what they hold. Text takes the rest of the rows, the longest that fits first, and plain text is cut at the end of a
-row. A text that has waited for long goes before everything else, so nothing waits for ever.
+row. A text that has waited for long goes first, if text lacks any, so nothing waits for ever.
 
 A lane depends on its number, the number of lanes, the seed and the data; never on threads or hosts. Its state is small and
 JSON: how far each source was read, which documents wait, and the account of the mixture. What waits is read again on
@@ -145,7 +145,9 @@ class Lane:
         self._gather("vision")
         self._gather("text")
         for entry in [entry for entry in self._waiting if entry.waits >= OLD and not entry.example.clips]:
-            self._place(filling, entry, self._length(entry))
+            room = self._data.batch_size * self._data.seq_len - sum(filling.rows.used)
+            if mixture.goal(mixture.modalities[entry.source], room) > 0:
+                self._place(filling, entry, self._length(entry))
         filling = self._with_clips(filling)
         self._fill(filling)
         self._cut(filling)
