@@ -20,7 +20,7 @@ from k25_jax.config import ConfigError, load_experiment
 from k25_jax.train.loop import revision, save_run
 from k25_jax.train.state import abstract_state
 
-GOLDEN = (5.761908531188965, 5.501477241516113)
+GOLDEN = (5.828100204467773, 5.375868320465088)
 
 
 def train(finished, run: pathlib.Path, *more: str) -> subprocess.CompletedProcess:
