@@ -29,6 +29,7 @@ CONFIG, STEPS, EVERY, KILLED_AT = "experiments/pretrain/k25_1t.py:runlocal", 10,
 OVERRIDES = (
     f"train.steps={STEPS}", f"train.checkpoint_every={EVERY}", "train.remat=none", "optim.name=adamw",
     "model.text.layers=2", "model.vision.layers=1", "data.sources=[{'path': 'shapes:train', 'kind': 'task'}]",
+    "data.lanes=2",
 )  # fmt: skip
 BOUND = 60.0
 

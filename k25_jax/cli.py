@@ -14,8 +14,8 @@ TRAIN_HELP = """several processes: on a TPU pod, the same command on every worke
   JAX_COORDINATOR_ADDRESS  HOST:PORT of process 0, at a port that is free
   JAX_NUM_PROCESSES        how many there are
   JAX_PROCESS_ID           which one this is, from 0
-or, on one machine, python launch/local.py --processes=N -- k25 train ... All need the same --workdir. When one was
-lost, start all again: they go on after the last checkpoint, if they are as many."""
+or, on one machine, python launch/local.py --processes=N -- k25 train ... All need the same --workdir, and data.lanes
+a multiple of N. When one was lost, start all again, or another number: they go on after the last checkpoint."""
 COMMANDS = "train a model, ask it questions, count its parameters, convert its weights"
 
 

@@ -8,6 +8,7 @@ import ast
 import dataclasses
 import difflib
 import importlib.util
+import math
 import pathlib
 import types
 import typing
@@ -174,25 +175,37 @@ class K25Config:
 
 
 # ------------------------------------------------------------------------------------------------------------- training
+Schedule = float | tuple[tuple[float, float], ...]  # a number, or steps ((progress, value), ..) from progress 0 on
+
+
 @dataclass(frozen=True)
 class SourceConfig:
     """One source of records: a folder, JSONL, Parquet, WebDataset tar, ArrayRecord shards, or a rendered task."""
 
     path: str = ""
     kind: str = "auto"  # auto | folder | jsonl | parquet | webdataset | arrayrecord | task
-    weight: float = 1.0
+    weight: Schedule = 1.0  # its share of the tokens, beside the weights of the other sources of its modality
+    modality: str = "auto"  # auto | text | vision; auto is vision when one of its records has images or videos
+    max_epochs: float = 0.0  # how often its records are read at most; 0: without end
 
     def __post_init__(self):
         _one_of(self, "kind", ("auto", "folder", "jsonl", "parquet", "webdataset", "arrayrecord", "task"))
+        _one_of(self, "modality", ("auto", "text", "vision"))
         if not self.path:
             raise ConfigError("data.sources: every source needs a path")
-        if self.weight <= 0:
-            raise ConfigError(f"data.sources: weight={self.weight} of {self.path} must be positive")
+        _check_schedule(f"data.sources: weight={self.weight} of {self.path}", self.weight)
+        if self.max_epochs < 0:
+            raise ConfigError(f"data.sources: max_epochs={self.max_epochs} of {self.path} must not be negative")
 
 
 @dataclass(frozen=True)
 class DataConfig:
-    """Packed batches: `batch_size` rows of `seq_len` tokens and `packs` vision packs of `pack_patches` patches."""
+    """Packed batches: `batch_size` rows of `seq_len` tokens and `packs` vision packs of `pack_patches` patches.
+
+    The batch is made of `lanes` independent streams, of batch_size / lanes rows and packs / lanes packs each, so that it
+    is the same whatever number of hosts reads it. Packs are filled to the brim or left out, so give them about the
+    patches that `vision_share` asks of a batch: batch_size x seq_len x vision_share x patches a token of vision sources.
+    """
 
     sources: tuple[SourceConfig, ...] = ()
     batch_size: int = 8
@@ -205,9 +218,21 @@ class DataConfig:
     tokenizer: str = ""  # a directory with tiktoken.model; empty: byte-level
     shuffle: bool = True
     seed: int = 0
+    lanes: int = 1  # a multiple of the hosts that read
+    vision_share: Schedule | None = None  # of all tokens, those of vision sources' documents; None: as the weights say
+    text_tokens: int = 0  # of text sources in the whole run, exactly; 0: without end
+    vision_tokens: int = 0  # of vision sources
 
     def __post_init__(self):
-        _require_positive(self, "batch_size seq_len pack_patches max_image_patches max_frame_patches".split())
+        _require_positive(self, "batch_size seq_len pack_patches max_image_patches max_frame_patches lanes".split())
+        for name in ("batch_size", "packs"):
+            if getattr(self, name) % self.lanes:
+                raise ConfigError(f"data.{name}={getattr(self, name)} must be a multiple of data.lanes={self.lanes}")
+        for name in ("text_tokens", "vision_tokens"):
+            if getattr(self, name) < 0:
+                raise ConfigError(f"data.{name}={getattr(self, name)} must not be negative")
+        if self.vision_share is not None:
+            _check_schedule(f"data.vision_share={self.vision_share}", self.vision_share, zero=True, most=1.0)
 
 
 @dataclass(frozen=True)
@@ -377,6 +402,11 @@ def _coerce(hint, value, where: str):
         if not isinstance(value, typing.Mapping):
             raise ConfigError(f"{where} must be a mapping with the fields of {hint.__name__}, not {value!r}")
         return from_dict(hint, value, where)
+    if isinstance(hint, types.UnionType):  # of a scalar, a tuple, None
+        options = {typing.get_origin(option) or option: option for option in typing.get_args(hint)}
+        if value is None and types.NoneType in options:
+            return None
+        return _coerce(options[tuple] if isinstance(value, (list, tuple)) else options[float], value, where)
     if typing.get_origin(hint) is tuple:
         if not isinstance(value, (list, tuple)):
             raise ConfigError(f"{where} must be a list, not {value!r}")
@@ -404,6 +434,19 @@ def _require_positive(config, names):
             raise ConfigError(f"{type(config).__name__}.{name}={getattr(config, name)} must be positive")
 
 
+def _check_schedule(what: str, schedule: Schedule, zero: bool = False, most: float = math.inf):
+    """Steps begin at progress 0 and rise below 1; values lie in [0, most]. A constant is positive, unless `zero`."""
+    if isinstance(schedule, tuple):
+        begins = [begin for begin, _ in schedule]
+        if begins[:1] != [0.0] or sorted(set(begins)) != begins or begins[-1] >= 1:
+            raise ConfigError(f"{what}: the steps (progress, value) must begin at progress 0.0 and rise below 1")
+    values = [value for _, value in schedule] if isinstance(schedule, tuple) else [schedule]
+    if min(values) < 0 or max(values) > most:
+        raise ConfigError(f"{what} must lie in [0, {most}]" if most < math.inf else f"{what} must be positive")
+    if not zero and max(values) == 0:
+        raise ConfigError(f"{what} must be positive")
+
+
 def _one_of(config, name, options):
     value = getattr(config, name)
     if value not in options:
@@ -428,7 +471,7 @@ def load_experiment(spec: str, overrides: typing.Sequence[str] = ()) -> Experime
 
 def run_local(config: ml_collections.ConfigDict) -> ml_collections.ConfigDict:
     """An experiment shrunk to a laptop: the tiny model, tasks that need no download, four steps."""
-    tasks = (("words:train", 2.0), ("shapes:train", 2.0), ("library:train", 0.1))
+    tasks = (("words:train", 25.0), ("shapes:train", 28.0), ("library:train", 47.0))
     values = config.to_dict()
     data = dict(batch_size=4, seq_len=128, packs=2, pack_patches=128, max_image_patches=64)
     data["sources"] = [dict(path=path, kind="task", weight=weight) for path, weight in tasks]

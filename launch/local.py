@@ -1,6 +1,7 @@
-"""Several processes on this machine that train together, as hosts of a pod do: for tests, and to try a run out.
+r"""Several processes on this machine that train together, as hosts of a pod do: for tests, and to try a run out.
 
-    python launch/local.py --processes=2 --devices-each=4 -- k25 train --config=experiments/pretrain/demo.py --workdir=two
+    python launch/local.py --processes=2 --devices-each=4 -- k25 train --config=experiments/pretrain/demo.py --workdir=two \
+        --config.data.packs=8 --config.data.lanes=2
 
 Process 0 writes to the terminal as if it were alone; the lines of the others have their number in front. Ctrl-C and SIGTERM
 go to all. When one process fails the others end too, and this command ends with the status of the first that failed.

@@ -2,12 +2,12 @@
 
 import ml_collections
 
-SOURCES = (
-    ("digits:train:size=28,variants=8", 12.0),
-    ("words:train", 2.0),
-    ("shapes:train", 3.0),
-    ("photographs:train", 2.0),
-    ("library:train", 0.05),
+SOURCES = (  # percent of the tokens
+    ("digits:train:size=28,variants=8", 53.0),
+    ("words:train", 10.0),
+    ("shapes:train", 16.0),
+    ("photographs:train", 12.0),
+    ("library:train", 9.0),
 )
 
 
@@ -20,7 +20,7 @@ def get_config(arg: str = ""):
         sources=[dict(path=path, kind="task", weight=weight) for path, weight in SOURCES],
         batch_size=8,
         seq_len=256,
-        packs=4,
+        packs=2,
         pack_patches=256,
         max_image_patches=64,
         seed=0,

@@ -4,10 +4,10 @@ import ml_collections
 
 from k25_jax.config import ConfigError, run_local
 
-SOURCES = (
-    ("data/text/*.array_record", 80.0),
-    ("data/captions/*.array_record", 10.0),
-    ("data/ocr/*.array_record", 10.0),
+SOURCES = (  # path, weight among the tokens of its modality, modality
+    ("data/text/*.array_record", 1.0, "text"),
+    ("data/captions/*.array_record", 1.0, "vision"),
+    ("data/ocr/*.array_record", 1.0, "vision"),
 )
 
 
@@ -17,13 +17,17 @@ def get_config(arg: str = ""):
     config.name = "k25_100m"
     config.model = "100m"
     config.data = dict(
-        sources=[dict(path=path, kind="arrayrecord", weight=weight) for path, weight in SOURCES],
+        sources=[
+            dict(path=path, kind="arrayrecord", weight=weight, modality=modality) for path, weight, modality in SOURCES
+        ],
         batch_size=128,
         seq_len=2048,
         packs=64,
         pack_patches=4096,
         max_image_patches=1024,
         max_frame_patches=256,
+        vision_share=0.2,
+        lanes=8,
         seed=0,
     )
     config.optim = dict(peak_lr=1e-3, end_lr=1e-4, warmup_steps=500, decay_steps=6000, weight_decay=0.1)

@@ -6,11 +6,11 @@ from k25_jax.config import ConfigError, run_local
 
 SEQ_LEN = 4096
 BATCH = 512
-SOURCES = (
-    ("data/text/*.array_record", 70.0),
-    ("data/code/*.array_record", 20.0),
-    ("data/captions/*.array_record", 6.0),
-    ("data/ocr/*.array_record", 4.0),
+SOURCES = (  # path, weight among the tokens of its modality, modality
+    ("data/text/*.array_record", 70.0, "text"),
+    ("data/code/*.array_record", 20.0, "text"),
+    ("data/captions/*.array_record", 6.0, "vision"),
+    ("data/ocr/*.array_record", 4.0, "vision"),
 )
 
 
@@ -20,7 +20,9 @@ def get_config(arg: str = ""):
     config.name = "k25_1b"
     config.model = "1b"
     config.data = dict(
-        sources=[dict(path=path, kind="arrayrecord", weight=weight) for path, weight in SOURCES],
+        sources=[
+            dict(path=path, kind="arrayrecord", weight=weight, modality=modality) for path, weight, modality in SOURCES
+        ],
         batch_size=BATCH,
         seq_len=SEQ_LEN,
         packs=128,
@@ -28,6 +30,8 @@ def get_config(arg: str = ""):
         max_image_patches=4096,
         max_frame_patches=1024,
         tokenizer="data/tokenizer",
+        vision_share=0.1,
+        lanes=64,
         seed=0,
     )
     config.optim = dict(peak_lr=6e-4, end_lr=6e-5, warmup_steps=500, decay_steps=6000, weight_decay=0.1)

@@ -11,17 +11,15 @@ from k25_jax.config import ConfigError, RopeConfig, preset, run_local, to_dict
 SEQ_LEN = 4096
 BATCH = 16384  # rows: 67M tokens
 TOKENS, DECAY_TOKENS = 15.5e12, 5.5e12
-# Weights count records. These give about 10 tokens of vision data to 90 of text (K2.5 §3.3) when a document of text has
-# a thousand tokens, and one with images as many.
-SOURCES = (
-    ("data/text/*.array_record", 55.0),
-    ("data/code/*.array_record", 25.0),
-    ("data/knowledge/*.array_record", 10.0),
-    ("data/captions/*.array_record", 3.0),
-    ("data/interleaved/*.array_record", 3.0),
-    ("data/ocr/*.array_record", 2.0),
-    ("data/screenshots/*.array_record", 1.0),
-    ("data/video/*.array_record", 1.0),
+SOURCES = (  # path, weight among the tokens of its modality, modality
+    ("data/text/*.array_record", 55.0, "text"),
+    ("data/code/*.array_record", 25.0, "text"),
+    ("data/knowledge/*.array_record", 10.0, "text"),
+    ("data/captions/*.array_record", 3.0, "vision"),
+    ("data/interleaved/*.array_record", 3.0, "vision"),
+    ("data/ocr/*.array_record", 2.0, "vision"),
+    ("data/screenshots/*.array_record", 1.0, "vision"),
+    ("data/video/*.array_record", 1.0, "vision"),
 )
 
 
@@ -33,7 +31,9 @@ def get_config(arg: str = ""):
     config.model.text.max_length = SEQ_LEN  # YaRN comes with the long-context stage
     config.model.text.rope = to_dict(RopeConfig(original_length=SEQ_LEN))
     config.data = dict(
-        sources=[dict(path=path, kind="arrayrecord", weight=weight) for path, weight in SOURCES],
+        sources=[
+            dict(path=path, kind="arrayrecord", weight=weight, modality=modality) for path, weight, modality in SOURCES
+        ],
         batch_size=BATCH,
         seq_len=SEQ_LEN,
         packs=8192,
@@ -41,6 +41,8 @@ def get_config(arg: str = ""):
         max_image_patches=4096,
         max_frame_patches=1024,
         tokenizer="data/tokenizer",
+        vision_share=0.1,  # 10:90 all the way
+        lanes=128,  # as many as a v5p-1024 has hosts
         seed=0,
     )
     config.optim = dict(

@@ -9,12 +9,12 @@ from k25_jax.config import ConfigError, run_local
 SEQ_LEN = 4096
 BATCH = 4096
 TOKENS = 1e12
-SOURCES = (
-    ("data/captions/*.array_record", 50.0),
-    ("data/grounding/*.array_record", 10.0),
-    ("data/ocr/*.array_record", 20.0),
-    ("data/video/*.array_record", 10.0),
-    ("data/text/*.array_record", 10.0),
+SOURCES = (  # path, weight among the tokens of its modality, modality
+    ("data/captions/*.array_record", 50.0, "vision"),
+    ("data/grounding/*.array_record", 10.0, "vision"),
+    ("data/ocr/*.array_record", 20.0, "vision"),
+    ("data/video/*.array_record", 10.0, "vision"),
+    ("data/text/*.array_record", 10.0, "text"),
 )
 
 
@@ -24,7 +24,9 @@ def get_config(arg: str = ""):
     config.name = "moonlight_16b"
     config.model = "moonlight_16b"
     config.data = dict(
-        sources=[dict(path=path, kind="arrayrecord", weight=weight) for path, weight in SOURCES],
+        sources=[
+            dict(path=path, kind="arrayrecord", weight=weight, modality=modality) for path, weight, modality in SOURCES
+        ],
         batch_size=BATCH,
         seq_len=SEQ_LEN,
         packs=2048,
@@ -32,6 +34,8 @@ def get_config(arg: str = ""):
         max_image_patches=4096,
         max_frame_patches=1024,
         tokenizer="data/tokenizer",
+        vision_share=0.9,
+        lanes=64,
         seed=0,
     )
     steps = round(TOKENS / (BATCH * SEQ_LEN))

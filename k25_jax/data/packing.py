@@ -1,19 +1,22 @@
 """Examples to packed batches: several documents in each row, their clips in vision packs (K2.5 §3.2, §3.3).
 
-Rows are filled first-fit, in order of arrival; packs so that all have about the same to compute. Documents in a row do
-not see each other: segments differ and positions restart. A media_pad token stands where one vision token goes; it is
-never a target. A batch without a clip has no packs, so that its vision costs nothing.
+Rows are filled best-fit; packs best-fit and then so that all have about the same to compute. Documents in a row do not
+see each other: segments differ and positions restart. A media_pad token stands where one vision token goes; it is never
+a target. A batch without a clip has no packs, so that its vision costs nothing.
 """
 
+import bisect
+import copy
 import functools
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import flax.struct
 import numpy as np
 
 from k25_jax.config import DataConfig, K25Config
-from k25_jax.vision.patchpack import Clip, PackPlan, VisionPack, balance, pack_clips, waste
+from k25_jax.vision.patchpack import Clip, VisionPack, balance, pack_clips, waste
 
 
 class PackingError(ValueError):
@@ -72,22 +75,20 @@ def _repeats(tokens: Sequence[int], counts: Sequence[int], media_pad_id: int) ->
     return repeats
 
 
-def split(example: Example, seq_len: int, model: K25Config) -> list[Example]:
-    """Pieces of at most `seq_len` tokens.
+def piece(example: Example, start: int, length: int) -> Example:
+    """`length` tokens of a document without media, from `start` on.
 
-    Text is cut into consecutive pieces that share one token: the last of a piece is the first of the next, so every
-    token after the first is predicted once. A document with media loses its end instead, cut where no media block is
-    torn.
+    The last token of a piece is the first of the next, so that every token after the first is predicted once.
     """
+    if start == 0 and length == len(example):
+        return example
+    return Example(example.tokens[start : start + length], example.loss_weights[start : start + length])
+
+
+def truncate(example: Example, seq_len: int, model: K25Config) -> Example:
+    """At most the first `seq_len` tokens, cut where no media block is torn."""
     if len(example) <= seq_len:
-        return [example]
-    if example.clips:
-        return [_truncate(example, seq_len, model)]
-    starts = range(0, len(example) - 1, seq_len - 1)
-    return [Example(example.tokens[s : s + seq_len], example.loss_weights[s : s + seq_len]) for s in starts]
-
-
-def _truncate(example: Example, seq_len: int, model: K25Config) -> Example:
+        return example
     begins = np.flatnonzero(example.tokens == model.media_begin_id)
     ends = np.flatnonzero(example.tokens == model.media_end_id)
     kept = int(np.sum(ends < seq_len))
@@ -95,87 +96,142 @@ def _truncate(example: Example, seq_len: int, model: K25Config) -> Example:
     return Example(example.tokens[:cut], example.loss_weights[:cut], example.clips[:kept], truncated=True)
 
 
-class BatchBuilder:
-    """Collects examples until they no longer fit; `build` gives the batch."""
+class Rooms:
+    """How much room is left in bins of one size. What comes goes where it leaves the least (best fit)."""
 
-    def __init__(self, data: DataConfig, model: K25Config):
-        self._data, self._model = data, model
-        self._plan = PackPlan(data.packs, data.pack_patches)
-        self._used = [0] * data.batch_size
-        self._placed: list[tuple[Example, int, int]] = []  # example, row, first column; in order of arrival
+    def __init__(self, bins: int, size: int):
+        self.used = [0] * bins
+        self._size = size
+        self._order = [(size, number) for number in range(bins)]  # (room, bin), rising
 
     @property
-    def full(self) -> bool:
-        """Whether no row has room for a document of two tokens."""
-        return min(self._used) > self._data.seq_len - 2
+    def largest(self) -> int:
+        """The most that still fits."""
+        return self._order[-1][0] if self._order else 0
+
+    def add(self, size: int) -> tuple[int, int] | None:
+        """(bin, place in it) of something of this size, or None where it finds no room."""
+        at = bisect.bisect_left(self._order, (size, -1))
+        if at == len(self._order):
+            return None
+        room, number = self._order.pop(at)
+        bisect.insort(self._order, (room - size, number))
+        self.used[number] += size
+        return number, self._size - room
+
+    def copy(self) -> "Rooms":
+        other = Rooms(0, self._size)
+        other.used, other._order = list(self.used), list(self._order)
+        return other
+
+
+class Placed(NamedTuple):
+    """An example in a batch: its row, its first column there, and the pack of each of its clips."""
+
+    example: Example
+    row: int
+    column: int
+    packs: tuple[int, ...]
+
+
+class Filling:
+    """A batch that is being filled: rooms in rows and packs, and what was placed, in this order."""
+
+    def __init__(self, data: DataConfig):
+        self.rows, self.packs = Rooms(data.batch_size, data.seq_len), Rooms(data.packs, data.pack_patches)
+        self.placed: list[Placed] = []
 
     def add(self, example: Example) -> bool:
-        """Put the example into the first row with room, and its clips into the first packs with room; or say no."""
-        room = self._data.seq_len - len(example)
-        row = next((row for row, used in enumerate(self._used) if used <= room), None)
-        if row is None or not self._plan.add([len(clip.patches) for clip in example.clips]):
+        """Put the example into the row and its clips into the packs where they leave the least room; or say no."""
+        if len(example) > self.rows.largest:
             return False
-        self._placed.append((example, row, self._used[row]))
-        self._used[row] += len(example)
+        packs, chosen = self.packs, []
+        if example.clips:
+            packs = packs.copy()
+            for clip in example.clips:
+                where = packs.add(len(clip.patches))
+                if where is None:
+                    return False
+                chosen.append(where[0])
+        row, column = self.rows.add(len(example))
+        self.packs = packs
+        self.placed.append(Placed(example, row, column, tuple(chosen)))
         return True
 
-    def build(self) -> Batch:
-        """The batch of what was added."""
-        clips = [clip for example, _, _ in self._placed for clip in example.clips]
-        vision = self._model.vision
-        place = functools.partial(balance, config=vision)
-        packs = self._data.packs if clips else 0
-        pack, starts = pack_clips(clips, packs, self._data.pack_patches, vision.merge, vision.patch_dim, place)
-        batch = self._blank(pack)
-        documents, first_clip = [0] * self._data.batch_size, 0
-        for example, row, column in self._placed:
-            documents[row] += 1
-            clip_starts = starts[first_clip : first_clip + len(example.clips)]
-            self._write(batch, example, row, column, documents[row], clip_starts)
-            first_clip += len(example.clips)
-        return batch
+    def copy(self) -> "Filling":
+        other = copy.copy(self)
+        other.rows, other.packs, other.placed = self.rows.copy(), self.packs.copy(), list(self.placed)
+        return other
 
-    def _blank(self, pack: VisionPack) -> Batch:
-        shape = (self._data.batch_size, self._data.seq_len)
-        return Batch(
-            tokens_BL=np.full(shape, self._model.pad_id, np.int32),
-            targets_BL=np.full(shape, self._model.pad_id, np.int32),
-            loss_weights_BL=np.zeros(shape, np.float32),
-            segments_BL=np.zeros(shape, np.int32),
-            positions_BL=np.zeros(shape, np.int32),
-            media_BL=np.full(shape, -1, np.int32),
-            vision=pack,
-        )
 
-    def _write(self, batch: Batch, example: Example, row: int, column: int, segment: int, starts: np.ndarray):
-        length = len(example)
-        place = (row, slice(column, column + length))
-        before = (row, slice(column, column + length - 1))  # where the next token is in the same document
-        batch.tokens_BL[place] = example.tokens
-        batch.targets_BL[before] = example.tokens[1:]
-        batch.loss_weights_BL[before] = np.where(
-            example.tokens[1:] == self._model.media_pad_id, 0.0, example.loss_weights[1:]
-        )
-        batch.segments_BL[place] = segment
-        batch.positions_BL[place] = np.arange(length)
-        spans = [np.arange(start, start + clip.tokens) for start, clip in zip(starts, example.clips, strict=True)]
-        if spans:
-            columns = column + np.flatnonzero(example.tokens == self._model.media_pad_id)
-            batch.media_BL[row, columns] = np.concatenate(spans)
+def build(fillings: Sequence[Sequence[Placed]], data: DataConfig, model: K25Config) -> Batch:
+    """The batch whose rows and packs are, in this order, those of the fillings; `data` says how many it has in all.
+
+    Clips are then balanced over all packs, which moves no token.
+    """
+    rows, packs = data.batch_size // len(fillings), data.packs // len(fillings)
+    entries = [
+        Placed(one.example, one.row + number * rows, one.column, tuple(pack + number * packs for pack in one.packs))
+        for number, placed in enumerate(fillings)
+        for one in placed
+    ]
+    clips = [clip for entry in entries for clip in entry.example.clips]
+    planned = [pack for entry in entries for pack in entry.packs]
+    vision = model.vision
+    place = functools.partial(balance, config=vision, planned=planned)
+    number = data.packs if clips else 0
+    pack, starts = pack_clips(clips, number, data.pack_patches, vision.merge, vision.patch_dim, place)
+    batch = _blank(pack, data, model)
+    documents, first_clip = [0] * data.batch_size, 0
+    for entry in entries:
+        documents[entry.row] += 1
+        clip_starts = starts[first_clip : first_clip + len(entry.packs)]
+        _write(batch, entry, documents[entry.row], clip_starts, model)
+        first_clip += len(entry.packs)
+    return batch
+
+
+def _blank(pack: VisionPack, data: DataConfig, model: K25Config) -> Batch:
+    shape = (data.batch_size, data.seq_len)
+    return Batch(
+        tokens_BL=np.full(shape, model.pad_id, np.int32),
+        targets_BL=np.full(shape, model.pad_id, np.int32),
+        loss_weights_BL=np.zeros(shape, np.float32),
+        segments_BL=np.zeros(shape, np.int32),
+        positions_BL=np.zeros(shape, np.int32),
+        media_BL=np.full(shape, -1, np.int32),
+        vision=pack,
+    )
+
+
+def _write(batch: Batch, entry: Placed, segment: int, starts: np.ndarray, model: K25Config):
+    example, row, column = entry.example, entry.row, entry.column
+    length = len(example)
+    place = (row, slice(column, column + length))
+    before = (row, slice(column, column + length - 1))  # where the next token is in the same document
+    batch.tokens_BL[place] = example.tokens
+    batch.targets_BL[before] = example.tokens[1:]
+    batch.loss_weights_BL[before] = np.where(example.tokens[1:] == model.media_pad_id, 0.0, example.loss_weights[1:])
+    batch.segments_BL[place] = segment
+    batch.positions_BL[place] = np.arange(length)
+    spans = [np.arange(start, start + clip.tokens) for start, clip in zip(starts, example.clips, strict=True)]
+    if spans:
+        columns = column + np.flatnonzero(example.tokens == model.media_pad_id)
+        batch.media_BL[row, columns] = np.concatenate(spans)
 
 
 def pack_examples(examples: Sequence[Example], data: DataConfig, model: K25Config) -> Batch:
     """One batch of all the examples; raises PackingError when one does not fit."""
-    builder = BatchBuilder(data, model)
+    filling = Filling(data)
     for index, example in enumerate(examples):
-        if not builder.add(example):
+        if not filling.add(example):
             patches = sum(len(clip.patches) for clip in example.clips)
             raise PackingError(
                 f"examples[{index}] ({len(example)} tokens, {patches} patches) finds no room "
                 f"in {data.batch_size} rows of {data.seq_len} tokens and {data.packs} packs of "
                 f"{data.pack_patches} patches; raise one of these, or give fewer examples"
             )
-    return builder.build()
+    return build([filling.placed], data, model)
 
 
 def batch_stats(batch: Batch) -> dict[str, float]:

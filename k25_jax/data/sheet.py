@@ -266,8 +266,8 @@ def _pieces(text: str) -> Iterator[tuple[str, bool]]:
 
 def write_sheet(path: Path, reader: Reader, rows: int) -> Path:
     """Draw the first `rows` rows of the first batches of the configuration; returns the path. Raises DataError."""
-    data = dataclasses.replace(reader.data, sources=reader.sources, batch_size=max(1, rows))
-    iterator = make_pipeline(data, reader.model)
+    data = dataclasses.replace(reader.data, sources=reader.sources, batch_size=max(1, rows), lanes=1)
+    iterator = make_pipeline(data, reader.model, steps=1)
     try:
         batch = next(iterator)
     finally:

@@ -224,6 +224,10 @@ class Task(Source):
 
         self._spec, self._task = spec, make_task(spec)
 
+    @property
+    def modality(self) -> str:
+        return self._task.modality
+
     def __len__(self) -> int:
         return len(self._task)
 

@@ -80,7 +80,7 @@ class Plan:
 
 
 def make_plan(batch: Batch, everyone: list[Reader], devices: int, config: VisionConfig) -> Plan:
-    """Learn of all clips and balance them over the packs of all devices; where one finds no room, all stay."""
+    """Learn of all clips and balance them over the packs of all devices."""
     told = gathered(
         {
             "clips": _clips(batch, config).tolist(),
@@ -97,9 +97,7 @@ def make_plan(batch: Batch, everyone: list[Reader], devices: int, config: Vision
     )
     read, grids, homes = clips[:, 0], clips[:, 1:4], clips[:, 4:]
     sizes = grids.prod(axis=1).tolist()
-    placement = balance(sizes, packs, slots, config) if packs else []
-    if len(placement) < len(sizes):
-        placement = (read // slots).tolist()
+    placement = balance(sizes, packs, slots, config, (read // slots).tolist()) if packs else []
     encoded, segments, tokens = _lay_out(placement, grids, packs, slots, config.group)
     media_BL = np.full((rows * len(everyone), batch.media_BL.shape[1]), -1, np.int32)
     counts = grids[:, 1] * grids[:, 2] // config.group

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 import jax
 
 from k25_jax.config import ConfigError, Experiment
-from k25_jax.data.packing import Batch, BatchBuilder
+from k25_jax.data.packing import Batch, pack_examples
 from k25_jax.models.experts import ROOM
 from k25_jax.parallel import dep
 from k25_jax.preflight import hlo
@@ -84,7 +84,7 @@ def with_rows(experiment: Experiment, rows: int = 0) -> Experiment:
     if not rows:
         return experiment
     packs = math.ceil(data.packs * rows / data.batch_size)
-    return dataclasses.replace(experiment, data=dataclasses.replace(data, batch_size=rows, packs=packs))
+    return dataclasses.replace(experiment, data=dataclasses.replace(data, batch_size=rows, packs=packs, lanes=1))
 
 
 def abstract_batch(experiment: Experiment, mesh) -> Batch:
@@ -93,8 +93,8 @@ def abstract_batch(experiment: Experiment, mesh) -> Batch:
     Tables are as long as an image of data.max_image_patches makes them whose features all go to one device.
     """
     data, model, vision = experiment.data, experiment.model, experiment.train.vision
-    small = dataclasses.replace(data, batch_size=1, packs=1)
-    batch = BatchBuilder(small, model).build()
+    small = dataclasses.replace(data, batch_size=1, packs=1, lanes=1)
+    batch = pack_examples([], small, model)
     grown = lambda n: lambda a: jax.ShapeDtypeStruct((n, *a.shape[1:]), a.dtype)  # noqa: E731
     batch = jax.tree.map(grown(data.batch_size), batch).replace(vision=jax.tree.map(grown(data.packs), batch.vision))
     place = lambda a, layout: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=layout)  # noqa: E731

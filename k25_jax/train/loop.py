@@ -1,7 +1,6 @@
 """The training loop, one screen: restore, step, log, checkpoint. A killed run started again goes on exactly."""
 
 import contextlib
-import dataclasses
 import importlib.metadata
 import json
 import logging
@@ -18,7 +17,8 @@ from k25_jax.checkpoint.huggingface import load_params
 from k25_jax.checkpoint.load import read_experiment
 from k25_jax.checkpoint.siglip import load_siglip_vision
 from k25_jax.checkpoint.store import CheckpointError, Store, complete_steps, restore_params
-from k25_jax.config import ConfigError, Experiment, to_dict
+from k25_jax.config import ConfigError, DataConfig, Experiment, to_dict
+from k25_jax.data.mixture import realised
 from k25_jax.data.pipeline import make_pipeline
 from k25_jax.parallel import dep, hosts
 from k25_jax.parallel.pipeline import bubble
@@ -58,22 +58,19 @@ def train(experiment: Experiment, directory: str | pathlib.Path, on_step=None) -
             writer.truncate_after(start)
         bar = stack.enter_context(progress_bar(hidden=not first))
         task = bar.add_task("train", total=config.steps, completed=start, note="compiling")
-        for step in range(start + 1, config.steps + 1):
+        logged = saved = step = start
+        for step, batch, waited in batches(pipeline, experiment, start):
             began = time.perf_counter()
-            batch = next(pipeline)
-            waited = time.perf_counter() - began
             placed = hosts.place(batch, mesh, experiment.model.vision, config.vision)
             state, on_device = step_fn(state, placed)
             metrics = {k: v.item() for k, v in jax.device_get(on_device).items()}
             metrics |= hosts.metrics(batch, placed, mesh, experiment.model.vision, config.vision)
-            seconds = time.perf_counter() - began
+            seconds = time.perf_counter() - began + waited
             bad = bad + 1 if metrics["bad"] else 0
             metrics |= {"bad_in_a_row": bad, "tokens_per_second": metrics["tokens"] / seconds}
-            metrics |= {"step_seconds": seconds, "data_seconds": waited}
-            if writer and (step % config.log_every == 0 or step == config.steps or bad):
-                writer.write(step, metrics)
-                if on_step:
-                    on_step(step, metrics)
+            metrics |= {"step_seconds": seconds, "data_seconds": waited, "data_share": waited / seconds}
+            if step % config.log_every == 0 or bad:
+                logged = log_step(step, metrics, experiment, pipeline, mesh, writer, on_step)
             note = f"loss {metrics['loss']:.4f}  {metrics['tokens_per_second']:,.0f} tokens/s"
             bar.update(task, completed=step, note=note)
             if bad and first:
@@ -84,9 +81,39 @@ def train(experiment: Experiment, directory: str | pathlib.Path, on_step=None) -
                     f"as before them, checkpoints: {store.steps()}. Lower optim.peak_lr, check the data, or raise "
                     "train.max_bad_steps"
                 )
-            if step % config.checkpoint_every == 0 or step == config.steps:
+            if step % config.checkpoint_every == 0:
+                saved = step
                 store.save(step, state, {"pipelines": data_states(pipeline, mesh), "bad_in_a_row": bad})
+        if logged < step:
+            log_step(step, metrics, experiment, pipeline, mesh, writer, on_step)
+        if saved < step:
+            store.save(step, state, {"pipelines": data_states(pipeline, mesh), "bad_in_a_row": bad})
     return (read_metrics(directory) or [{}])[-1]
+
+
+def batches(pipeline, experiment: Experiment, start: int):
+    """(step, batch, seconds waited for it) after step `start`, to train.steps or until no process has a token left."""
+    data = experiment.data
+    ends = data.text_tokens or data.vision_tokens or any(source.max_epochs for source in data.sources)
+    for step in range(start + 1, experiment.train.steps + 1):
+        began = time.perf_counter()
+        batch = next(pipeline)
+        waited = time.perf_counter() - began
+        if ends and not any(processes.gathered(bool(batch.segments_BL.any()))):
+            log.info("all budgets and epochs of the data are spent after step %d", step - 1)
+            return
+        yield step, batch, waited
+
+
+def log_step(step: int, metrics: dict, experiment: Experiment, pipeline, mesh: Mesh, writer, on_step) -> int:
+    """Write the metrics of a step and what the data was made of so far; all processes call this. Returns the step."""
+    states = data_states(pipeline, mesh)
+    if writer:
+        metrics = metrics | realised(states, experiment.data)
+        writer.write(step, metrics)
+        if on_step:
+            on_step(step, metrics)
+    return step
 
 
 def mesh_of(experiment: Experiment, devices=None) -> Mesh:
@@ -130,30 +157,40 @@ def check_mesh(experiment: Experiment, mesh: Mesh) -> None:
 
 
 def open_data(experiment: Experiment, mesh: Mesh):
-    """The batches that this process reads: its rows and its packs of each batch (sharding/processes.py)."""
-    everyone, data = processes.readers(processes.owners_of(mesh)), experiment.data
-    number = len(everyone)
-    share = dataclasses.replace(data, batch_size=data.batch_size // number, packs=data.packs // number)
-    return make_pipeline(share, experiment.model, processes.own_reader(everyone), number)
+    """The batches that this process reads: the rows and packs of its lanes (sharding/processes.py)."""
+    return make_pipeline(experiment.data, experiment.model, experiment.train.steps, own_lanes(experiment.data, mesh))
+
+
+def own_lanes(data: DataConfig, mesh: Mesh) -> range:
+    """The lanes of the data that this process reads: as many as any other reader, one after the other."""
+    everyone = processes.readers(processes.owners_of(mesh))
+    if data.lanes % len(everyone):
+        raise ConfigError(
+            f"data.lanes={data.lanes} must be a multiple of the {len(everyone)} processes that read; with more lanes the "
+            "data is another"
+        )
+    number, own = data.lanes // len(everyone), processes.own_reader(everyone)
+    return range(own * number, (own + 1) * number)
 
 
 def data_states(pipeline, mesh: Mesh) -> list[dict]:
-    """The state of the data of each reader; all processes call this."""
+    """The state of each lane of the data; all processes call this."""
     states = processes.gathered(pipeline.get_state())
-    return [states[reader.processes[0]] for reader in processes.readers(processes.owners_of(mesh))]
+    everyone = processes.readers(processes.owners_of(mesh))
+    return [lane for reader in everyone for lane in states[reader.processes[0]]["lanes"]]
 
 
 def restore_or_init(experiment: Experiment, store: Store, pipeline, mesh: Mesh):
     """(state, step, bad steps just before it) from the newest checkpoint, else from train.init_from, else fresh."""
     if store.steps():
         state, data = store.restore(abstract_state(experiment, mesh))
-        everyone = processes.readers(processes.owners_of(mesh))
-        if len(everyone) != len(data["pipelines"]):
+        lanes = data["pipelines"]
+        if len(lanes) != experiment.data.lanes:
             raise CheckpointError(
-                f"{store.directory}: the data was read by {len(data['pipelines'])} processes, now by {len(everyone)}; "
-                "start as many, with the mesh that they had, or take only the weights into a new run by train.init_from"
+                f"{store.directory}: the data was read in data.lanes={len(lanes)}, now in {experiment.data.lanes}; set "
+                "as many, or take only the weights into a new run by train.init_from"
             )
-        pipeline.set_state(data["pipelines"][processes.own_reader(everyone)])
+        pipeline.set_state({"lanes": [lanes[lane] for lane in own_lanes(experiment.data, mesh)]})
         return state, int(state.step), data["bad_in_a_row"]
     state = init_state(experiment, mesh)
     layout = state_shardings(experiment, mesh).params

@@ -1,8 +1,7 @@
 """Vision packs: clips of any size laid one after another in fixed-size rows of patches (K2.5 §3.2, §3.8).
 
-The sequence packer asks a `PackPlan` whether the clips of another example still fit first-fit, in order of arrival.
-When the batch is whole, `balance` spreads its clips anew so that every device has about the same to compute. Where that
-finds no room it replays the rule of the plan, so whatever a plan accepted can be packed.
+The sequence packer (data/packing.py) plans which clips share a pack. When the batch is whole, `balance` spreads its clips
+anew so that every device has about the same to compute. Where that finds no room the packs keep what was planned.
 """
 
 import heapq
@@ -67,28 +66,6 @@ class Clip:
         return self.grid[1] * self.grid[2] // (self.merge[0] * self.merge[1])
 
 
-class PackPlan:
-    """First-fit, in order of arrival, of clip sizes (in patches) into `packs` packs of `pack_patches` slots."""
-
-    def __init__(self, packs: int, pack_patches: int):
-        self.pack_patches = pack_patches
-        self.used = [0] * packs
-
-    def add(self, sizes: Sequence[int]) -> bool:
-        """Place all of `sizes`, or none of them; says which. A size above `pack_patches` never fits."""
-        used = list(self.used)
-        for size in sizes:
-            if _first_fit(used, size, self.pack_patches) is None:
-                return False
-        self.used = used
-        return True
-
-
-def fits(sizes: Sequence[int], packs: int, pack_patches: int) -> bool:
-    """Whether clips of these sizes (in patches), in this order, go into `packs` packs."""
-    return PackPlan(packs, pack_patches).add(sizes)
-
-
 def first_fit(sizes: Sequence[int], packs: int, pack_patches: int) -> list[int]:
     """The pack of each clip when each goes to the first with room; ends before the first clip that finds none."""
     used, placement = [0] * packs, []
@@ -122,16 +99,25 @@ def pack_flops(pack: VisionPack, config: VisionConfig) -> np.ndarray:
     return clip_flops(patches[:, 1:], config).sum(axis=1)
 
 
-def balance(sizes: Sequence[int], packs: int, pack_patches: int, config: VisionConfig) -> list[int]:
+def balance(
+    sizes: Sequence[int],
+    packs: int,
+    pack_patches: int,
+    config: VisionConfig,
+    planned: Sequence[int] | None = None,
+) -> list[int]:
     """The pack of each clip such that every device has about the same to compute (K2.5 §3.8).
 
     Clips go longest first to the pack that has least to compute and has room. Packs are then ordered so that aligned
     runs of 2, 4, 8, .. have about the same together: a device that holds so many is balanced better than a pack is.
-    Knows no mesh, and the same sizes always give the same. Where a clip finds no room, `first_fit` places all.
+    Knows no mesh, and the same sizes always give the same. Where a clip finds no room, as in packs that are full, the
+    packs keep what `planned` (else `first_fit`) has put together, and are only ordered.
     """
     placement = _longest_first(sizes, packs, pack_patches, config)
     if placement is None:
-        return first_fit(sizes, packs, pack_patches)
+        placement = first_fit(sizes, packs, pack_patches) if planned is None else list(planned)
+        if len(placement) < len(sizes):
+            return placement
     loads_P = np.bincount(placement, clip_flops(np.asarray(sizes, np.float64), config), minlength=packs)
     rank_P = np.empty(packs, np.int64)
     rank_P[_evened(loads_P)] = np.arange(packs)

@@ -6,14 +6,16 @@ import pytest
 
 from k25_jax.config import DataConfig, VisionConfig, preset
 from k25_jax.data.packing import (
-    BatchBuilder,
     Example,
+    Filling,
     PackingError,
     batch_stats,
+    build,
     expand_media,
     make_example,
     pack_examples,
-    split,
+    piece,
+    truncate,
 )
 from k25_jax.vision.patchpack import Clip
 
@@ -60,12 +62,13 @@ def test_make_example_gives_media_no_weight():
     assert example.clips == [clip] and not example.truncated
 
 
-def test_long_text_is_split_and_every_token_is_predicted_once():
+def test_pieces_of_a_text_predict_every_token_once():
     for length in range(2, 80):
         for seq_len in (2, 3, 10):
-            pieces = split(text(length), seq_len, MODEL)
-            assert all(2 <= len(piece) <= seq_len for piece in pieces)
-            predicted = np.concatenate([piece.tokens[1:] for piece in pieces])
+            starts = range(0, length - 1, seq_len - 1)
+            pieces = [piece(text(length), start, min(seq_len, length - start)) for start in starts]
+            assert all(2 <= len(one) <= seq_len for one in pieces)
+            predicted = np.concatenate([one.tokens[1:] for one in pieces])
             assert predicted.tolist() == text(length).tokens[1:].tolist()
 
 
@@ -74,7 +77,7 @@ def test_long_document_with_media_is_truncated_between_blocks():
     for _ in range(100):
         example = random_example(generator, clips=3)
         for seq_len in range(2, len(example) + 2):
-            (piece,) = split(example, seq_len, MODEL)
+            piece = truncate(example, seq_len, MODEL)
             assert piece.truncated == (seq_len < len(example))
             assert len(piece) <= seq_len
             assert piece.tokens.tolist() == example.tokens[: len(piece)].tolist()
@@ -126,11 +129,12 @@ def check_document(batch, row, columns, example):
     assert next(vision_tokens, None) is None
 
 
-def first_fit_rows(examples, data):
-    """Rows by the rule: the first row with room."""
+def best_fit_rows(examples, data):
+    """Rows by the rule: the one with room that leaves the least, the first of several."""
     used, rows = [0] * data.batch_size, []
     for example in examples:
-        rows.append(next(row for row in range(data.batch_size) if used[row] + len(example) <= data.seq_len))
+        fitting = [row for row in range(data.batch_size) if used[row] + len(example) <= data.seq_len]
+        rows.append(max(fitting, key=lambda row: (used[row], -row)))
         used[rows[-1]] += len(example)
     return rows
 
@@ -138,16 +142,16 @@ def first_fit_rows(examples, data):
 @pytest.mark.parametrize("seed", range(20))
 def test_batch_against_brute_force(seed):
     generator = np.random.default_rng(seed)
-    builder, placed = BatchBuilder(DATA, MODEL), []
+    filling, placed = Filling(DATA), []
     for _ in range(30):
         example = random_example(generator, clips=int(generator.integers(0, 3)))
-        if builder.add(example):
+        if filling.add(example):
             placed.append(example)
-    batch = builder.build()
+    batch = build([filling.placed], DATA, MODEL)
     assert any(example.clips for example in placed) and len(placed) > 4
     seen = np.zeros((DATA.batch_size, DATA.seq_len), bool)
     documents = [0] * DATA.batch_size
-    for example, row in zip(placed, first_fit_rows(placed, DATA), strict=True):
+    for example, row in zip(placed, best_fit_rows(placed, DATA), strict=True):
         documents[row] += 1
         columns = np.flatnonzero(batch.segments_BL[row] == documents[row])
         assert columns.tolist() == list(range(columns[0], columns[0] + len(example)))
@@ -196,16 +200,38 @@ def test_statistics_of_media():
     assert stats["waste_tokens"] == pytest.approx(1 - 5 / 128)
 
 
-def test_builder_says_no_and_stays_as_it_was():
-    builder = BatchBuilder(DataConfig(batch_size=1, seq_len=8, packs=1, pack_patches=8), MODEL)
+def test_a_filling_says_no_and_stays_as_it_was():
+    data = DataConfig(batch_size=1, seq_len=8, packs=1, pack_patches=8)
+    filling = Filling(data)
     big = make_example([1, PAD, 2], [1] * 3, [Clip(np.zeros((12, 12), np.uint8), (1, 2, 6))], PAD)
     small = make_example([1, PAD, 2], [1] * 3, [Clip(np.ones((8, 12), np.uint8), (2, 2, 2))], PAD)
-    assert not builder.add(text(9)) and not builder.add(big)
-    assert builder.add(small)
-    assert not builder.add(small)  # the pack is full
-    assert not builder.full and builder.add(text(4)) and builder.full
-    batch = builder.build()
+    assert not filling.add(text(9)) and not filling.add(big)
+    assert filling.add(small)
+    other = filling.copy()
+    assert not filling.add(small)  # the pack is full
+    assert filling.add(text(4)) and filling.rows.largest == 1 and other.rows.largest == 5
+    batch = build([filling.placed], data, MODEL)
     assert batch.segments_BL.tolist() == [[1, 1, 1, 2, 2, 2, 2, 0]]
+
+
+def test_the_fillings_of_lanes_lie_one_below_the_other():
+    data, generator = dataclasses.replace(DATA, batch_size=8, packs=4, lanes=2), np.random.default_rng(5)
+    fillings = [Filling(DATA), Filling(DATA)]
+    placed = [[one for one in (random_example(generator, 1) for _ in range(9)) if each.add(one)] for each in fillings]
+    batch = build([each.placed for each in fillings], data, MODEL)
+    alone = [build([each.placed], DATA, MODEL) for each in fillings]
+    for name in ("tokens_BL", "targets_BL", "segments_BL", "positions_BL", "loss_weights_BL"):
+        assert np.array_equal(getattr(batch, name), np.concatenate([getattr(one, name) for one in alone]))
+    for number, examples in enumerate(placed):
+        for example, row, segment in zip(examples, best_fit_rows(examples, DATA), _numbers(examples), strict=True):
+            columns = np.flatnonzero(batch.segments_BL[4 * number + row] == segment)
+            check_document(batch, 4 * number + row, columns, example)
+
+
+def _numbers(examples):
+    """The number of each example in its row."""
+    rows = best_fit_rows(examples, DATA)
+    return [rows[: i + 1].count(row) for i, row in enumerate(rows)]
 
 
 def test_what_does_not_fit_is_named():

@@ -3,6 +3,7 @@ import dataclasses
 import io
 import json
 import logging
+import re
 import threading
 
 import jax
@@ -11,8 +12,9 @@ import pytest
 from PIL import Image
 
 from k25_jax.config import DataConfig, SourceConfig, preset
+from k25_jax.data.lane import LOGGED
 from k25_jax.data.packing import batch_stats
-from k25_jax.data.pipeline import LOGGED, LOOKAHEAD, Preparer, check, counts, make_pipeline, mix
+from k25_jax.data.pipeline import Preparer, check, counts, make_pipeline, records_of
 from k25_jax.data.records import DataError, Record
 from k25_jax.data.sources import open_source
 from k25_jax.text.tokenizer import load_tokenizer
@@ -76,7 +78,8 @@ def names(iterator, count, start="<"):
     """The first `count` names that documents begin with, in the order of the batches."""
     out = []
     while len(out) < count:
-        out += [text[: text.index(">") + 1] for text in documents(next(iterator)) if text.startswith(start)]
+        whole = [text for text in documents(next(iterator)) if text.startswith(start) and ">" in text]
+        out += [text[: text.index(">") + 1] for text in whole]
     return out
 
 
@@ -90,8 +93,8 @@ def pipeline():
     """make_pipeline, closed at the end."""
     opened = []
 
-    def make(data, model=MODEL, *shard):
-        opened.append(make_pipeline(data, model, *shard))
+    def make(data, lanes=None):
+        opened.append(make_pipeline(data, MODEL, 1000, lanes))
         return opened[-1]
 
     yield make
@@ -110,7 +113,7 @@ def test_resumed_equals_uninterrupted_at_every_batch(tmp_path, pipeline, shuffle
         batches.append(next(whole))
         states.append(json.loads(json.dumps(whole.get_state())))
     assert counts(whole)["records"] > 2 * 27  # past the end of the first epoch
-    assert any(len(state["waiting"]) > 0 for state in states) and any(state["next_piece"] for state in states)
+    assert any(entry[2] for state in states for entry in state["lanes"][0]["waiting"])  # in the middle of a document
     resumed = pipeline(data)
     for i in reversed(range(30)):
         resumed.set_state(states[i])
@@ -131,9 +134,12 @@ def test_state_of_other_data_is_refused(tmp_path, pipeline):
     data = config(write(tmp_path, "a.jsonl", texts("a", 40)))
     state = pipeline(data).get_state()
     other = config(write(tmp_path, "b.jsonl", texts("b", 41)))
-    for changed in (pipeline(other), pipeline(dataclasses.replace(data, seed=1)), pipeline(data, MODEL, 0, 2)):
-        with pytest.raises(DataError, match="restore the sources, seed and number of processes"):
+    lanes = dataclasses.replace(data, batch_size=4, lanes=2)
+    for changed in (pipeline(other), pipeline(dataclasses.replace(data, seed=1)), pipeline(lanes, [0])):
+        with pytest.raises(DataError, match="restore the sources, seed and data.lanes"):
             changed.set_state(state)
+    with pytest.raises(DataError, match="of 1 lanes, not of 2"):
+        pipeline(lanes).set_state(state)
     pipeline(dataclasses.replace(data, batch_size=5)).set_state(state)  # another shape is no other data
 
 
@@ -143,8 +149,10 @@ def test_record_that_changed_is_counted_not_fatal(tmp_path, pipeline):
         (tmp_path / "docs" / f"{i}.txt").write_text(f"{i}" * 150)
     data = config(str(tmp_path / "docs"), batch_size=1)
     iterator = pipeline(data)
-    while not (state := iterator.get_state())["next_piece"]:
+    state = iterator.get_state()
+    while not any(entry[2] for entry in state["lanes"][0]["waiting"]):
         next(iterator)
+        state = iterator.get_state()
     for i in range(6):
         (tmp_path / "docs" / f"{i}.txt").write_text(f"{i}" * 20)
     resumed = pipeline(data)
@@ -167,51 +175,42 @@ def test_same_seed_same_batches_other_seed_others(tmp_path, pipeline):
 
 
 def test_every_epoch_has_every_record_once_in_another_order(tmp_path, pipeline):
-    data = config(write(tmp_path, "a.jsonl", texts("a", 25)), batch_size=1, packs=0)
-    order = names(pipeline(data), 75 + LOOKAHEAD)
-    # Examples may wait for later batches, so an epoch is whole only up to those.
+    """Examples may wait for later batches, so an epoch is whole only up to those. Conversations are not cut."""
+    records = [
+        {"messages": [{"role": "user", "content": "?"}, {"role": "assistant", "content": text["text"]}]}
+        for text in texts("a", 40)
+    ]
+    iterator, order = pipeline(config(write(tmp_path, "a.jsonl", records), batch_size=1, packs=0)), []
+    while len(order) < 160:
+        order += [name for text in documents(next(iterator)) for name in re.findall(r"<a\d+>", text)]
     seen = collections.Counter(order)
-    assert set(seen) == {f"<a{i}>" for i in range(25)}
+    assert set(seen) == {f"<a{i}>" for i in range(40)}
     assert max(seen.values()) - min(seen.values()) <= 2
-    assert order[:15] != order[25:40]
-    unshuffled = names(pipeline(dataclasses.replace(data, shuffle=False, batch_size=8, seq_len=400)), 50)
-    assert sorted(unshuffled[:25]) == sorted(seen)
+    assert order[:40] != order[40:80]
 
 
-def test_order_without_shuffling(tmp_path, pipeline):
-    data = config(write(tmp_path, "a.jsonl", texts("a", 5)), batch_size=1, seq_len=1000, packs=0, shuffle=False)
-    order = names(pipeline(data), 20)
-    assert order[:20] == [f"<a{i % 5}>" for i in range(20)]
-
-
-def stream(data, shard, shards, count):
-    """The names of the first records of a process, before they are packed."""
-    records = mix([open_source(source) for source in data.sources], data, shard, shards)
+def stream(data, lane, count, place=0):
+    """The names of the first records that a lane reads of a source, before they are packed."""
+    records = records_of(open_source(data.sources[place]), data, place, lane)
     return [records[i].data["text"].split(">")[0] for i in range(count)]
 
 
-def test_mixture_by_weight(tmp_path):
-    paths = [
-        write(tmp_path, f"{letter}.jsonl", texts(letter, count))
-        for letter, count in zip("abc", (70, 60, 90), strict=True)
-    ]
-    data = config(*paths, weights=[1.0, 7.0, 2.0])
-    order = stream(data, 0, 1, 1000)
-    for part in (order[:100], order[500:600], order[900:]):
-        shares = collections.Counter(name[1] for name in part)
-        assert abs(shares["a"] - 10) <= 1 and abs(shares["b"] - 70) <= 1 and abs(shares["c"] - 20) <= 1
+def test_order_without_shuffling(tmp_path):
+    data = config(write(tmp_path, "a.jsonl", texts("a", 5)), shuffle=False)
+    assert stream(data, 0, 20) == [f"<a{i % 5}" for i in range(20)]
 
 
-@pytest.mark.parametrize("shards", [1, 2, 3, 7])
+@pytest.mark.parametrize("lanes", [1, 2, 3, 7])
 @pytest.mark.parametrize("shuffle", [True, False])
-def test_shards_are_disjoint_and_together_complete_in_every_epoch(tmp_path, shards, shuffle):
-    data = config(write(tmp_path, "a.jsonl", texts("a", 23)), shuffle=shuffle)
+def test_lanes_are_disjoint_and_together_complete_in_every_epoch(tmp_path, lanes, shuffle):
+    path = write(tmp_path, "a.jsonl", texts("a", 23))
+    data = config(path, shuffle=shuffle, batch_size=lanes, packs=lanes, lanes=lanes)
     orders = []
     for epoch in range(3):
         parts = []
-        for shard in range(shards):
-            size = len(range(shard, 23, shards))
-            parts += stream(data, shard, shards, 3 * size)[epoch * size : (epoch + 1) * size]
+        for lane in range(lanes):
+            size = len(range(lane, 23, lanes))
+            parts += stream(data, lane, 3 * size)[epoch * size : (epoch + 1) * size]
         assert sorted(parts) == sorted(f"<a{i}" for i in range(23))
         orders.append(parts)
     assert (orders[0] != orders[1]) == shuffle and (orders[1] != orders[2]) == shuffle
@@ -219,25 +218,25 @@ def test_shards_are_disjoint_and_together_complete_in_every_epoch(tmp_path, shar
 
 def test_sources_are_shuffled_independently(tmp_path):
     paths = write(tmp_path, "a.jsonl", texts("a", 20)), write(tmp_path, "b.jsonl", texts("b", 20))
-    order = stream(config(*paths), 0, 1, 40)
-    numbers = [[name[2:] for name in order if name[1] == letter] for letter in "ab"]
+    numbers = [[name[2:] for name in stream(config(*paths), 0, 20, place)] for place in range(2)]
     assert sorted(numbers[0]) == sorted(numbers[1]) and numbers[0] != numbers[1]
 
 
-def test_every_process_reads_every_source(tmp_path, pipeline):
-    paths = write(tmp_path, "a.jsonl", texts("a", 8)), write(tmp_path, "b.jsonl", texts("b", 8))
-    found = [names(pipeline(config(*paths, packs=0), MODEL, shard, 2), 12) for shard in range(2)]
-    assert not set(found[0][:4]) & set(found[1][:4])
+def test_every_lane_reads_every_source(tmp_path, pipeline):
+    paths = write(tmp_path, "a.jsonl", texts("a", 80)), write(tmp_path, "b.jsonl", texts("b", 80))
+    data = config(*paths, batch_size=4, packs=0, lanes=2)
+    found = [names(pipeline(data, [lane]), 12) for lane in range(2)]
+    assert not set(found[0]) & set(found[1])
     assert {name[1] for name in found[0]} == {name[1] for name in found[1]} == {"a", "b"}
 
 
-def test_a_source_smaller_than_the_shards(tmp_path):
-    data = config(write(tmp_path, "a.jsonl", texts("a", 3)))
-    with pytest.raises(DataError, match="has 3 records for 4 processes"):
-        make_pipeline(data, MODEL, 0, 4)
-    for shard in ((2, 2), (-1, 2)):
-        with pytest.raises(DataError, match="shard_index"):
-            make_pipeline(data, MODEL, *shard)
+def test_a_source_smaller_than_the_lanes(tmp_path):
+    data = config(write(tmp_path, "a.jsonl", texts("a", 3)), batch_size=4, packs=4, lanes=4)
+    with pytest.raises(DataError, match="has 3 records for data.lanes=4"):
+        make_pipeline(data, MODEL, 9)
+    for lanes in ([4], [-1], []):
+        with pytest.raises(DataError, match="must be some of the data.lanes=4"):
+            make_pipeline(data, MODEL, 9, lanes)
 
 
 # ---------------------------------------------------------------------------------------------------------- bad records
@@ -296,7 +295,7 @@ def test_a_record_that_breaks_a_library_is_skipped():
     nothing = Record("nothing", None)
     for record, reason in ((Record("broken", broken), "image"), (nothing, "unknown")):
         prepared = Preparer(TOKENIZER, config("x"), MODEL)(record)
-        assert prepared.name == record.name and prepared.problem.reason == reason and not prepared.examples
+        assert prepared.name == record.name and prepared.problem.reason == reason and prepared.example is None
     assert isinstance(prepared.problem.__cause__, AttributeError)
 
 
@@ -341,12 +340,12 @@ def test_long_documents_fill_rows(tmp_path, pipeline):
 
 def test_closing_ends_the_threads(tmp_path):
     before = threading.active_count()
-    iterator = make_pipeline(config(write(tmp_path, "a.jsonl", texts("a", 40))), MODEL)
+    iterator = make_pipeline(config(write(tmp_path, "a.jsonl", texts("a", 40))), MODEL, 9)
     next(iterator)
     assert threading.active_count() > before
     iterator.close()
     for thread in threading.enumerate():
-        if "grain" in thread.name:
+        if "grain" in thread.name or "records" in thread.name:
             thread.join(timeout=10)
     assert threading.active_count() <= before
 

@@ -14,7 +14,7 @@ from k25_jax.data.records import DataError, Record, RecordError
 from k25_jax.data.sources import open_source
 from k25_jax.text.tokenizer import BYTE_SPECIAL, load_tokenizer
 from k25_jax.vision.image import preprocess
-from k25_jax.vision.patchpack import fits
+from k25_jax.vision.patchpack import first_fit
 from k25_jax.vision.video import chunks, load_video
 
 MODEL = preset("tiny")
@@ -246,7 +246,8 @@ def test_media_are_scaled_to_the_packs(tmp_path):
     for packs, patches, clips in ((1, 16, 1), (3, 16, 3), (1, 40, 1), (2, 96, 2)):
         example = example_of(source[0], DataConfig(packs=packs, pack_patches=patches, video_fps=10.0))
         assert len(example.clips) == clips
-        assert fits([len(clip.patches) for clip in example.clips], packs, patches)
+        sizes = [len(clip.patches) for clip in example.clips]
+        assert len(first_fit(sizes, packs, patches)) == len(sizes)
         assert all(clip.grid[0] == 4 for clip in example.clips[:-1])
 
 

@@ -20,7 +20,7 @@ from k25_jax.config import ConfigError, load_experiment
 from k25_jax.train.loop import revision, save_run
 from k25_jax.train.state import abstract_state
 
-GOLDEN = (5.778346061706543, 5.370794296264648)
+GOLDEN = (5.828100204467773, 5.375868320465088)
 
 
 def train(finished, run: pathlib.Path, *more: str) -> subprocess.CompletedProcess:
@@ -76,6 +76,17 @@ def test_a_finished_run_is_left_as_it_is(finished, tmp_path):
     assert json.loads(again.stdout) == json.loads(finished.stdout) == runs.rows(run)[-1]
     assert (run / "metrics.jsonl").read_bytes() == before
     assert_as_uninterrupted(finished, run)
+
+
+def test_a_run_ends_with_the_last_token_of_its_budget(finished, tmp_path):
+    """No step without a token is trained on, the last one that had some is saved, and started again it stays so."""
+    run, budget = tmp_path / "run", ("data.vision_tokens=900", "train.log_every=50")
+    for _ in range(2):
+        done = train(finished, run, *budget)
+        assert done.returncode == 0, done.stderr
+        (row,) = runs.rows(run)
+        assert 880 < row["vision_tokens"] <= 900 and row["tokens"] > 0 and row["text_tokens"] == 0
+        assert 7 <= row["step"] <= 10 and Store(run / "checkpoints").steps() == [row["step"]]
 
 
 # ------------------------------------------------------------------------------------------------------ interruptions
@@ -247,7 +258,7 @@ POISONED = """
 
         def __next__(self):
             batch = next(self.pipeline)
-            if self.get_state()["counts"]["batches"] in bad:
+            if self.get_state()["lanes"][0]["counts"]["batches"] in bad:
                 return batch.replace(loss_weights_BL=np.full_like(batch.loss_weights_BL, np.inf))
             return batch
 

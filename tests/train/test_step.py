@@ -44,7 +44,7 @@ def fresh(experiment: Experiment, params) -> TrainState:
 @pytest.fixture(scope="module")
 def setup(tmp_path_factory) -> Setup:
     experiment = load_experiment(str(runs.write_experiment(tmp_path_factory.mktemp("step"))))
-    pipeline = make_pipeline(experiment.data, experiment.model)
+    pipeline = make_pipeline(experiment.data, experiment.model, experiment.train.steps)
     batches = [next(pipeline) for _ in range(3)]
     pipeline.close()
     rng = np.random.default_rng(0)

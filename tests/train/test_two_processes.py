@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -17,7 +18,7 @@ from k25_jax.config import load_experiment
 from k25_jax.train.state import abstract_state
 
 STEPS, EVERY = 10, 3
-OVERRIDES = (f"train.steps={STEPS}", f"train.checkpoint_every={EVERY}", "data.packs=2")
+OVERRIDES = (f"train.steps={STEPS}", f"train.checkpoint_every={EVERY}", "data.packs=2", "data.lanes=2")
 
 
 def start(file, run, *more: str, wrapper: tuple[str, ...] = ()) -> subprocess.Popen:
@@ -55,8 +56,8 @@ def test_process_0_alone_writes_and_prints(undisturbed):
     assert json.loads((undisturbed.run / "run.json").read_text())["processes"] == 2
     both = Store(undisturbed.run / "checkpoints")
     _, data = both.restore(abstract_state(load_experiment(str(undisturbed.file))))
-    shards = [state["identity"]["shard"] for state in data["pipelines"]]
-    assert shards == [[0, 2], [1, 2]] and runs.rows(undisturbed.run)[-1]["documents"] >= 2
+    lanes = [state["identity"]["lane"] for state in data["pipelines"]]
+    assert lanes == [[0, 2], [1, 2]] and runs.rows(undisturbed.run)[-1]["documents"] >= 2
 
 
 def test_one_is_killed_the_other_says_so_and_both_resume_exactly(undisturbed, tmp_path):
@@ -81,10 +82,27 @@ def test_one_is_killed_the_other_says_so_and_both_resume_exactly(undisturbed, tm
         assert np.asarray(leaf).tobytes() == np.asarray(other).tobytes(), path
 
 
-def test_another_number_of_processes_is_refused(undisturbed):
-    alone = runs.k25("train", f"--config={undisturbed.file}", f"--workdir={undisturbed.run}", *OVERRIDES)
-    assert alone.returncode == 2
-    assert "the data was read by 2 processes, now by 1; start as many" in alone.stderr
+def test_one_process_goes_on_with_the_data_of_two(undisturbed, tmp_path):
+    """From a checkpoint in the middle, with two lanes, the same documents come in every step."""
+    run = shutil.copytree(undisturbed.run, tmp_path / "run")
+    for step in range(2 * EVERY + 1, STEPS + 1):
+        shutil.rmtree(run / "checkpoints" / str(step), ignore_errors=True)
+    alone = runs.k25("train", f"--config={undisturbed.file}", f"--workdir={run}", *OVERRIDES)
+    assert alone.returncode == 0, alone.stderr
+    both = [runs.untimed(folder) for folder in (run, undisturbed.run)]
+    same = ("step", "tokens", "documents", "clips", "media_tokens", "text_tokens", "vision_tokens")
+    assert [[row[name] for name in same] for row in both[0]] == [[row[name] for name in same] for row in both[1]]
+    np.testing.assert_allclose([row["loss"] for row in both[0]], [row["loss"] for row in both[1]], rtol=1e-4)
+
+
+def test_data_in_other_lanes_is_refused(undisturbed):
+    more = runs.k25("train", f"--config={undisturbed.file}", f"--workdir={undisturbed.run}", *OVERRIDES, "data.lanes=1")
+    assert more.returncode == 2 and "the data was read in data.lanes=2, now in 1; set as many" in more.stderr
+
+
+def test_too_few_lanes_are_refused(undisturbed, tmp_path):
+    done = finish(start(undisturbed.file, tmp_path / "run", "data.lanes=1"))
+    assert done.returncode == 2 and "data.lanes=1 must be a multiple of the 2 processes that read" in done.stderr
 
 
 def test_an_error_in_one_ends_both(undisturbed, tmp_path):
