@@ -13,7 +13,7 @@ import numpy as np
 
 from k25_jax.config import ConfigError, from_dict
 
-NAMES = ("digits", "photographs", "words", "shapes", "library")
+NAMES = ("digits", "photographs", "words", "shapes", "library", "passkey")
 SPLITS = ("train", "test")
 
 
@@ -122,4 +122,6 @@ def _task_class(name: str) -> type[Task]:
             from k25_jax.data.tasks.shapes import Shapes as task
         case "library":
             from k25_jax.data.tasks.library import Library as task
+        case "passkey":
+            from k25_jax.data.tasks.passkey import Passkey as task
     return task
