@@ -11,11 +11,12 @@ import pathlib
 
 import jax
 
+from k25_jax.checkpoint.hf_config import read_config
 from k25_jax.checkpoint.huggingface import load_params
 from k25_jax.checkpoint.load import read_experiment
 from k25_jax.checkpoint.siglip import load_siglip_vision
 from k25_jax.checkpoint.store import CheckpointError, restore_params
-from k25_jax.config import Experiment, RopeConfig
+from k25_jax.config import Experiment, K25Config, RopeConfig
 from k25_jax.train.state import abstract_state
 
 log = logging.getLogger(__name__)
@@ -46,29 +47,31 @@ def load_initial(experiment: Experiment, fresh: dict, mesh=None) -> dict:
 def _model(experiment: Experiment, source: pathlib.Path, abstract: dict, with_vision: bool) -> dict:
     """The language model in `source`, and what it has of vision if that is wanted."""
     if (source / "checkpoints").is_dir():
-        parts = ["text", *(["vision"] if with_vision else [])]
-        _check_run(experiment, source, "train.init_from", parts)
+        parts = ("text", "vision") if with_vision else ("text",)
+        _check_fit(read_experiment(source).model, experiment.model, f"train.init_from={source}", parts)
         wanted = {name: part for name, part in abstract.items() if with_vision or name not in VISION}
         return restore_params(source / "checkpoints", wanted)
-    text_only = not with_vision or _text_only(source)
-    if text_only and with_vision:
+    has_vision = _has_vision(source)
+    _check_fit(read_config(source), experiment.model, f"train.init_from={source}", ("text",))
+    if with_vision and not has_vision:
         log.warning("train.init_from=%s holds a language model alone: encoder and projector are fresh", source)
-    shardings = None
+    text_only, shardings = not (with_vision and has_vision), None
     if any(a.sharding is not None for a in jax.tree.leaves(abstract)):
         wanted = {name: part for name, part in abstract.items() if not text_only or name not in VISION}
         shardings = jax.tree.map(lambda a: a.sharding, wanted)
     return load_params(source, experiment.model, shardings, text_only=text_only)
 
 
-def _text_only(source: pathlib.Path) -> bool:
-    """Whether a folder in the public format says that it has no encoder."""
+def _has_vision(source: pathlib.Path) -> bool:
+    """Whether a folder in the public format has an encoder."""
     file = source / "config.json"
     try:
-        return "vision_config" not in json.loads(file.read_text())
-    except FileNotFoundError:
-        return False  # what is wrong with it, reading says
+        return "vision_config" in json.loads(file.read_text())
     except (OSError, ValueError) as error:
-        raise CheckpointError(f"{file} cannot be read ({error}); restore it from where the checkpoint came") from error
+        raise CheckpointError(
+            f"train.init_from={source} is neither a run (checkpoints/) nor a public checkpoint: {file} cannot be read "
+            f"({error})"
+        ) from error
 
 
 def _vision(experiment: Experiment, source: str, abstract: dict) -> dict:
@@ -77,27 +80,24 @@ def _vision(experiment: Experiment, source: str, abstract: dict) -> dict:
     if not (folder / "checkpoints").is_dir():
         log.warning("train.init_vision_from=%s gives the encoder; the projector is fresh", source)
         return {"vision": load_siglip_vision(source, experiment.model.vision)}
-    _check_run(experiment, folder, "train.init_vision_from", ["vision"])
-    theirs, ours = read_experiment(folder).model.text.d_model, experiment.model.text.d_model
-    wanted = {"vision": abstract["vision"]}
-    if theirs == ours:
+    theirs, ours = read_experiment(folder).model, experiment.model
+    _check_fit(theirs, ours, f"train.init_vision_from={source}", ("vision",))
+    wanted, widths = {"vision": abstract["vision"]}, (theirs.text.d_model, ours.text.d_model)
+    if widths[0] == widths[1]:
         wanted["projector"] = abstract["projector"]
     else:
-        log.warning("the projector of %s has text.d_model=%d, this model %d: it is fresh", source, theirs, ours)
+        log.warning("the projector of %s has text.d_model=%d, this model %d: it is fresh", source, *widths)
     return restore_params(folder / "checkpoints", wanted)
 
 
-def _check_run(experiment: Experiment, folder: pathlib.Path, field: str, parts: list[str]) -> None:
-    """Raise CheckpointError with every field in which the run's model differs from ours in its shapes."""
-    theirs = read_experiment(folder).model
+def _check_fit(theirs: K25Config, ours: K25Config, source: str, parts: tuple[str, ...]) -> None:
+    """Raise CheckpointError with every field of these parts that parameters depend on and in which the models differ."""
     wrong = []
     for part in parts:
-        a, b = (_shape_fields(getattr(model, part)) for model in (theirs, experiment.model))
+        a, b = (_shape_fields(getattr(model, part)) for model in (theirs, ours))
         wrong += [f"model.{part}.{name} is {a[name]} there and {b[name]} here" for name in a if a[name] != b[name]]
     if wrong:
-        raise CheckpointError(
-            f"{field}={folder}: {'; '.join(wrong)}. Set the model as it was there, or choose another checkpoint"
-        )
+        raise CheckpointError(f"{source}: {'; '.join(wrong)}. Set the model as it was there, or take another checkpoint")
 
 
 def _shape_fields(config) -> dict:

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from jax.interpreters import partial_eval
 
 import runs
 from k25_jax.config import ConfigError, load_experiment
@@ -84,17 +85,18 @@ def test_a_name_of_nothing_is_refused_with_the_nearest(experiment, name, like):
 
 
 # ------------------------------------------------------------------------------------------------------------ what moves
-@pytest.mark.parametrize("name", ["adamw", "muonclip"])
-@pytest.mark.parametrize("trainable", [("vision", "projector"), ("projector",), ("dense", "head")])
+@pytest.mark.parametrize("name, trainable", [
+    ("muonclip", ("vision", "projector")), ("adamw", ("projector",)), ("muonclip", ("dense", "head", "moe/moe/router_bias")),
+])  # fmt: skip
 def test_only_what_is_trained_moves_and_has_means(experiment, batches, params, name, trainable):
-    """With weight decay, and a bound on logits that all heads exceed; the router's bias is frozen in each case."""
+    """With weight decay, experts of unequal load, and a bound on logits that all heads exceed."""
     run = changed(experiment, trainable, name, weight_decay=0.5, qk_clip=1e-3)
     state, step = begun(run, params), make_step(run, loss_fn)
-    expected = {path for path in paths(params) if path.split("/")[0] in trainable}
+    expected = {path for path in paths(params) if path.startswith(trainable)}
     assert paths(state.opt_state.mu) == paths(state.opt_state.nu) == expected
     for batch in batches[:2]:
         state, metrics = step(state, batch)
-        assert metrics["bad"] == 0 and metrics["grad_norm"] > 0
+        assert metrics["bad"] == 0 and metrics["grad_norm"] > 0 and metrics["router_max_over_mean"] > 1
         assert ("heads_clipped" in metrics) == (name == "muonclip" and "dense" in trainable)
     assert moved(params, state.params) == expected
     assert paths(state.opt_state.mu) == expected
@@ -127,48 +129,93 @@ def test_gradients_and_updates_are_those_of_optax_on_the_trained_part(experiment
         np.testing.assert_allclose(b, a, rtol=1e-3, atol=2e-5, err_msg=str(path))
 
 
-def test_the_router_s_bias_moves_where_it_is_trained(experiment, batches, params):
-    for trainable, expected in ((("moe/moe/router_bias",), {"moe/moe/router_bias"}), (("moe/moe/router",), set())):
-        run = changed(experiment, trainable)
-        state, _ = make_step(run, loss_fn)(begun(run, params), batches[0])
-        assert {path for path in moved(params, state.params) if path.endswith("bias")} == expected
-
-
 # ----------------------------------------------------------------------------------------------------- what is computed
 def test_what_is_frozen_costs_no_backward_pass(experiment, batches, params):
-    """FLOPs of the jaxpr after what nobody uses is left out. The experts are taken as plain products, which can be counted."""
-    text = dataclasses.replace(
-        experiment.model.text, moe=dataclasses.replace(experiment.model.text.moe, grouped_matmul="ragged")
-    )
-    plain = dataclasses.replace(experiment, model=dataclasses.replace(experiment.model, text=text))
+    """FLOPs of the jaxpr without what no result needs; the experts as plain products, which can be counted."""
+    moe = dataclasses.replace(experiment.model.text.moe, grouped_matmul="ragged")
+    model = dataclasses.replace(experiment.model, text=dataclasses.replace(experiment.model.text, moe=moe))
+    plain, batch = dataclasses.replace(experiment, model=model), batches[0]
+    text_only = batch.replace(vision=jax.tree.map(lambda a: a[:0], batch.vision))
 
-    def flops(trainable, remat="none"):
+    def flops(*trainable, remat="none"):
         run = changed(plain, trainable)
         run = dataclasses.replace(run, train=dataclasses.replace(run.train, remat=remat))
-        return jaxpr_flops(used(make_step(run, loss_fn).trace(abstract_state(run), batches[0]).jaxpr)).total
+        return jaxpr_flops(used(make_step(run, loss_fn).trace(abstract_state(run), batch).jaxpr)).total
 
-    def forward(keep):
-        jaxpr = jax.make_jaxpr(lambda p: keep(loss_fn(p, batches[0], plain)))(params)
-        return jaxpr_flops(jaxpr).total
-
-    total = forward(lambda out: out[0])
-    text_only = batches[0].replace(vision=jax.tree.map(lambda a: a[:0], batches[0].vision))
-    vision = total - jaxpr_flops(jax.make_jaxpr(lambda p: loss_fn(p, text_only, plain)[0])(params)).total
-    backbone = total - vision
-    everything, encoder, projector = flops(()), flops(("vision", "projector")), flops(("projector",))
-    assert everything == pytest.approx(3 * total, rel=0.1)
-    assert encoder == pytest.approx(2 * backbone + 3 * vision, rel=0.1)  # no gradients of the backbone's weights
+    backbone, total = (
+        jaxpr_flops(jax.make_jaxpr(lambda p, b=b: loss_fn(p, b, plain)[0])(params)).total for b in (text_only, batch)
+    )
+    vision, slots = total - backbone, batch.vision.segments_PN.size // model.vision.group
+    grouped = model.vision.width * model.vision.group
+    projector = 2 * slots * grouped * (grouped + model.text.d_model)
+    assert vision > 0.2 * total
+    assert flops() == pytest.approx(3 * total, rel=0.1)
+    assert flops("vision", "projector") == pytest.approx(
+        2 * backbone + 3 * vision, rel=0.1
+    )  # no gradient of its weights
     language = [name for name in params if name not in ("vision", "projector")]
-    assert flops(tuple(language)) == pytest.approx(3 * backbone + vision, rel=0.1)
-    for remat in ("none", "full"):
-        with_encoder, without = flops(("vision", "projector"), remat), flops(("projector",), remat)
-        assert with_encoder - without > 1.5 * vision  # its backward pass, and under "full" its second forward pass
-    assert vision > 0.2 * total and projector < encoder
+    assert flops(*language) == pytest.approx(3 * backbone + vision, rel=0.1)
+    for remat, encoder in (("none", vision - projector), ("full", 2 * (vision - projector))):  # full: once more forward
+        only = flops("projector", remat=remat)
+        assert only - flops("embed", remat=remat) == pytest.approx(2 * projector, rel=0.05)
+        assert flops("vision", "projector", remat=remat) - only > encoder
 
 
 def used(closed):
-    """The jaxpr without what no result depends on, as the compiler sees it."""
-    from jax.interpreters import partial_eval
+    """The jaxpr without what no result depends on, which the compiler leaves out too."""
+    keep = [True] * len(closed.jaxpr.outvars)
+    return partial_eval.dce_jaxpr(closed.jaxpr, keep, instantiate=True)[0]
 
-    jaxpr, _ = partial_eval.dce_jaxpr(closed.jaxpr, [True] * len(closed.jaxpr.outvars), instantiate=True)
-    return jaxpr
+
+# ---------------------------------------------------------------------------------------------------------- on a mesh
+ON_A_MESH = """
+import pathlib, shutil
+import jax, numpy as np
+from k25_jax.checkpoint.store import Store
+from k25_jax.config import load_experiment
+from k25_jax.data.pipeline import make_pipeline
+from k25_jax.train.loop import mesh_of, train
+from k25_jax.train.pretrain import loss_fn
+from k25_jax.train.state import abstract_state, init_state
+from k25_jax.train.step import make_step
+from k25_jax.train.trainable import split
+
+folder, names = pathlib.Path({folder!r}), ("vision", "projector", "moe/attention")
+changes = ["data.batch_size=16", "data.packs=8", "model.text.layers=3", "optim.name=muonclip", "optim.muon_dtype=float32"]
+changes += ["train.steps=4", "train.checkpoint_every=2", "optim.qk_clip=0.01", f"train.trainable={{list(names)}}"]
+mesh = ["mesh.pipe=2", "mesh.expert=2", "train.accumulate=2", "train.remat=full"]
+alone, together = (load_experiment({experiment!r}, changes + more) for more in ([], mesh))
+
+def run(name):
+    losses = []
+    train(together, folder / name, lambda step, metrics: losses.append(metrics["loss"]))
+    store = Store(folder / name / "checkpoints")
+    state, _ = store.restore(abstract_state(together, mesh_of(together)))
+    store.close()
+    return losses, jax.tree.map(np.asarray, state)
+
+losses, state = run("whole")
+shutil.copytree(folder / "whole" / "checkpoints" / "2", folder / "resumed" / "checkpoints" / "2")
+resumed, state_again = run("resumed")
+assert resumed == losses[2:]
+jax.tree.map(np.testing.assert_array_equal, state_again, state)
+first = init_state(alone)
+start = jax.tree.map(np.asarray, first.params)
+jax.tree.map(np.testing.assert_array_equal, split(state.params, names)[1], split(start, names)[1])
+assert jax.tree.structure(state.opt_state.mu) == jax.tree.structure(split(start, names)[0])
+pipeline, step, want = make_pipeline(alone.data, alone.model), make_step(alone, loss_fn), first
+for loss in losses:
+    want, metrics = step(want, next(pipeline))
+    np.testing.assert_allclose(loss, metrics["loss"], rtol=1e-4)
+pipeline.close()
+for a, b, c in zip(*(jax.tree.leaves(split(p, names)[0]) for p in (want.params, state.params, start)), strict=True):
+    moved = np.abs(a - c).max()
+    assert moved > 0 and np.abs(a - b).max() < 0.05 * moved, (np.abs(a - b).max(), moved)
+print("equal")
+"""
+
+
+def test_on_a_mesh_the_frozen_stay_and_the_trained_move_as_on_one_device(tmp_path):
+    """Pipeline, experts shared out, DEP, two parts of a batch, a run that is resumed from its checkpoint bit for bit."""
+    experiment = str(runs.write_experiment(tmp_path))
+    assert runs.on_eight_devices(ON_A_MESH.format(folder=str(tmp_path), experiment=experiment)).endswith("equal\n")
