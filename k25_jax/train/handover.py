@@ -97,7 +97,9 @@ def _check_fit(theirs: K25Config, ours: K25Config, source: str, parts: tuple[str
         a, b = (_shape_fields(getattr(model, part)) for model in (theirs, ours))
         wrong += [f"model.{part}.{name} is {a[name]} there and {b[name]} here" for name in a if a[name] != b[name]]
     if wrong:
-        raise CheckpointError(f"{source}: {'; '.join(wrong)}. Set the model as it was there, or take another checkpoint")
+        raise CheckpointError(
+            f"{source}: {'; '.join(wrong)}. Set the model as it was there, or take another checkpoint"
+        )
 
 
 def _shape_fields(config) -> dict:
