@@ -76,7 +76,8 @@ def _on_a_laptop(config):
     """The tiny model with the factor of the stage, and rows as many times its original length."""
     factor = config.model.text.rope.factor
     local = run_local(config)
-    local.model = to_dict(preset("tiny"))
+    with local.ignore_type():  # the name of a preset becomes its fields
+        local.model = to_dict(preset("tiny"))
     local.model.text.rope.update(yarn=True, factor=factor, original_length=LOCAL_ORIGINAL, beta_fast=1.0)
     local.data.seq_len = local.model.text.max_length = round(factor * LOCAL_ORIGINAL)
     return local

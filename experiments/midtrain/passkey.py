@@ -8,7 +8,7 @@ from k25_jax.config import ConfigError, preset, run_local, to_dict
 
 LENGTH = 128  # of pre-training
 # tokens of a document -> (steps, rows in a step, rate at its highest, the stage before)
-STAGES = {128: (1200, 16, 3e-3, ""), 512: (160, 8, 1e-3, "runs/passkey/128"), 1024: (80, 4, 1e-3, "runs/passkey/512")}
+STAGES = {128: (1200, 16, 3e-3, ""), 512: (480, 4, 2e-3, "runs/passkey_128"), 1024: (240, 2, 2e-3, "runs/passkey_512")}
 
 
 def get_config(arg: str = ""):
@@ -18,7 +18,7 @@ def get_config(arg: str = ""):
     length = LENGTH if arg in ("", "runlocal") else int(arg)
     steps, rows, rate, before = STAGES[length]
     config = ml_collections.ConfigDict()
-    config.name = "passkey"
+    config.name = f"passkey_{length}"
     config.model = to_dict(preset("tiny"))
     config.model.text.update(qk_rope_dim=16, max_length=length)
     config.model.text.moe.update(experts=4)

@@ -18,7 +18,6 @@ from k25_jax.train.stages import loss_of
 from k25_jax.train.vit import after_media
 from k25_jax.vision.patchpack import Clip
 
-
 caption_loss = jax.jit(vit.loss_fn, static_argnums=2)
 
 
