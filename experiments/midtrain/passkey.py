@@ -8,7 +8,7 @@ from k25_jax.config import ConfigError, preset, run_local, to_dict
 
 LENGTH = 128  # of pre-training
 # tokens of a document -> (steps, rows in a step, rate at its highest, the stage before)
-STAGES = {128: (1200, 16, 3e-3, ""), 512: (480, 4, 2e-3, "runs/passkey_128"), 1024: (240, 2, 2e-3, "runs/passkey_512")}
+STAGES = {128: (1200, 16, 3e-3, ""), 512: (240, 4, 2e-3, "runs/passkey_128"), 1024: (120, 2, 2e-3, "runs/passkey_512")}
 
 
 def get_config(arg: str = ""):
@@ -36,7 +36,7 @@ def get_config(arg: str = ""):
         seed=0,
     )
     config.optim = dict(
-        peak_lr=rate, end_lr=rate / 10, warmup_steps=min(50, steps // 8), decay_steps=steps // 4, weight_decay=0.05
+        peak_lr=rate, end_lr=rate / 10, warmup_steps=min(50, steps // 4), decay_steps=steps // 4, weight_decay=0.05
     )
     config.train = dict(steps=steps, log_every=10, checkpoint_every=steps // 4, keep=1, seed=0, init_from=before)
     return run_local(config) if arg == "runlocal" else config

@@ -21,7 +21,7 @@ def retrieval_figure(
     A line marks the length that was trained first.
     """
     with matplotlib.rc_context(STYLE):
-        figure = Figure(figsize=(5.5 + 2.6 * len(depths), 4.0), layout="constrained")
+        figure = Figure(figsize=(5.5 + 2.6 * len(depths), 4.4), layout="constrained")
         curves, *maps = figure.subplots(1, 1 + len(depths), width_ratios=[2.2] + [1] * len(depths))
         _curves(curves, accuracy, lengths, trained, title)
         for axes, (name, shares) in zip(maps, depths.items(), strict=True):
@@ -38,7 +38,7 @@ def _curves(axes: Axes, accuracy: Mapping[str, Sequence[float]], lengths: Sequen
     axes.set_xticks(places, [str(length) for length in lengths])
     axes.set_ylim(-0.03, 1.05)
     axes.grid(True)
-    axes.legend(loc="lower left", fontsize=8)
+    axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.2), ncols=2, fontsize=8)
     label_axes(axes, title, "passkeys given back", "tokens of the document (dotted: pre-training)")
 
 
