@@ -218,6 +218,7 @@ def test_joint_pre_training_is_that_of_the_paper():
     assert optim.decay_steps * tokens == pytest.approx(5.5e12, rel=1e-3)
     assert (optim.warmup_steps, optim.peak_lr, optim.end_lr, optim.weight_decay) == (500, 2e-4, 2e-5, 0.1)
     assert (train.remat, train.compute_dtype) == ("full", "bfloat16")
+    assert (train.init_vision_from, train.trainable) == ("runs/vit_k25_1t", ()) and train.init_from
     rope = RopeConfig(original_length=4096)  # no YaRN yet
     text = dataclasses.replace(preset("k25_1t").text, max_length=4096, rope=rope)
     assert experiment.model == dataclasses.replace(preset("k25_1t"), text=text)
