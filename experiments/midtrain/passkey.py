@@ -8,7 +8,7 @@ from k25_jax.config import ConfigError, preset, run_local, to_dict
 
 LENGTH = 128  # of pre-training
 # tokens of a document -> (steps, rows in a step, rate at its highest, the stage before)
-STAGES = {128: (1200, 16, 3e-3, ""), 512: (240, 4, 2e-3, "runs/passkey_128"), 1024: (120, 2, 2e-3, "runs/passkey_512")}
+STAGES = {128: (1200, 16, 3e-3, ""), 512: (800, 4, 2e-3, "runs/passkey_128"), 1024: (500, 2, 2e-3, "runs/passkey_512")}
 
 
 def get_config(arg: str = ""):
