@@ -280,14 +280,18 @@ class TrainConfig:
     accumulate: int = 1  # parts of a batch that the language model takes one after the other
     vision: str = "dep"  # on a mesh, who encodes which packs: dep | stage0 | plain (parallel/dep.py)
     compute_dtype: str = "float32"
+    trainable: tuple[str, ...] = ()  # parts or paths that are trained, as "vision" or "moe/attention"; none: all
+    siglip_weight: float = 0.0  # of the contrastive loss of the stage vit; 0: none
     init_from: str = ""  # a run or a public checkpoint to start from
-    init_vision_from: str = ""  # SigLIP-SO-400M weights for the vision encoder
+    init_vision_from: str = ""  # a run whose encoder and projector to start from, or SigLIP-SO-400M weights
 
     def __post_init__(self):
         _one_of(self, "remat", ("none", "full", "dots"))
         _one_of(self, "vision", ("dep", "stage0", "plain"))
         _one_of(self, "compute_dtype", ("float32", "bfloat16"))
         _require_positive(self, "steps log_every checkpoint_every keep max_bad_steps accumulate".split())
+        if self.siglip_weight < 0:
+            raise ConfigError(f"train.siglip_weight={self.siglip_weight} must not be negative")
         if not 0 <= self.seed < 2**32:
             raise ConfigError(f"train.seed={self.seed} must lie in [0, 2**32)")
 
@@ -322,11 +326,17 @@ class Experiment:
     """Everything that a run needs; saved with it as `config.json`."""
 
     name: str = "run"
+    stage: str = "pretrain"  # pretrain | vit: which loss (train/stages.py)
     model: K25Config = field(default_factory=K25Config)
     data: DataConfig = field(default_factory=DataConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
     mesh: MeshConfig = field(default_factory=MeshConfig)
+
+    def __post_init__(self):
+        _one_of(self, "stage", ("pretrain", "vit"))
+        if self.stage != "vit" and self.train.siglip_weight:
+            raise ConfigError(f"train.siglip_weight={self.train.siglip_weight} needs stage='vit', not {self.stage!r}")
 
 
 # -------------------------------------------------------------------------------------------------------------- presets

@@ -203,9 +203,13 @@ def test_an_experiment_of_the_real_size_shrinks_to_this_machine(tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["moonlight_16b", "k25_1b", "k25_100m"])
-def test_the_other_experiments_shrink_too(tmp_path, name):
-    config = f"--config=experiments/pretrain/{name}.py:runlocal"
+@pytest.mark.parametrize("spec", [
+    "pretrain/moonlight_16b.py:runlocal", "pretrain/k25_1b.py:runlocal", "pretrain/k25_100m.py:runlocal",
+    "midtrain/passkey.py:runlocal", "midtrain/k25_1t.py:131072,runlocal", "midtrain/k25_1t.py:262144,runlocal",
+])  # fmt: skip
+def test_the_other_experiments_shrink_too(tmp_path, spec):
+    """Those that tests/train/test_stages.py does not run."""
+    config = f"--config=experiments/{spec}"
     result = runs.k25("train", config, f"--workdir={tmp_path}", "--json", "--config.train.steps=2")
     assert result.returncode == 0, result.stderr
     assert json.loads(result.stdout)["step"] == 2

@@ -192,16 +192,20 @@ def test_files_that_are_no_experiment_are_named(tmp_path):
         load_experiment(file)
 
 
-@pytest.mark.parametrize("file", FILES, ids=lambda file: file.stem)
+@pytest.mark.parametrize("file", FILES, ids=lambda file: f"{file.parent.name}-{file.stem}")
 def test_the_experiments_of_the_repository_load_and_shrink(file):
     experiment, local = load_experiment(str(file)), load_experiment(f"{file}:runlocal")
-    assert experiment.name == local.name == file.stem
+    assert experiment.name == local.name and file.stem in experiment.name
+    assert experiment.stage == local.stage and experiment.train.trainable == local.train.trainable
     assert experiment.optim.warmup_steps + experiment.optim.decay_steps < experiment.train.steps
-    assert local.model == preset("tiny") and all(source.kind == "task" for source in local.data.sources)
+    text = dataclasses.replace(local.model.text, max_length=1024, rope=RopeConfig(original_length=1024))
+    assert dataclasses.replace(local.model, text=text) == preset("tiny") and all(
+        source.kind == "task" for source in local.data.sources
+    )
     assert local.train.compute_dtype == experiment.train.compute_dtype and local.train.remat == experiment.train.remat
     if file.stem != "demo":
         assert local.train.steps == 4 and local.data.tokenizer == ""
-        with pytest.raises(ConfigError, match=f"{file.name}: unknown argument 'local'; it can be runlocal"):
+        with pytest.raises(ConfigError, match=f"{file.name}: unknown argument 'local'; it can be .*runlocal"):
             load_experiment(f"{file}:local")
 
 
@@ -214,9 +218,44 @@ def test_joint_pre_training_is_that_of_the_paper():
     assert optim.decay_steps * tokens == pytest.approx(5.5e12, rel=1e-3)
     assert (optim.warmup_steps, optim.peak_lr, optim.end_lr, optim.weight_decay) == (500, 2e-4, 2e-5, 0.1)
     assert (train.remat, train.compute_dtype) == ("full", "bfloat16")
+    assert (train.init_vision_from, train.trainable) == ("runs/vit_k25_1t", ()) and train.init_from
     rope = RopeConfig(original_length=4096)  # no YaRN yet
     text = dataclasses.replace(preset("k25_1t").text, max_length=4096, rope=rope)
     assert experiment.model == dataclasses.replace(preset("k25_1t"), text=text)
+
+
+def test_runs_have_folders_of_their_own():
+    names = [load_experiment(str(file)).name for file in FILES]
+    assert len(set(names)) == len(names)
+
+
+def test_mid_training_is_that_of_the_paper():
+    """32768 to 262144 tokens in steps, 500B tokens to 200B, YaRN to K2.5's factor, each from the one before."""
+    file, before, tokens = runs.ROOT / "experiments/midtrain/k25_1t.py", "runs/k25_1t", []
+    for length in (32768, 65536, 131072, 262144):
+        experiment = load_experiment(f"{file}:{length}")
+        data, text, local = experiment.data, experiment.model.text, load_experiment(f"{file}:{length},runlocal")
+        assert data.seq_len == text.max_length == 4096 * text.rope.factor == length and text.rope.yarn
+        assert data.batch_size * data.seq_len == 2**26 and length // experiment.mesh.context == 32768
+        assert experiment.train.init_from == before and experiment.train.trainable == ()
+        tokens.append(experiment.train.steps * 2**26)
+        rope = local.model.text.rope
+        assert local.data.seq_len == rope.factor * rope.original_length and rope.factor == text.rope.factor
+        before = f"runs/{experiment.name}"
+    assert experiment.model == preset("k25_1t")
+    assert (tokens[0], tokens[-1]) == (pytest.approx(500e9, rel=1e-3), pytest.approx(200e9, rel=1e-3))
+    for wrong in ("4096", "32768,65536", "65536,local"):
+        with pytest.raises(ConfigError, match="it can be runlocal or a length"):
+            load_experiment(f"{file}:{wrong}")
+
+
+def test_the_vit_stage_is_that_of_the_paper():
+    first, second = (load_experiment(str(runs.ROOT / f"experiments/vit/{n}.py")) for n in ("moonlight_16b", "k25_1t"))
+    assert first.stage == second.stage == "vit" and first.train.siglip_weight == second.train.siglip_weight == 0
+    assert first.train.trainable == ("vision", "projector") and second.train.trainable == ("projector",)
+    assert first.model == preset("moonlight_16b") and second.train.init_vision_from == f"runs/{first.name}"
+    tokens = [e.train.steps * e.data.batch_size * e.data.seq_len for e in (first, second)]
+    assert tokens[0] == pytest.approx(1e12, rel=1e-3) and tokens[1] < 0.01 * tokens[0]
 
 
 def test_run_local_leaves_the_experiment_as_it_is():

@@ -62,6 +62,8 @@ def get_config(arg: str = ""):
         accumulate=8,
         compute_dtype="bfloat16",
         seed=0,
+        init_from="checkpoints/kimi-k2",  # public files of Kimi K2 near its end, a language model alone
+        init_vision_from="runs/vit_k25_1t",  # encoder and projector of the stage before (experiments/vit/)
     )
     config.mesh = dict(
         pipe=4, expert=16, repeats=3, microbatches=16

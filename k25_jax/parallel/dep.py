@@ -122,18 +122,18 @@ def power_of_two(least: float) -> int:
     return 1 << max(0, int(np.ceil(least)) - 1).bit_length()
 
 
-def vision_at_tokens(params, batch: Batch, config: K25Config, dtype=jnp.float32, vision: str = "dep"):
+def vision_at_tokens(params, batch: Batch, config: K25Config, dtype=jnp.float32, vision="dep", remat="full"):
     """The feature of every token that has one, else 0: [B,L,D], its rows laid out as those of the batch (K2.5 §3.8).
 
-    `batch` comes from `place`; call it under jax.set_mesh of the same mesh.
+    `batch` comes from `place`; call it under jax.set_mesh of the same mesh. `remat` is that of `vision_features`.
     """
 
     def body(large, small, packs, routes, media_BL):
         weights = joined(large, small)
         if vision == "stage0":
-            features_MD = _on_first_stage(lambda: vision_features(weights, packs, config, "full", dtype))
+            features_MD = _on_first_stage(lambda: vision_features(weights, packs, config, remat, dtype))
         else:
-            features_MD = vision_features(weights, packs, config, "full", dtype)
+            features_MD = vision_features(weights, packs, config, remat, dtype)
         x_TD = exchange(features_MD, routes[0][0], routes[1][0], media_BL.size)
         return x_TD.reshape(*media_BL.shape, -1)
 

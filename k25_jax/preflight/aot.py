@@ -21,7 +21,7 @@ from k25_jax.preflight.cost import arrays_made, jaxpr_flops, model_flops, roofli
 from k25_jax.preflight.topology import Topology, devices_of
 from k25_jax.sharding.mesh import platform, slice_shape
 from k25_jax.train.loop import mesh_of
-from k25_jax.train.pretrain import loss_fn
+from k25_jax.train.stages import loss_of
 from k25_jax.train.state import HOST, abstract_state
 from k25_jax.train.step import make_step
 
@@ -141,7 +141,7 @@ def preflight(experiment: Experiment, topology: Topology, say=lambda text: None)
     with jax.set_mesh(mesh):
         say(f"{experiment.name} on {topology.name}: lowering")
         start = time.perf_counter()
-        traced = make_step(experiment, loss_fn, mesh).trace(state, batch)
+        traced = make_step(experiment, loss_of(experiment), mesh).trace(state, batch)
         asked = _asked(experiment, mesh, traced, state, batch)
         lowered = traced.lower()
         report.lower_s = time.perf_counter() - start
@@ -172,7 +172,8 @@ def _asked(experiment: Experiment, mesh, traced, state, batch):
     if text.moe_layers and text.moe.grouped_matmul in blocked:
         moe = dataclasses.replace(text.moe, grouped_matmul="ragged")
         model = dataclasses.replace(experiment.model, text=dataclasses.replace(text, moe=moe))
-        traced = make_step(dataclasses.replace(experiment, model=model), loss_fn, mesh).trace(state, batch)
+        changed = dataclasses.replace(experiment, model=model)
+        traced = make_step(changed, loss_of(changed), mesh).trace(state, batch)
     return jaxpr_flops(traced.jaxpr, mesh.size, 1 / ROOM if mesh.shape["expert"] > 1 else 1.0)
 
 

@@ -11,7 +11,9 @@ from jax.extend.core import ClosedJaxpr, Jaxpr, Literal, jaxprs_in_params
 
 from k25_jax.config import Experiment
 from k25_jax.models.count import count_params
+from k25_jax.models.k25 import abstract_params
 from k25_jax.preflight.topology import Topology
+from k25_jax.train.trainable import split
 
 
 @dataclass
@@ -171,16 +173,22 @@ def model_flops(experiment: Experiment) -> float:
 
     Text: 6 for each active parameter and token (the embedding is looked up, not multiplied), and causal attention over
     whole rows: half of the scores. Vision: 6 for each parameter and patch or, in the projector, each token; and
-    attention inside images of `max_image_patches`.
+    attention inside images of `max_image_patches`. Of these 6, 2 are the gradient of the weights, which a part has that is
+    trained at all (train.trainable), and 2 the one of its input, which it has too if what comes before it is trained.
     """
     text, vision, data = experiment.model.text, experiment.model.vision, experiment.data
     counts = count_params(experiment.model)
     tokens, patches = data.batch_size * data.seq_len, data.packs * data.pack_patches
-    products = 6.0 * tokens * (counts["active"] - (0 if text.tie_embeddings else counts["embedding"]))
+    trained = split(abstract_params(experiment.model), experiment.train.trainable)[0].keys()
+    vision_passes, projector_passes = 6.0 if "vision" in trained else 2.0, 2.0
+    if trained & {"vision", "projector"}:
+        projector_passes = 6.0 if "projector" in trained else 4.0
+    text_passes = 6.0 if trained - {"vision", "projector"} else 4.0
+    products = text_passes * tokens * (counts["active"] - (0 if text.tie_embeddings else counts["embedding"]))
     attention = 6.0 * tokens * text.layers * text.heads * (text.qk_dim + text.v_dim) * data.seq_len / 2
     seen = min(data.max_image_patches, data.pack_patches)
-    images = 12.0 * patches * vision.layers * vision.width * seen
-    return products + attention + images + 6.0 * patches * (counts["vision"] + counts["projector"] / vision.group)
+    images = patches * vision_passes * (counts["vision"] + 2.0 * vision.layers * vision.width * seen)
+    return products + attention + images + projector_passes * patches * counts["projector"] / vision.group
 
 
 @dataclass(frozen=True)

@@ -14,23 +14,24 @@ from k25_jax.sharding.rules import RULES
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def accumulated(function, params, x_ABLD, parts):
-    """(the sum of the losses, what else is returned, one of each part) of `function(params, x_BLD, part)`.
+def accumulated(function, params, frozen, x_ABLD, parts):
+    """(the sum of the losses, what else is returned, one of each part) of `function(params, frozen, x_BLD, part)`.
 
-    Each part's gradient is taken at once, so that nothing of one part is held while the next one runs.
+    Each part's gradient is taken at once, so that nothing of one part is held while the next one runs. `frozen` has none.
     """
 
     def one(total, piece):
-        loss, seen = function(params, *piece)
+        loss, seen = function(params, frozen, *piece)
         return total + loss, seen
 
     return jax.lax.scan(one, jnp.zeros(()), (x_ABLD, parts))
 
 
-def _forward(function, params, x_ABLD, parts):
+def _forward(function, params, frozen, x_ABLD, parts):
     def one(carry, piece):
         x_BLD, part = piece
-        (loss, seen), (dparams, dx_BLD) = jax.value_and_grad(function, (0, 1), has_aux=True)(params, x_BLD, part)
+        grad_fn = jax.value_and_grad(function, (0, 2), has_aux=True)
+        (loss, seen), (dparams, dx_BLD) = grad_fn(params, frozen, x_BLD, part)
         return jax.tree.map(jnp.add, carry, (loss, dparams)), (seen, dx_BLD)
 
     start = jnp.zeros(()), jax.tree.map(jnp.zeros_like, params)
@@ -40,7 +41,8 @@ def _forward(function, params, x_ABLD, parts):
 
 def _backward(function, saved, gradients):
     dtotal, _ = gradients
-    return *jax.tree.map(lambda a: a * dtotal.astype(a.dtype), saved), None
+    dparams, dx_ABLD = jax.tree.map(lambda a: a * dtotal.astype(a.dtype), saved)
+    return dparams, None, dx_ABLD, None
 
 
 accumulated.defvjp(_forward, _backward)

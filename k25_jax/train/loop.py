@@ -13,10 +13,8 @@ from jax.sharding import Mesh
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from k25_jax.checkpoint.huggingface import load_params
 from k25_jax.checkpoint.load import read_experiment
-from k25_jax.checkpoint.siglip import load_siglip_vision
-from k25_jax.checkpoint.store import CheckpointError, Store, complete_steps, restore_params
+from k25_jax.checkpoint.store import CheckpointError, Store, complete_steps
 from k25_jax.config import ConfigError, DataConfig, Experiment, to_dict
 from k25_jax.data.mixture import realised
 from k25_jax.data.pipeline import make_pipeline
@@ -25,7 +23,8 @@ from k25_jax.parallel.pipeline import bubble
 from k25_jax.report.metrics import MetricsWriter, read_metrics
 from k25_jax.sharding import peers, processes
 from k25_jax.sharding.mesh import make_mesh
-from k25_jax.train.pretrain import loss_fn
+from k25_jax.train.handover import load_initial
+from k25_jax.train.stages import loss_of
 from k25_jax.train.state import HOST, abstract_state, init_state, state_shardings
 from k25_jax.train.step import make_step
 
@@ -51,7 +50,7 @@ def train(experiment: Experiment, directory: str | pathlib.Path, on_step=None) -
         store = stack.enter_context(contextlib.closing(Store(directory / "checkpoints", config.keep)))
         stack.enter_context(jax.set_mesh(mesh))
         state, start, bad = restore_or_init(experiment, store, pipeline, mesh)
-        step_fn = make_step(experiment, loss_fn, mesh)
+        step_fn = make_step(experiment, loss_of(experiment), mesh)
         step_fn = watcher.together(step_fn) if watcher else step_fn
         writer = stack.enter_context(MetricsWriter(directory)) if first else None
         if writer:
@@ -181,7 +180,7 @@ def data_states(pipeline, mesh: Mesh) -> list[dict]:
 
 
 def restore_or_init(experiment: Experiment, store: Store, pipeline, mesh: Mesh):
-    """(state, step, bad steps just before it) from the newest checkpoint, else from train.init_from, else fresh."""
+    """(state, step, bad steps just before it) from the newest checkpoint, else as handover.py says."""
     if store.steps():
         state, data = store.restore(abstract_state(experiment, mesh))
         lanes = data["pipelines"]
@@ -196,19 +195,6 @@ def restore_or_init(experiment: Experiment, store: Store, pipeline, mesh: Mesh):
     layout = state_shardings(experiment, mesh).params
     params = jax.tree.map(processes.spread, load_initial(experiment, state.params, mesh), layout)
     return state.replace(params=params), 0, 0
-
-
-def load_initial(experiment: Experiment, params: dict, mesh: Mesh | None = None) -> dict:
-    """`params`, or instead what train.init_from (a run, public files) and train.init_vision_from (SigLIP) hold."""
-    config, model = experiment.train, experiment.model
-    if config.init_from:
-        checkpoints = pathlib.Path(config.init_from) / "checkpoints"
-        ours = checkpoints.is_dir()
-        abstract = abstract_state(experiment, mesh).params
-        params = restore_params(checkpoints, abstract) if ours else load_params(config.init_from, model)
-    if config.init_vision_from:
-        params = params | {"vision": load_siglip_vision(config.init_vision_from, model.vision)}
-    return params
 
 
 def save_run(experiment: Experiment, directory: pathlib.Path) -> None:

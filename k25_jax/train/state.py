@@ -12,13 +12,14 @@ from k25_jax.config import Experiment
 from k25_jax.models.k25 import init_params, logical_axes
 from k25_jax.optim.muonclip import OptimState, muonclip
 from k25_jax.sharding.rules import MEANS, RULES, shardings
+from k25_jax.train.trainable import split
 
 HOST = "pinned_host"  # what JAX calls the part of a host's memory that a device reads and writes by itself
 
 
 @flax.struct.dataclass
 class TrainState:
-    """Everything that a step reads and writes; a checkpoint holds all of it."""
+    """Everything that a step reads and writes; a checkpoint holds all of it. `opt_state` knows only what is trained."""
 
     step: jax.Array
     params: dict
@@ -50,6 +51,7 @@ def state_shardings(experiment: Experiment, mesh: Mesh) -> TrainState:
     state = jax.eval_shape(functools.partial(_fresh, experiment))
     axes = logical_axes(experiment.model)
     params, means = (shardings(axes, state.params, mesh, rules) for rules in (RULES, MEANS))
+    means, _ = split(means, experiment.train.trainable)
     kind = HOST if experiment.optim.offload else None
     place = lambda layout, a: layout.with_memory_kind(kind) if a.ndim else everywhere  # noqa: E731
     mu, nu = (jax.tree.map(place, means, shapes) for shapes in (state.opt_state.mu, state.opt_state.nu))
@@ -59,5 +61,6 @@ def state_shardings(experiment: Experiment, mesh: Mesh) -> TrainState:
 def _fresh(experiment: Experiment) -> TrainState:
     params_key, run_key = jax.random.split(jax.random.key(experiment.train.seed))
     params = init_params(experiment.model, params_key)
-    opt_state = muonclip(experiment.optim, experiment.train.steps).init(params)
+    trained, _ = split(params, experiment.train.trainable)
+    opt_state = muonclip(experiment.optim, experiment.train.steps).init(trained)
     return TrainState(jnp.zeros((), jnp.int32), params, opt_state, jax.random.key_data(run_key))

@@ -11,6 +11,7 @@ from k25_jax.config import Experiment
 from k25_jax.models.moe import balanced_bias
 from k25_jax.optim.muonclip import muonclip, qk_clip
 from k25_jax.train.state import TrainState, state_shardings
+from k25_jax.train.trainable import merged, split
 
 
 def make_step(experiment: Experiment, loss_fn, mesh: Mesh | None = None):
@@ -18,28 +19,32 @@ def make_step(experiment: Experiment, loss_fn, mesh: Mesh | None = None):
 
     On a mesh the state stays laid out as `state_shardings` says; call the step under jax.set_mesh(mesh).
 
-    A step whose loss or gradient is not finite changes nothing but the step number and reports `bad` = 1.
+    A step whose loss or gradient is not finite changes nothing but the step number and reports `bad` = 1. Nothing moves
+    what train.trainable leaves out.
     """
-    layout = None if mesh is None else state_shardings(experiment, mesh)
-    optimizer = muonclip(experiment.optim, experiment.train.steps, layout and layout.params)
+    layout, names = None if mesh is None else state_shardings(experiment, mesh), experiment.train.trainable
+    trained_layout = layout and split(layout.params, names)[0]
+    optimizer = muonclip(experiment.optim, experiment.train.steps, trained_layout)
 
     @functools.partial(jax.jit, donate_argnums=0, out_shardings=layout and (layout, None))
     def step(state: TrainState, batch):
-        grad_fn = jax.value_and_grad(loss_fn, has_aux=True)
-        (loss, (metrics, stats)), grads = grad_fn(state.params, batch, experiment)
+        trained, frozen = split(state.params, names)
+        grad_fn = jax.value_and_grad(lambda trained: loss_fn(merged(trained, frozen), batch, experiment), has_aux=True)
+        (loss, (metrics, stats)), grads = grad_fn(trained)
         if layout:  # the means may lie otherwise, which is no reason to compute a gradient otherwise
-            grads = jax.lax.with_sharding_constraint(grads, layout.params)
+            grads = jax.lax.with_sharding_constraint(grads, trained_layout)
         grad_norm = optax.tree.norm(grads)
         finite = jnp.isfinite(loss) & jnp.isfinite(grad_norm)
-        updates, opt_state = optimizer.update(grads, state.opt_state, state.params, grad_norm=grad_norm, finite=finite)
-        params = optax.apply_updates(state.params, updates)
+        updates, opt_state = optimizer.update(grads, state.opt_state, trained, grad_norm=grad_norm, finite=finite)
+        params = merged(optax.apply_updates(trained, updates), frozen)
         params = with_balanced_router(params, jnp.where(finite, stats.load_YE, 0), experiment)
         metrics |= {"grad_norm": grad_norm, "bad": 1 - finite.astype(jnp.int32), "max_logit": stats.max_logit_YH.max()}
         metrics |= router_metrics(stats.load_YE)
-        if experiment.optim.name == "muonclip":
+        if experiment.optim.name == "muonclip" and trained.keys() & {"dense", "moe"}:
             max_logit_YH = jnp.where(finite, stats.max_logit_YH, 0)
             params, clipped = qk_clip(params, max_logit_YH, experiment.model.text, experiment.optim.qk_clip)
             metrics |= {"heads_clipped": clipped}
+        params = merged(params, frozen)
         return state.replace(step=state.step + 1, params=params, opt_state=opt_state), metrics
 
     return step

@@ -12,7 +12,7 @@ from k25_jax.checkpoint.huggingface import save_params
 from k25_jax.checkpoint.load import load_model, read_experiment
 from k25_jax.checkpoint.store import CheckpointError, Store
 from k25_jax.config import ConfigError, load_experiment
-from k25_jax.train.loop import load_initial
+from k25_jax.train.handover import load_initial
 from k25_jax.train.state import abstract_state
 
 
@@ -51,7 +51,7 @@ def test_training_starts_from_either(finished, tmp_path):
         experiment = load_experiment(str(finished.file), [f"train.init_from={source}"])
         assert_equal(load_initial(experiment, fresh), ours.params)
     wider = load_experiment(str(finished.file), [f"train.init_from={finished.run}", "model.text.d_model=32"])
-    with pytest.raises(CheckpointError, match="check that the configuration is the one that wrote it"):
+    with pytest.raises(CheckpointError, match="model.text.d_model is 24 there and 32 here"):
         load_initial(wider, fresh)
     nowhere = load_experiment(str(finished.file), [f"train.init_from={tmp_path / 'nowhere'}"])
     with pytest.raises(CheckpointError, match="nowhere"):

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 from transformers import DeepseekV3Config
-from transformers.models.deepseek_v3.modeling_deepseek_v3 import DeepseekV3RotaryEmbedding
+from transformers.models.deepseek_v3.modeling_deepseek_v3 import DeepseekV3Attention, DeepseekV3RotaryEmbedding
 from transformers.utils import logging
 
 from k25_jax.config import K25Config, RopeConfig, TextConfig, VisionConfig
@@ -57,6 +57,39 @@ def test_tables_are_those_of_transformers(name, dim):
         assert ours.shape == (1, 7, dim // 2) and ours.dtype == jnp.float32
         np.testing.assert_allclose(ours, theirs[..., : dim // 2], rtol=0, atol=1e-4)  # their theta ** x is in float32
         np.testing.assert_allclose(ours[:, :3], theirs[:, :3, : dim // 2], rtol=0, atol=2e-6)
+
+
+STAGES = [8, 16, 32, 64]  # of mid-training: 32768 to 262144 tokens (experiments/midtrain/k25_1t.py)
+
+
+@pytest.mark.parametrize("factor", STAGES)
+def test_every_stage_of_mid_training_turns_and_scales_as_transformers(factor):
+    """K2.5's rope at each factor: tables within and far beyond the original 4096 places, and the scale of the scores."""
+    logging.set_verbosity_error()
+    text = K25Config().text
+    text = dataclasses.replace(
+        text, rope=dataclasses.replace(text.rope, factor=float(factor)), max_length=4096 * factor
+    )
+    yarn = dict(
+        rope_type="yarn", rope_theta=5e4, factor=float(factor), original_max_position_embeddings=4096, beta_fast=1.0,
+        beta_slow=1.0, mscale=1.0, mscale_all_dim=1.0,
+    )  # fmt: skip
+    config = DeepseekV3Config(
+        qk_rope_head_dim=64, qk_nope_head_dim=128, max_position_embeddings=text.max_length, rope_parameters=yarn,
+        hidden_size=32, num_attention_heads=2, kv_lora_rank=8, q_lora_rank=8, v_head_dim=8,
+    )  # fmt: skip
+    places = np.array([[0, 1, 4095, 4096, 5000, text.max_length // 2, text.max_length - 1]])
+    theirs = DeepseekV3RotaryEmbedding(config)
+    np.testing.assert_allclose(rope.inverse_frequencies(text.rope, 64), theirs.inv_freq, rtol=2e-6)
+    expected = theirs(torch.zeros(1), torch.from_numpy(places))
+    for ours, other in zip(rope.rope_tables(text.rope, 64, places), expected, strict=True):
+        # a frequency that differs by a rounding or two differs by so much more at the last place
+        error = np.abs(np.asarray(ours) - other[..., :32].numpy())
+        assert (error <= 2e-6 + 4 * 2**-24 * places[..., None]).all(), error.max()
+        assert error[:, :2].max() < 1e-6
+    attention = DeepseekV3Attention(config, 0)
+    assert rope.softmax_scale(text) == pytest.approx(attention.scaling, rel=1e-12)
+    assert attention.scaling > 192**-0.5
 
 
 def test_tables_at_the_end_of_the_context_are_as_exact_as_float32_allows():

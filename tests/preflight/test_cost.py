@@ -12,7 +12,7 @@ import pytest
 from k25_jax.config import load_experiment
 from k25_jax.kernels.grouped_matmul import TILE, grouped_matmul
 from k25_jax.models.count import count_params
-from k25_jax.preflight import hlo
+from k25_jax.preflight import aot, hlo
 from k25_jax.preflight.cost import arrays_made, jaxpr_flops, model_flops, roofline, temporaries
 from k25_jax.preflight.topology import parse_topology
 from runs import on_eight_devices
@@ -94,6 +94,7 @@ SHARED = """
 import json, jax, jax.numpy as jnp
 from jax.sharding import AxisType, NamedSharding, PartitionSpec as P
 from k25_jax.preflight import hlo
+from k25_jax.preflight import aot
 from k25_jax.preflight.cost import jaxpr_flops
 from k25_jax.sharding.mesh import make_mesh
 
@@ -251,3 +252,23 @@ def test_temporaries_leave_out_the_arguments_even_where_the_compiler_counts_them
     sizes = dict(argument_size_in_bytes=100, output_size_in_bytes=200, alias_size_in_bytes=80)
     memory = types.SimpleNamespace(**sizes, temp_size_in_bytes=temporary, peak_memory_in_bytes=peak)
     assert temporaries(memory) == expected
+
+
+def test_what_is_frozen_has_no_gradient_of_its_weights():
+    """The projector alone: the language model still passes the gradient on, the encoder does not run backward."""
+    whole, part = (
+        load_experiment("experiments/pretrain/demo.py", [f"train.trainable={names}"]) for names in ([], ["projector"])
+    )
+    vision, data, counts = whole.model.vision, whole.data, count_params(whole.model)
+    tokens, patches = data.batch_size * data.seq_len, data.packs * data.pack_patches
+    encoder = counts["vision"] + 2 * vision.layers * vision.width * min(data.max_image_patches, data.pack_patches)
+    saved = 2 * tokens * (counts["active"] - counts["embedding"]) + 4 * patches * encoder
+    assert model_flops(whole) - model_flops(part) == pytest.approx(saved)
+
+
+def test_what_is_frozen_takes_no_memory_for_the_optimizer():
+    """AdamW's two means of what is trained, and a count: nothing else, in every array that preflight lists."""
+    experiment = load_experiment("experiments/pretrain/demo.py", ["train.trainable=['projector']"])
+    listed = [t for t in aot.layout(experiment, parse_topology("cpu")) if "opt_state" in t.name and t.shape]
+    assert all(".projector." in tensor.name for tensor in listed)
+    assert sum(tensor.bytes for tensor in listed) == 2 * 4 * count_params(experiment.model)["projector"]

@@ -39,6 +39,7 @@ TASKS = {
     "puzzles": "puzzles",
     "programs": "programs",
     "library": "library",
+    "passkey": "passkey",
 }
 CATEGORIES = (
     "vision_knowledge",
@@ -53,6 +54,7 @@ CATEGORIES = (
     "text_knowledge",
     "text_reasoning",
     "code",
+    "long_context",
     "text",  # to read on: no questions
 )
 SPLITS = ("train", "test")
