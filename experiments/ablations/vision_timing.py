@@ -14,7 +14,7 @@ import pathlib
 import ml_collections
 import numpy as np
 
-from k25_jax.config import ConfigError, run_local
+from k25_jax.config import ConfigError, argument, run_local
 from k25_jax.evals.categories import by_category, evaluate_run
 from k25_jax.report.metrics import read_metrics
 from k25_jax.report.plots import grouped_points
@@ -48,11 +48,9 @@ PAPER = {
 }
 
 
-def get_config(arg: str = "early"):
-    """One arm; "early,runlocal" is the same on four steps."""
-    arm, _, local = arg.partition(",")
-    if arm not in ARMS or local not in ("", "runlocal"):
-        raise ConfigError(f"vision_timing: {arg!r} is none of {', '.join(ARMS)}, or one of these with ,runlocal")
+def get_config(arg: str = ""):
+    """One arm; "early,runlocal" shrinks it to four steps."""
+    arm, local = argument(arg, tuple(ARMS), "vision_timing.py")
     start, share = ARMS[arm]
     config = ml_collections.ConfigDict()
     config.name = f"vision_timing_{arm}"

@@ -23,7 +23,7 @@ import ml_collections
 
 from k25_jax.checkpoint.huggingface import save_params
 from k25_jax.checkpoint.load import load_model
-from k25_jax.config import ConfigError, preset, run_local, to_dict
+from k25_jax.config import argument, preset, run_local, to_dict
 from k25_jax.evals.categories import SUITE, by_category, evaluate_run, write_scores
 from k25_jax.report.metrics import read_metrics
 from k25_jax.report.plots import bar_chart, loss_curves
@@ -61,11 +61,9 @@ BEFORE = {"vit": "small", "projector": "llm", "joint": "projector", "long": "joi
 ENCODER = {"projector": "vit"}  # train.init_vision_from
 
 
-def get_config(arg: str = "joint"):
-    """One stage; "joint,runlocal" is the same on four steps."""
-    stage, _, local = arg.partition(",")
-    if stage not in STAGES or local not in ("", "runlocal"):
-        raise ConfigError(f"base.py: {arg!r} is none of {', '.join(STAGES)}, or one of these with ,runlocal")
+def get_config(arg: str = ""):
+    """One stage; "joint,runlocal" shrinks it to four steps."""
+    stage, local = argument(arg, tuple(STAGES), "base.py")
     steps, rows, rate, sources, share, trainable = STAGES[stage]
     length = 4 * LENGTH if stage == "long" else LENGTH
     config = ml_collections.ConfigDict()

@@ -7,7 +7,7 @@ The layout is for v5p-1024 (4 x 8 x 16 chips): `context` shares out a row so tha
 
 import ml_collections
 
-from k25_jax.config import ConfigError, preset, run_local, to_dict
+from k25_jax.config import argument, preset, run_local, to_dict
 
 ORIGINAL = 4096  # tokens of a row in joint pre-training
 BATCH_TOKENS = 2**26
@@ -26,12 +26,7 @@ LOCAL_ORIGINAL = 16  # the same on a laptop: rows of 128 to 1024 tokens, the sam
 
 def get_config(arg: str = ""):
     """`arg` is the length, 32768 unless given, and `runlocal` to shrink it to a laptop: "65536", "65536,runlocal"."""
-    words = [word for word in arg.split(",") if word]
-    local = "runlocal" in words
-    length, *more = [word for word in words if word != "runlocal"] or ["32768"]
-    if more or length not in map(str, STAGES):
-        lengths = ", ".join(map(str, STAGES))
-        raise ConfigError(f"k25_1t.py: unknown argument {arg!r}; it can be runlocal or a length ({lengths})")
+    length, local = argument(arg, tuple(map(str, STAGES)), "k25_1t.py")
     config = _stage(int(length))
     return _on_a_laptop(config) if local else config
 

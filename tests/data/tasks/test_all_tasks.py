@@ -41,7 +41,7 @@ def test_every_category_has_its_tasks():
     found = {make_task(f"{name}:test").category for name in TASKS}
     assert found == set(CATEGORIES)
     texts = {name for name in TASKS if make_task(f"{name}:test").modality == "text"}
-    assert texts == {"facts", "puzzles", "programs", "library"}
+    assert texts == {"facts", "puzzles", "programs", "library", "passkey"}
 
 
 @pytest.mark.parametrize("name", ASKING)
