@@ -22,7 +22,8 @@ from k25_jax.report.plots import grouped_points
 ARMS = {"early": (0.0, 0.10), "mid": (0.5, 0.20), "late": (0.8, 0.50)}  # vision comes in at, with a share of
 SEEDS = (0, 1, 2)
 STEPS, ROWS, LENGTH = 3000, 16, 256
-FILLED = 0.96  # of all slots, by the budgets; the rest is for padding
+FILLED = 0.94  # of all slots, by the budgets; the rest is for padding
+SLACK = 64  # tokens that the vision budget may lack: no picture is torn
 TOKENS = int(STEPS * ROWS * LENGTH * FILLED)
 BUDGETS = {"vision": TOKENS // 10, "text": TOKENS - TOKENS // 10}
 VISION = (
@@ -110,9 +111,10 @@ def check_budgets(workdir: pathlib.Path) -> dict[str, dict[str, int]]:
         for seed in SEEDS:
             last = read_metrics(workdir / f"{arm}_{seed}")[-1]
             seen[f"{arm}_{seed}"] = {name: int(last[f"{name}_tokens"]) for name in BUDGETS}
-    wrong = {run: counts for run, counts in seen.items() if counts != BUDGETS}
+    lacking = {run: {name: BUDGETS[name] - counts[name] for name in BUDGETS} for run, counts in seen.items()}
+    wrong = {run: lack for run, lack in lacking.items() if lack["text"] or not 0 <= lack["vision"] <= SLACK}
     if wrong:
-        raise ConfigError(f"vision_timing: the budgets are {BUDGETS}, but these runs saw others: {wrong}")
+        raise ConfigError(f"vision_timing: of the budgets {BUDGETS} these runs lack {wrong}")
     return seen
 
 

@@ -80,8 +80,8 @@ def get_config(arg: str = ""):
         vision_share=share,
         batch_size=rows,
         seq_len=length,
-        packs=(4 if stage in ("vit", "projector") else 3) if vision else 0,
-        pack_patches=1024,
+        packs=(6 if stage in ("vit", "projector") else 3) if vision else 0,
+        pack_patches=256,
         max_image_patches=64,
         seed=0,
     )
