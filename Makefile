@@ -3,7 +3,7 @@ SHELL := /bin/bash
 .SHELLFLAGS := -eu -o pipefail -c
 .DELETE_ON_ERROR:
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-all lint bench clean
+.PHONY: help demo base test test-all lint bench clean
 
 BIN := .venv/bin
 REQUIREMENTS := setup.cfg pyproject.toml $(wildcard constraints/*.txt)
@@ -23,6 +23,9 @@ help: ## list the commands
 
 demo: .venv/.demo ## train a small model on this machine, ask it questions, write a report
 	$(BIN)/k25 demo
+
+base: .venv/.demo ## all stages of pre-training at tiny scale, with scores by category: runs/base
+	$(BIN)/k25 sweep --config=experiments/base/base.py --workdir=runs/base
 
 # Two processes of up to 5 GB each, on any machine; one that has no test left takes some of the other's.
 IN_PARALLEL := --numprocesses=2 --dist=worksteal

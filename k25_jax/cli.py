@@ -16,6 +16,7 @@ TRAIN_HELP = """several processes: on a TPU pod, the same command on every worke
   JAX_PROCESS_ID           which one this is, from 0
 or, on one machine, python launch/local.py --processes=N -- k25 train ... All need the same --workdir, and data.lanes
 a multiple of N. When one was lost, start all again, or another number: they go on after the last checkpoint."""
+CHECKPOINT_HELP = "a run of ours or a public checkpoint; default: the tiny model that comes with the package"
 COMMANDS = "train a model, ask it questions, count its parameters, convert its weights"
 
 
@@ -157,7 +158,7 @@ def add_sweep(parser: argparse.ArgumentParser) -> None:
 
 def add_eval(parser: argparse.ArgumentParser) -> None:
     """The flags of `k25 eval`."""
-    parser.add_argument("--checkpoint", required=True, help="a run of ours or a public checkpoint")
+    parser.add_argument("--checkpoint", default="base", help=CHECKPOINT_HELP)
     parser.add_argument("--task", action="append", default=[], metavar="SPEC", help="such as words:test; default: all")
     parser.add_argument("--questions", type=int, default=128, help="of each task, at most; default 128")
     parser.add_argument("--output", default="", metavar="FOLDER", help="write evals.json and evals.png there")
@@ -166,7 +167,7 @@ def add_eval(parser: argparse.ArgumentParser) -> None:
 
 def add_sampling(parser: argparse.ArgumentParser) -> None:
     """Flags shared by generate and chat."""
-    parser.add_argument("--checkpoint", required=True, help="a run of ours or a public checkpoint")
+    parser.add_argument("--checkpoint", default="base", help=CHECKPOINT_HELP)
     parser.add_argument("--system", default="", help="system message")
     parser.add_argument("--max_tokens", "--max-tokens", "--max_new_tokens", type=int, default=256)
     parser.add_argument("--temperature", type=float, default=1.0, help="0 is greedy; default 1.0")

@@ -7,8 +7,9 @@ import ml_collections
 from k25_jax.config import ConfigError, preset, run_local, to_dict
 
 LENGTH = 128  # of pre-training
-# tokens of a document -> (steps, rows in a step, rate at its highest, the stage before)
-STAGES = {128: (1200, 16, 3e-3, ""), 512: (800, 4, 2e-3, "runs/passkey_128"), 1024: (500, 2, 2e-3, "runs/passkey_512")}
+SHORTEST = 56  # of a document, in every stage
+# tokens of a row, and of the longest document -> (steps, rows in a step, rate at its highest, the stage before)
+STAGES = {128: (1500, 16, 3e-3, ""), 512: (600, 8, 2e-3, "runs/passkey_128"), 1024: (300, 8, 1e-3, "runs/passkey_512")}
 
 
 def get_config(arg: str = ""):
@@ -24,12 +25,8 @@ def get_config(arg: str = ""):
     config.model.text.moe.update(experts=4)
     factor = length // LENGTH
     config.model.text.rope = dict(theta=1e4, original_length=LENGTH, factor=float(factor), yarn=factor > 1)
-    # the longest documents and, after pre-training, shorter ones; weights count records
-    sizes = [length] if factor == 1 else [length, length // 2, length // 4]
     config.data = dict(
-        sources=[
-            dict(path=f"passkey:train:length={size}", kind="task", weight=float(length // size)) for size in sizes
-        ],
+        sources=[dict(path=f"passkey:train:length={length},shortest={SHORTEST}", kind="task")],
         batch_size=rows,
         seq_len=length,
         packs=0,

@@ -13,6 +13,8 @@ from k25_jax.config import Experiment, K25Config, from_dict
 from k25_jax.models.k25 import abstract_params
 from k25_jax.text.tokenizer import Tokenizer, load_tokenizer
 
+BASE = pathlib.Path(__file__).parent / "base"
+
 
 @dataclass(frozen=True, eq=False)
 class Model:
@@ -25,8 +27,11 @@ class Model:
 
 
 def load_model(directory: str | pathlib.Path, dtype=jnp.float32, progress=None) -> Model:
-    """Read `directory`: a run of ours (experiment.json, checkpoints/) or public files (config.json, *.safetensors)."""
-    directory = pathlib.Path(directory)
+    """Read `directory`: a run of ours (experiment.json, checkpoints/) or public files (config.json, *.safetensors).
+
+    The word "base" is the tiny model that comes with the package, trained by `make base`.
+    """
+    directory = BASE if str(directory) == "base" else pathlib.Path(directory)
     if (directory / "experiment.json").is_file():
         experiment = read_experiment(directory)
         params = restore_params(directory / "checkpoints", abstract_params(experiment.model))

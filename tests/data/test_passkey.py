@@ -26,6 +26,15 @@ def test_a_document_has_its_length_and_says_its_passkey_once(length, digits):
             assert task.question(index).endswith(" key?") and task.prompt(index) == task.record(index)["messages"][:1]
 
 
+def test_lengths_are_drawn_evenly_from_the_shortest_to_the_longest():
+    tokenizer, task = load_tokenizer(""), make_task("passkey:train:length=120,shortest=61")
+    lengths = [len(render(task.record(index)["messages"], tokenizer).tokens) for index in range(600)]
+    assert (min(lengths), max(lengths)) == (61, 120)
+    counts = np.histogram(lengths, bins=6, range=(61, 121))[0]
+    assert counts.min() > 70 and counts.max() < 130
+    assert 0 <= min(task.depth(index) for index in range(600)) and max(task.depth(index) for index in range(600)) <= 1
+
+
 def test_splits_share_no_passkey_and_seeds_differ():
     train, test = (make_task(f"passkey:{split}") for split in ("train", "test"))
     answers = [{task.answer(i) for i in range(500)} for task in (train, test)]
@@ -42,7 +51,8 @@ def test_depths_are_spread_evenly():
 
 
 @pytest.mark.parametrize("options, words", [
-    ("length=20", "length=20 must be at least 52"), ("digits=0", "digits=0"), ("digits=6", "digits=6"),
+    ("length=20", "length=20 and shortest=0 must be at least 52"), ("digits=0", "digits=0"), ("digits=6", "digits=6"),
+    ("shortest=20", "shortest=20 must be at least 52"), ("shortest=129", "shortest=129 must be at least 0 and at most 128"),
     ("lenght=9", "did you mean 'length'"),
 ])  # fmt: skip
 def test_options_that_cannot_be_are_named(options, words):

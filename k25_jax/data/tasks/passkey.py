@@ -20,11 +20,13 @@ LEAST = 16  # characters of text around the passkey
 class Passkey(Task):
     """Words without meaning, `digits` digits among them at any depth, and at the end the question which they were.
 
-    A document has `length` tokens, template and answer included, where a character is a token. The passkeys of the two
-    splits differ: a hash of the digits decides.
+    A document has `length` tokens, template and answer included, where a character is a token; or from `shortest` to
+    `length`, if that is given: then no model can count on where the question stands. The passkeys of the two splits
+    differ: a hash of the digits decides.
     """
 
     length: int = 128
+    shortest: int = 0  # 0: as long as the longest
     digits: int = 3
     records: int = 0  # 0: a million to train on, 500 to test on
     seed: int = 0
@@ -37,10 +39,12 @@ class Passkey(Task):
         if not 1 <= self.digits <= 5:
             raise TaskError(f"passkey: digits={self.digits} must lie between 1 and 5")
         least = self._fixed + LEAST
-        if self.length < least or self.records < 0:
+        if min(self.length, self.shortest or self.length) < least or self.records < 0:
             raise TaskError(
-                f"passkey: length={self.length} must be at least {least}, records={self.records} at least 0"
+                f"passkey: length={self.length} and shortest={self.shortest} must be at least {least}, "
+                f"records={self.records} at least 0"
             )
+        self.check_range("shortest", 0, self.length)
 
     @property
     def _fixed(self) -> int:
@@ -53,7 +57,7 @@ class Passkey(Task):
     def question(self, index: int) -> str:
         """The whole text, the question at its end."""
         generator = self._drawn(index)[1]
-        filler = self.length - self._fixed
+        filler = self._filler(index)
         text = " ".join(generator.choice(WORDS, filler))[:filler]
         place = self._place(index)
         return text[:place] + MARK + self.answer(index) + text[place:] + QUESTION
@@ -63,7 +67,7 @@ class Passkey(Task):
 
     def depth(self, index: int) -> float:
         """Where the passkey stands in the filler: 0 is the beginning, 1 the end."""
-        return self._place(index) / (self.length - self._fixed)
+        return self._place(index) / self._filler(index)
 
     def _drawn(self, index: int):
         """The passkey, and the generator of the rest of the text."""
@@ -73,8 +77,15 @@ class Passkey(Task):
 
     def _place(self, index: int) -> int:
         """Characters before the passkey. Not drawn from the generator of the words, so that each can be had alone."""
-        digest = hashlib.sha256(f"{self.split}:{self.seed}:{index}".encode()).digest()
-        return int.from_bytes(digest[:8]) % (self.length - self._fixed + 1)
+        return self._digest("", index) % (self._filler(index) + 1)
+
+    def _filler(self, index: int) -> int:
+        """Characters of text around the passkey."""
+        lengths = self.length - (self.shortest or self.length) + 1
+        return self.length - self._digest(" length", index) % lengths - self._fixed
+
+    def _digest(self, what: str, index: int) -> int:
+        return int.from_bytes(hashlib.sha256(f"{self.split}:{self.seed}:{index}{what}".encode()).digest()[:8])
 
 
 @functools.cache
