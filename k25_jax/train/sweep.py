@@ -85,9 +85,8 @@ class Run:
         self.folder.mkdir(parents=True, exist_ok=True)
         self.began = time.perf_counter()
         with open(self.folder / LOG, "ab") as log:
-            self.process = subprocess.Popen(
-                self.command, stdout=log, stderr=log, preexec_fn=lambda: os.sched_setaffinity(0, cores)
-            )
+            self.process = subprocess.Popen(self.command, stdout=log, stderr=log)
+        os.sched_setaffinity(self.process.pid, cores)  # it has no other threads yet; those that come inherit this
 
 
 def of_point(point: Point, config: str, workdir: pathlib.Path, overrides) -> Run:

@@ -2,26 +2,19 @@
 
 import pytest
 
+import runs
 from k25_jax.checkpoint.store import complete_steps
 from k25_jax.cli import main
 from k25_jax.config import ConfigError
 from k25_jax.train.sweep import points, sweep
 
 FILE = """
-import ml_collections
-from k25_jax.config import run_local
-
-def get_config(arg=""):
-    config = ml_collections.ConfigDict(dict(optim={}, train={}))
-    config = run_local(config)
-    config.data = dict(sources=[dict(path="words:train", kind="task")], batch_size=1, seq_len=64, packs=1, pack_patches=64)
-    config.train.steps = 2
-    return config
 
 def get_hyper():
+    short = ("train.steps=2", "train.checkpoint_every=2", "optim.warmup_steps=1", "optim.decay_steps=0")
     return [
-        dict(name="first", overrides=("train.seed=1",)),
-        dict(name="second", overrides=("train.init_from={workdir}/first", "train.seed=2")),
+        dict(name="first", overrides=(*short, "train.seed=1")),
+        dict(name="second", overrides=(*short, "train.init_from={workdir}/first", "train.seed=2")),
     ]
 
 def report(workdir):
@@ -29,42 +22,38 @@ def report(workdir):
 """
 
 
-@pytest.fixture(scope="module")
-def swept(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("sweep")
-    (folder / "sweep.py").write_text(FILE)
-    status = main(["sweep", f"--config={folder / 'sweep.py'}", f"--workdir={folder / 'runs'}"])
-    return folder, status
+@pytest.fixture
+def file(tmp_path):
+    experiment = runs.write_experiment(tmp_path)
+    experiment.write_text(experiment.read_text() + FILE)
+    return experiment
 
 
-def test_runs_follow_each_other_and_are_reported(swept):
-    folder, status = swept
-    assert status == 0
+def test_runs_follow_each_other_and_finished_ones_are_left_alone(file, tmp_path, capfd):
+    folder = tmp_path / "runs"
+    command = ["sweep", f"--config={file}", f"--workdir={folder}"]
+    assert main(command) == 0
     for name in ("first", "second"):
-        assert complete_steps(folder / "runs" / name / "checkpoints") == [2]
-    assert (folder / "runs" / "report.txt").read_text() == "reported"
-    log = (folder / "runs" / "second" / "log.txt").read_text()
-    assert "finished" in log
-
-
-def test_finished_runs_are_left_alone_and_changed_ones_are_not(swept, capfd):
-    folder, _ = swept
-    before = (folder / "runs" / "first" / "log.txt").read_text()
-    assert main(["sweep", f"--config={folder / 'sweep.py'}", f"--workdir={folder / 'runs'}"]) == 0
-    assert (folder / "runs" / "first" / "log.txt").read_text() == before
+        assert complete_steps(folder / name / "checkpoints") == [2]
+        assert "finished" in (folder / name / "log.txt").read_text()
+    assert (folder / "report.txt").read_text() == "reported"
+    (folder / "report.txt").unlink()
+    before = (folder / "first" / "log.txt").read_text()
+    assert main([*command, "--only=first"]) == 0
+    assert (folder / "first" / "log.txt").read_text() == before and not (folder / "report.txt").exists()
     assert "finished before" in capfd.readouterr().err
-    wrong = ["sweep", f"--config={folder / 'sweep.py'}", f"--workdir={folder / 'runs'}", "--only=first"]
-    assert main([*wrong, "--config.model=1b"]) == 1  # the folder holds a run of another model
-    assert "first: failed" in capfd.readouterr().err
+    assert (
+        main([*command, "--only=first", "--config.model.text.ffn_dim=16"]) == 1
+    )  # the folder holds another model's run
+    assert "first: failed" in capfd.readouterr().err and not (folder / "report.txt").exists()
 
 
-def test_what_is_refused_beforehand(swept, tmp_path):
-    folder, _ = swept
+def test_what_is_refused_beforehand(file, tmp_path):
     with pytest.raises(ConfigError, match="no run has 'third' in its name; there are first, second"):
-        sweep(str(folder / "sweep.py"), tmp_path, only="third")
+        sweep(str(file), tmp_path / "runs", only="third")
     with pytest.raises(ConfigError, match="unknown key 'stepz'"):
-        sweep(str(folder / "sweep.py"), tmp_path, ["train.stepz=3"])
-    assert not list(tmp_path.iterdir())
+        sweep(str(file), tmp_path / "runs", ["train.stepz=3"])
+    assert not (tmp_path / "runs").exists()
 
     class File:
         get_hyper = staticmethod(lambda: [dict(name="a"), dict(name="a")])

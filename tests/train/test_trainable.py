@@ -27,7 +27,7 @@ def experiment(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def batches(experiment):
-    pipeline = make_pipeline(experiment.data, experiment.model)
+    pipeline = make_pipeline(experiment.data, experiment.model, steps=3)
     out = [next(pipeline) for _ in range(3)]
     pipeline.close()
     assert all(len(batch.vision.patches_PNC) for batch in out)
@@ -203,7 +203,7 @@ first = init_state(alone)
 start = jax.tree.map(np.asarray, first.params)
 jax.tree.map(np.testing.assert_array_equal, split(state.params, names)[1], split(start, names)[1])
 assert jax.tree.structure(state.opt_state.mu) == jax.tree.structure(split(start, names)[0])
-pipeline, step, want = make_pipeline(alone.data, alone.model), make_step(alone, loss_fn), first
+pipeline, step, want = make_pipeline(alone.data, alone.model, alone.train.steps), make_step(alone, loss_fn), first
 for loss in losses:
     want, metrics = step(want, next(pipeline))
     np.testing.assert_allclose(loss, metrics["loss"], rtol=1e-4)
@@ -215,6 +215,7 @@ print("equal")
 """
 
 
+@pytest.mark.slow
 def test_on_a_mesh_the_frozen_stay_and_the_trained_move_as_on_one_device(tmp_path):
     """Pipeline, experts shared out, DEP, two parts of a batch, a run that is resumed from its checkpoint bit for bit."""
     experiment = str(runs.write_experiment(tmp_path))

@@ -122,7 +122,7 @@ def test_siglip_s_term_pairs_images_with_their_captions(experiment, params, batc
 def test_the_contrast_falls_when_it_is_trained(experiment, params):
     """Steps of plain gradient descent on SigLIP's loss alone, over encoder and projector."""
     pipeline = make_pipeline(
-        dataclasses.replace(experiment.data, seq_len=192, batch_size=1, pack_patches=128), experiment.model
+        dataclasses.replace(experiment.data, seq_len=192, batch_size=1, pack_patches=128), experiment.model, steps=1
     )
     batch = next(pipeline)
     pipeline.close()
