@@ -9,6 +9,7 @@ trains three seeds of each arm, asks all the same held-out questions, and writes
 """
 
 import json
+import math
 import pathlib
 
 import ml_collections
@@ -23,6 +24,7 @@ ARMS = {"early": (0.0, 0.10), "mid": (0.5, 0.20), "late": (0.8, 0.50)}  # vision
 SEEDS = (0, 1, 2)
 STEPS, ROWS, LENGTH = 3000, 16, 256
 FILLED = 0.94  # of all slots, by the budgets; the rest is for padding
+PATCHES = 2400  # of a batch that was all vision
 SLACK = 64  # tokens that the vision budget may lack: no picture is torn
 TOKENS = int(STEPS * ROWS * LENGTH * FILLED)
 BUDGETS = {"vision": TOKENS // 10, "text": TOKENS - TOKENS // 10}
@@ -63,7 +65,7 @@ def get_config(arg: str = ""):
         text_tokens=BUDGETS["text"],
         batch_size=ROWS,
         seq_len=LENGTH,
-        packs=6,
+        packs=math.ceil(share * PATCHES / 256),  # about what a batch has: packs come full or not at all
         pack_patches=256,
         max_image_patches=64,
         seed=0,
