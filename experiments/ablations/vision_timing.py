@@ -31,14 +31,15 @@ BUDGETS = {"vision": TOKENS // 10, "text": TOKENS - TOKENS // 10}
 VISION = (
     ("emblems:train", 1.0),
     ("scenes:train", 1.0),
-    ("lines:train", 1.0),
+    ("digits:train", 0.5),
+    ("lines:train", 0.5),
 )
 TEXT = (
     ("facts:train", 1.0),
     ("puzzles:train", 1.0),
     ("programs:train", 1.0),
 )
-ASKED = ("emblems:test", "scenes:test", "lines:test", "facts:test", "puzzles:test", "programs:test")
+ASKED = ("emblems:test", "scenes:test", "digits:test", "lines:test", "facts:test", "puzzles:test", "programs:test")
 QUESTIONS = 256
 # What the paper reports, at its scale.
 PAPER = {

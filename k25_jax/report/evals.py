@@ -10,6 +10,7 @@ from rich.progress import Progress
 from rich.table import Table
 
 from k25_jax.checkpoint.load import load_model
+from k25_jax.data.tasks import make_task
 from k25_jax.evals.categories import FILE, SUITE, Score, by_category, check_suite, evaluate_suite, write_scores
 from k25_jax.report.plots import bar_chart
 
@@ -20,7 +21,7 @@ def evaluate_checkpoint(checkpoint: str, specs: Sequence[str], questions: int, o
     check_suite(specs)
     model = load_model(checkpoint)
     with Progress(console=Console(stderr=True)) as progress:
-        bars = {spec: progress.add_task(spec, total=questions) for spec in specs}
+        bars = {spec: progress.add_task(spec, total=min(questions, len(make_task(spec)))) for spec in specs}
         scores = evaluate_suite(model, specs, questions, lambda spec, number: progress.advance(bars[spec], number))
     if output:
         folder = pathlib.Path(output)
@@ -30,7 +31,8 @@ def evaluate_checkpoint(checkpoint: str, specs: Sequence[str], questions: int, o
     if as_json:
         print(json.dumps([asdict(score) for score in scores]))
     else:
-        Console().print(table(scores))
+        console = Console()
+        console.print(table(scores), width=max(console.width, 100))  # whole also where no terminal is
 
 
 def category_chart(scores: Sequence[Score], title: str) -> bytes:
