@@ -221,7 +221,7 @@ MISTAKES = {
     "an unknown command": ("tarin", "'tarin'"),
     "an unknown flag": ("{ask} --temprature=0", "unknown argument --temprature=0"),
     "a flag without its value": ("{ask} --seed", "--seed"),
-    "a required flag left out": ("chat", "--checkpoint"),
+    "a required flag left out": ("convert", "--checkpoint"),
     "a number that is none": ("{ask} --top_p=high", "--top_p"),
     "no experiment file": ("train --config={file}x", "did you mean '{file}'"),
     "an unknown override": ("train --config={file} --config.train.stepz=5", "'stepz'; did you mean 'steps'?"),

@@ -55,8 +55,9 @@ def bar_chart(
     groups: Mapping[str, Mapping[str, float]], title: str, y_label: str, top: float | None = None, digits: int = 2
 ) -> bytes:
     """Grouped bars: `groups[series][category] = height`, with the height written over each bar; `top` ends the axis."""
+    bars = sum(map(len, groups.values()))
     with matplotlib.rc_context(STYLE):
-        figure, axes = new_figure(7.5, 4.2)
+        figure, axes = new_figure(max(7.5, 0.34 * bars), 4.2)  # room for the numbers over the bars
         draw_bars(axes, groups, title, y_label, top, digits)
         return png_bytes(figure)
 
@@ -66,7 +67,7 @@ def grouped_points(
 ) -> bytes:
     """`groups[series][category]` are the values of repetitions: each a dot, their mean a bar behind them."""
     with matplotlib.rc_context(STYLE):
-        figure, axes = new_figure(9.0, 4.2)
+        figure, axes = new_figure(11.0, 4.2)
         means = {name: {key: float(np.mean(v)) for key, v in heights.items()} for name, heights in groups.items()}
         draw_bars(axes, means, title, y_label, top, digits=1)
         width, categories = 0.8 / max(1, len(groups)), list(next(iter(groups.values())))
