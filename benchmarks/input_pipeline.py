@@ -4,8 +4,9 @@ JPEG and PNG files of several sizes, made of photographs that scikit-image ships
 cut. Ours runs in two threads, as the data pipeline does, and leaves uint8: the device normalises. Theirs runs in the
 faster of two ways: one image after another with two threads inside PyTorch, or two threads with one each; it decodes with
 Pillow, as its callers do, and leaves float32. The two take turns, and the ratio is the median over rounds. The figure is
-the ratio for the budget that both have by default, 16384 patches; the bound is 2. Beside it: the ratio for 1024 patches,
-where both mostly decode and scale down; what ours takes with normalising; how far pixels differ; and tokens of text a second.
+the smaller of two ratios: for the budget that both have by default, 16384 patches, and for 1024 patches, where both mostly
+decode and scale down; the bound is 2. Beside it: what ours takes with normalising; how far pixels differ; and tokens of
+text a second.
 
 Needs torchvision: pip install torchvision==0.28.0, which goes with torch 2.13. With --json one JSON line.
 """
@@ -161,7 +162,7 @@ def main():
         files = write_files(Path(folder))
         found = {name: compare(processor, files, budget, args.rounds) for name, budget in BUDGETS.items()}
         text = text_speed(Path(folder))
-    figure = found["default"]["ratio"]
+    figure = min(row["ratio"] for row in found.values())
     out = {"name": "input_pipeline", "figure": figure, "bound": BOUND, "ok": figure >= BOUND, "files": len(files)}
     out |= found | text
     if args.json:
@@ -178,7 +179,7 @@ def main():
         print(
             f"text, {name}: {text[f'{name}_tokens_a_second']:,.0f} tokens/s, {text[f'{name}_megabytes_a_second']:.1f} MB/s"
         )
-    print(f"ratio at the default budget {figure:.2f} (bound {BOUND})")
+    print(f"smaller ratio {figure:.2f} (bound {BOUND})")
 
 
 if __name__ == "__main__":

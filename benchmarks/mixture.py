@@ -1,4 +1,4 @@
-"""Shares of tokens that hold, and packing that wastes little (K2.5 §3.3): issue 4's bounds of the mixture.
+"""Shares of tokens that hold, and packing that wastes little (K2.5 §3.3).
 
 Text of 1500 bytes a piece and rendered images of 16 to 256 patches, no model. For each target of vision's share the worst
 error over any 200 steps in a row, the mean padding of rows and of packs (of batches that have any), and batches a second.

@@ -74,7 +74,7 @@ def get_config(arg: str = ""):
     config.model.text.rope = dict(theta=1e4, original_length=LENGTH, factor=length / LENGTH, yarn=length > LENGTH)
     if stage in ("small", "vit"):
         config.model.text.update(d_model=64, layers=2)
-    vision = share != 0 and sources is not TEXT
+    vision = sources is not TEXT
     config.data = dict(
         sources=[dict(path=path, kind="task", weight=weight) for path, weight in sources],
         vision_share=share,
