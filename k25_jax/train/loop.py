@@ -24,6 +24,7 @@ from k25_jax.report.metrics import MetricsWriter, read_metrics
 from k25_jax.sharding import peers, processes
 from k25_jax.sharding.mesh import make_mesh
 from k25_jax.train.handover import load_initial
+from k25_jax.train.interrupts import between_steps
 from k25_jax.train.stages import loss_of
 from k25_jax.train.state import HOST, abstract_state, init_state, state_shardings
 from k25_jax.train.step import make_step
@@ -38,12 +39,13 @@ class BadSteps(RuntimeError):
 def train(experiment: Experiment, directory: str | pathlib.Path, on_step=None) -> dict:
     """Run `experiment` in `directory` to its last step and return the last metrics; resumes what it finds there.
 
-    `on_step(step, metrics)` is called after each logged step. Several processes (sharding/processes.py) all call this with
-    the same arguments; process 0 writes what is not theirs together. One that fails, or loses another, ends at once.
+    `on_step(step, metrics)` is called after each logged step. Ctrl-C ends the run after the step in hand. Several processes
+    (sharding/processes.py) all call this with the same arguments; process 0 writes what is not theirs together. One that
+    fails, or loses another, ends at once.
     """
     directory, config, first = pathlib.Path(directory), experiment.train, jax.process_index() == 0
     watch = peers.watched(lambda: f"after step {max(complete_steps(directory / 'checkpoints'), default=0)}")
-    with watch as watcher, contextlib.ExitStack() as stack, peers.leaving(watcher):
+    with watch as watcher, between_steps() as stop_if_asked, contextlib.ExitStack() as stack, peers.leaving(watcher):
         mesh = mesh_of(experiment)
         pipeline = stack.enter_context(contextlib.closing(open_data(experiment, mesh)))
         save_run(experiment, directory)
@@ -83,6 +85,7 @@ def train(experiment: Experiment, directory: str | pathlib.Path, on_step=None) -
             if step % config.checkpoint_every == 0:
                 saved = step
                 store.save(step, state, {"pipelines": data_states(pipeline, mesh), "bad_in_a_row": bad})
+            stop_if_asked()
         if logged < step:
             log_step(step, metrics, experiment, pipeline, mesh, writer, on_step)
         if saved < step:

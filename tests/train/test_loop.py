@@ -94,7 +94,7 @@ def stop_after(process, run, step: int, how: int) -> int:
     """Send a signal right after the metrics of `step` appear, so in the middle of the next; the exit status."""
     assert runs.wait_for(process, lambda: runs.step_of(run) >= step), process.communicate()
     process.send_signal(how)
-    _, err = process.communicate(timeout=60)
+    _, err = process.communicate(timeout=300)
     assert "Traceback" not in err
     return process.returncode
 
