@@ -18,7 +18,7 @@ from k25_jax.agents.observation import InfrastructureError
 NOBODY = 65534
 REMEDY = "install it (Debian, Ubuntu: apt install bubblewrap; version 0.8 or later), or say unconfined=True"
 _LINKS = ("bin", "sbin", "lib", "lib32", "lib64")
-_FILES = ("/etc/ld.so.cache", "/etc/alternatives", "/etc/localtime")
+_FILES = ("/etc/ld.so.cache", "/etc/alternatives", "/etc/localtime", "/etc/fonts")
 _BECOME = "import os, sys; os.setgroups([]); os.setgid({0}); os.setuid({0}); os.execv(sys.argv[1], sys.argv[1:])"
 
 

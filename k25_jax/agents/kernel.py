@@ -189,17 +189,21 @@ class Kernel:
         names = {int(one): one.name for one in signal.Signals}
         return f"killed by {names[number]}" if number in names else f"exit code {code}"
 
-    def execute(self, code: str, seconds: float, heard: Callable[[str, Mapping], None], silent: bool = False) -> str:
-        """Run code and give its outputs (Jupyter's message type and content) to `heard`; silent: it is not counted.
+    def execute(
+        self, code: str, seconds: float, heard: Callable[[str, Mapping], None], data: bytes | None = None
+    ) -> str:
+        """Run code and give its outputs (Jupyter's message type and content) to `heard`.
 
+        With `data` the code is ours, not counted, and finds the data in the buffers of its message.
         Returns "" when it came to its end, "interrupted" when the deadline stopped it, or why the kernel is dead.
         """
-        content = {"code": code, "silent": silent, "store_history": not silent, "allow_stdin": False}
+        buffers = [] if data is None else [data]
+        content = {"code": code, "silent": bool(buffers), "store_history": not buffers, "allow_stdin": False}
         deadline, interrupted, look, idle = time.monotonic() + seconds, False, 0.0, False
         try:
             while self._shell.poll(0):
                 self._shell.recv_multipart()  # replies to what came before
-            request = self._session.send(self._shell, "execute_request", content)["header"]["msg_id"]
+            request = self._session.send(self._shell, "execute_request", content, buffers=buffers)["header"]["msg_id"]
             while True:
                 now = time.monotonic()
                 if idle and (now > deadline or not self._iopub.poll(int(1000 * SETTLE))):
@@ -263,23 +267,21 @@ class Kernel:
 
     def close(self):
         """Kill all its processes, wait for their end, and remove what it has written. May be called again."""
-        process = self._process
-        if process is not None:
-            if self._pidfd is not None:
-                try:
+        if self._process is not None:
+            try:
+                if self._pidfd is not None:
                     signal.pidfd_send_signal(self._pidfd, signal.SIGKILL)  # the first process: all others go with it
-                except ProcessLookupError:
-                    pass
-                os.close(self._pidfd)
-                self._pidfd = None
-            elif self._scratch:
-                try:
-                    os.killpg(process.pid, signal.SIGKILL)
-                except ProcessLookupError:
-                    pass
-            process.kill()
-            process.wait()
-            process.stderr.close()
+                elif self._scratch:
+                    os.killpg(self._process.pid, signal.SIGKILL)
+                self._ends_within(5.0)  # which it does once the others are gone
+            except ProcessLookupError:
+                pass
+            self._process.kill()
+            self._process.wait()
+            self._process.stderr.close()
+        if self._pidfd is not None:
+            os.close(self._pidfd)
+            self._pidfd = None
         if self._context is not None:
             self._context.destroy(linger=0)
         if self._scratch:

@@ -23,7 +23,10 @@ MOST_PIXELS = 2**24  # of an image that the code shows
 _FILE = "application/x-k25-file"
 _COLOURS = re.compile(r"\x1b\[[0-9;]*m")
 _NAME = re.compile(r"\w[\w .-]{0,99}")
-_PUT = "__import__('pathlib').Path({!r}).write_bytes(__import__('base64').b64decode({!r})); None"
+_PUT = (
+    "__import__('pathlib').Path({name!r}).write_bytes("
+    "__import__('IPython').get_ipython().kernel.get_parent()['buffers'][0]); None"
+)
 _GET = (
     "__import__('IPython').display.publish_display_data({{{mime!r}: "
     "__import__('base64').b64encode(__import__('pathlib').Path({name!r}).read_bytes()).decode()}})"
@@ -44,6 +47,7 @@ class Sandbox:
         self._start = start or functools.partial(Kernel, self._limits, unconfined)
         self._files: dict[str, bytes] = {}
         self._kernel: Kernel | None = self._start()
+        self._closed = False
 
     def __enter__(self) -> "Sandbox":
         return self
@@ -55,7 +59,7 @@ class Sandbox:
         """End all its processes; nothing is left of it."""
         if self._kernel is not None:
             self._kernel.close()
-        self._kernel = None
+        self._kernel, self._closed = None, True
 
     def put(self, name: str, data: bytes | np.ndarray, seconds: float = 60.0):
         """Write a file into the working folder; an array [height, width, 3] of uint8 becomes a PNG.
@@ -84,7 +88,7 @@ class Sandbox:
         if self._kernel is None:
             return None
         self._kernel.wait()
-        self._kernel.execute(_GET.format(mime=_FILE, name=name), seconds, heard, silent=True)
+        self._kernel.execute(_GET.format(mime=_FILE, name=name), seconds, heard, data=b"")
         return found[0] if found else None
 
     def run(self, code: str, seconds: float = 60.0) -> Observation:
@@ -110,6 +114,8 @@ class Sandbox:
 
     def _ready(self):
         """A kernel that can be spoken to."""
+        if self._closed:
+            raise SandboxError("the sandbox was closed")
         if self._kernel is None:
             self._kernel = self._start()
             self._kernel.wait()
@@ -123,13 +129,12 @@ class Sandbox:
 
     def _write(self, name: str, data: bytes, seconds: float):
         problems = []
-        code = _PUT.format(name, base64.b64encode(data).decode())
 
         def heard(kind: str, content: Mapping):
             if kind == "error":
                 problems.append(content)
 
-        end = self._kernel.execute(code, seconds, heard, silent=True)
+        end = self._kernel.execute(_PUT.format(name=name), seconds, heard, data)
         if end or problems:
             self._restart()
             problem = end or f"{problems[0].get('ename')}: {problems[0].get('evalue')}"[:300]

@@ -1,17 +1,12 @@
 import io
-import logging
-import os
-import tempfile
 import threading
 
 import numpy as np
-import psutil
 import pytest
 from PIL import Image
 
 from k25_jax.agents.bubblewrap import SandboxError
-from k25_jax.agents.kernel import Limits
-from k25_jax.agents.observation import Excerpt, InfrastructureError
+from k25_jax.agents.observation import InfrastructureError
 from k25_jax.agents.sandbox import Sandbox
 from k25_jax.vision.image import load_image
 
@@ -24,7 +19,8 @@ def test_state_and_values_and_errors(sandbox):
     failed = sandbox.run("f('x')")
     assert failed.status == "error" and 'can only concatenate str (not "int") to str' in failed.text
     assert "\x1b" not in failed.text
-    assert sandbox.run("import os; os.system('echo of a child')").text == "of a child\n0"
+    child = sandbox.run("import os; os.system('echo of a child')").text
+    assert sorted(child.splitlines()) == ["0", "of a child"]  # in either order
     assert "invalid syntax" in sandbox.run("def").text
     assert sandbox.run("input()").status == "error"  # nobody is there to type
 
@@ -42,7 +38,7 @@ def test_images_go_in_and_come_out(sandbox):
     sandbox.run("image.transpose(Image.ROTATE_90).save('turned.png')")
     assert Image.open(io.BytesIO(sandbox.get("turned.png"))).size == (6, 8)
     drawn = sandbox.run("import matplotlib.pyplot as plt\nplt.plot([1, 2]); plt.show()")
-    assert drawn.text == "[image 1]" and load_image(drawn.images[0]).ndim == 3
+    assert drawn.text.endswith("[image 1]") and load_image(drawn.images[0]).ndim == 3  # it may speak of fonts
     many = sandbox.run("for _ in range(5): display(image)")
     assert len(many.images) == 3 and many.text.count("[an image is left out: 3 are the most]") == 2
     parts = seen.content()
@@ -104,74 +100,3 @@ def test_the_pool_hands_out_fresh_kernels_to_threads(pool):
     assert sorted(seen) == [("False", str(number)) for number in range(3)]
     with sandboxes[0] as sandbox:
         assert sandbox.run("1").text == "1"
-
-
-def test_closing_leaves_nothing_behind(bwrap):
-    def children():
-        return {child.pid for child in psutil.Process().children(recursive=True)}
-
-    before = (
-        children(),
-        set(os.listdir(tempfile.gettempdir())),
-        set(os.listdir("/dev/shm")),
-        len(os.listdir("/proc/self/fd")),
-    )
-    with Sandbox() as sandbox:
-        sandbox.run("import subprocess; subprocess.Popen(['sleep', '600'], start_new_session=True)")
-        inside = children() - before[0]
-    assert len(inside) >= 3  # bubblewrap, its first process, the kernel
-    assert children() == before[0] and not any(psutil.pid_exists(pid) for pid in inside)
-    assert set(os.listdir(tempfile.gettempdir())) == before[1] and set(os.listdir("/dev/shm")) == before[2]
-    sandbox.close()  # again
-    assert len(os.listdir("/proc/self/fd")) <= before[3]
-
-
-def test_without_bubblewrap_it_refuses(monkeypatch, tmp_path):
-    monkeypatch.setenv("PATH", str(tmp_path))
-    with pytest.raises(
-        SandboxError, match=r"bubblewrap \(bwrap\) is not there.*apt install bubblewrap.*unconfined=True"
-    ):
-        Sandbox()
-
-
-def test_bubblewrap_that_does_not_work_is_infrastructure(monkeypatch, tmp_path):
-    (tmp_path / "bwrap").write_text("#!/bin/sh\necho no namespaces here >&2\nexit 1\n")
-    (tmp_path / "bwrap").chmod(0o755)
-    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
-    with pytest.raises(InfrastructureError, match="bubblewrap did not start: no namespaces here"):
-        Sandbox()
-
-
-def test_unconfined_warns_and_cleans_up(caplog, monkeypatch, tmp_path):
-    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
-    monkeypatch.setenv("K25_SECRET", "hunter2")
-    with caplog.at_level(logging.WARNING), Sandbox(unconfined=True) as sandbox:
-        sandbox.put("red.png", RED)
-        code = "import os, subprocess\nchild = subprocess.Popen(['sleep', '600'])\n"
-        code += "print(os.listdir(), 'K25_SECRET' in os.environ, child.pid)"
-        text = sandbox.run(code).text
-        assert text.startswith("['red.png'] False") and sandbox.get("red.png")[:4] == b"\x89PNG"
-        child = int(text.split()[-1])
-    assert any("UNCONFINED" in record.message and record.levelname == "WARNING" for record in caplog.records)
-    assert os.listdir(tmp_path) == []
-    assert not psutil.pid_exists(child) or psutil.Process(child).status() == psutil.STATUS_ZOMBIE
-
-
-@pytest.mark.parametrize("name", ["memory_mb", "processes", "stop_seconds", "images"])
-def test_limits_are_positive(name):
-    with pytest.raises(ValueError, match=f"Limits.{name}=0 must be positive"):
-        Limits(**{name: 0})
-
-
-@pytest.mark.parametrize("most", [1, 2, 7, 10])
-@pytest.mark.parametrize("cuts", [[30], [1] * 30, [3, 0, 20, 7], [9], []])
-def test_excerpts_keep_both_ends(most, cuts):
-    text = "".join(chr(97 + i % 26) for i in range(sum(cuts)))
-    excerpt, start = Excerpt(most), 0
-    for cut in cuts:
-        excerpt.add(text[start : start + cut])
-        start += cut
-    head, tail = most - most // 2, most // 2
-    left_out = f"\n[.. {len(text) - most} characters left out ..]\n"
-    shown = text if len(text) <= most else text[:head] + left_out + text[len(text) - tail :]
-    assert str(excerpt) == shown
