@@ -5,7 +5,8 @@ network, no process but its own. It may write to /tmp and /dev/shm, which are in
 make namespaces of its own, and some system calls (`agents.syscalls`) are not there.
 
 bubblewrap as root would keep root's user id in there, and Linux does not limit root's processes. So root starts it as
-NOBODY, in a first bubblewrap that does nothing but show these folders, which may lie below a folder of root's.
+NOBODY, in a first bubblewrap that shows these folders, which may lie below a folder of root's, and that ends with us: a
+signal from root without its rights would not reach NOBODY.
 """
 
 import os
@@ -27,16 +28,20 @@ class SandboxError(InfrastructureError):
 
 
 def command(
-    program: list[str], files: dict[str, str], disk_bytes: int, env: dict[str, str], info_fd: int, seccomp_fd: int
+    program: list[str], files: dict[str, str], disk_bytes: int, env: dict[str, str], info: list[int], seccomp: int
 ) -> list[str]:
-    """How to start a program in /tmp/work. `files`: those to show besides, inside -> here; facts come on `info_fd`."""
+    """How to start a program in /tmp/work. `files`: those to show besides, inside -> here.
+
+    Each bubblewrap, the outer one first, tells the id of its first process to the next descriptor in `info`. `seccomp`:
+    one with the filter of system calls.
+    """
     bwrap = shutil.which("bwrap")
     if bwrap is None:
         raise SandboxError(f"bubblewrap (bwrap) is not there, and what a model writes runs only in it: {REMEDY}")
     bwrap = os.path.realpath(bwrap)
     inner = [bwrap, "--unshare-all", "--unshare-user", "--disable-userns", "--uid", "1000", "--gid", "1000"]
     inner += ["--die-with-parent", "--new-session", "--hostname", "sandbox", "--clearenv"]
-    inner += ["--info-fd", str(info_fd), "--seccomp", str(seccomp_fd)]
+    inner += ["--info-fd", str(info[-1]), "--seccomp", str(seccomp)]
     for name, value in env.items():
         inner += ["--setenv", name, value]
     inner += [*_view([]), "--proc", "/proc", "--dev", "/dev"]
@@ -45,12 +50,23 @@ def command(
     for inside, here in files.items():
         inner += ["--ro-bind", here, inside]
     inner += ["--remount-ro", "/", "--chdir", "/tmp/work", "--", *program]
-    if os.getuid() != 0:
+    if layers() == 1:
         return inner
-    outer = [bwrap, "--die-with-parent", "--cap-drop", "ALL", "--cap-add", "CAP_SETUID", "--cap-add", "CAP_SETGID"]
-    outer += [*_view([*files.values(), bwrap]), "--perms", "1777", "--dir", "/tmp"]
-    outer += ["--bind", "/proc", "/proc", "--dev", "/dev", "--chdir", "/"]
+    outer = [bwrap, "--die-with-parent", "--unshare-pid", "--info-fd", str(info[0]), *_view([*files.values(), bwrap])]
+    outer += ["--cap-drop", "ALL", "--cap-add", "CAP_SETUID", "--cap-add", "CAP_SETGID", "--chdir", "/"]
+    outer += ["--perms", "1777", "--dir", "/tmp", "--bind", "/proc", "/proc", "--dev", "/dev", "--proc", "/pids"]
     return [*outer, "--", sys.executable, "-I", "-S", "-c", _BECOME.format(NOBODY), *inner]
+
+
+def layers() -> int:
+    """How many bubblewraps there are, one in the other."""
+    return 2 if os.getuid() == 0 else 1
+
+
+def root(pids: list[int]) -> str:
+    """Where this machine sees the files of the program, from what came on `info`."""
+    inner = f"/proc/{pids[0]}/root/pids/{pids[1]}" if len(pids) == 2 else f"/proc/{pids[0]}"
+    return f"{inner}/root"
 
 
 def _pythons() -> list[str]:

@@ -12,6 +12,7 @@ import logging
 import os
 import pathlib
 import secrets
+import select
 import shutil
 import signal
 import stat
@@ -74,25 +75,33 @@ class Kernel:
             raise
 
     def _start(self):
-        reading, writing = os.pipe()
+        pipes = [os.pipe() for _ in range(bubblewrap.layers())]
         rules, fill = os.pipe()
         try:
             os.write(fill, syscall_filter())
+            program, disk = [sys.executable, "-I", "/run/inside.py"], self._limits.disk_mb * 2**20
+            files, writing = {"/run/inside.py": str(INSIDE)}, [writing for _, writing in pipes]
+            command = bubblewrap.command(program, files, disk, _environment("/tmp"), writing, rules)
             os.close(fill)
-            program = [sys.executable, "-I", "/run/inside.py"]
-            disk, env = self._limits.disk_mb * 2**20, _environment("/tmp")
-            command = bubblewrap.command(program, {"/run/inside.py": str(INSIDE)}, disk, env, writing, rules)
-            self._launch(command, {}, "/", "/run", pass_fds=(writing, rules))
+            self._launch(command, {}, "/", "/run", pass_fds=(*writing, rules))
+            pids = [self._first_process(reading) for reading, _ in pipes]
         finally:
-            os.close(rules)
-            os.close(writing)
-            with open(reading) as file:
-                info = file.read()
-        if not info:
-            raise SandboxError(f"bubblewrap did not start: {self._last_words()}; {bubblewrap.REMEDY}")
-        self._pid = json.loads(info)["child-pid"]
-        self._pidfd = os.pidfd_open(self._pid)
-        self._root = f"/proc/{self._pid}/root"
+            for descriptor in (rules, *(end for pipe in pipes for end in pipe)):
+                os.close(descriptor)
+        self._pidfd = os.pidfd_open(pids[0])
+        self._root = bubblewrap.root(pids)
+
+    def _first_process(self, reading: int) -> int:
+        """The process id that a bubblewrap tells as JSON."""
+        told = b""
+        while not told.rstrip().endswith(b"}"):
+            if select.select([reading], [], [], 0.1)[0]:
+                told += os.read(reading, 4096)
+            elif not self.alive():
+                raise SandboxError(f"bubblewrap did not start: {self._last_words()}; {bubblewrap.REMEDY}")
+            else:
+                self._check_start()
+        return json.loads(told)["child-pid"]
 
     def _start_unconfined(self):
         logger.warning("UNCONFINED: what the model writes runs without a sandbox, with all rights of this user")
@@ -102,7 +111,7 @@ class Kernel:
         command = [sys.executable, "-I", str(INSIDE)]
         work, run = (os.path.join(self._scratch, folder) for folder in ("work", "run"))
         self._launch(command, _environment(self._scratch), work, run, start_new_session=True)
-        self._pid, self._root = self._process.pid, ""
+        self._root = ""
 
     def _launch(
         self, command: list[str], env: dict[str, str], folder: str, run: str, pass_fds=(), start_new_session=False
