@@ -70,6 +70,9 @@ class Kernel:
         try:
             # Linux kills what a thread has started when the thread ends, as bubblewrap asks it to: so one that stays.
             _starter(os.getpid()).submit(self._start_unconfined if unconfined else self._start).result()
+        except OSError as problem:
+            self.close()
+            raise SandboxError(f"a kernel could not be started: {problem}") from problem
         except BaseException:
             self.close()
             raise
@@ -126,7 +129,9 @@ class Kernel:
         connection |= {"signature_scheme": "hmac-sha256"}
         limits = self._limits
         rlimits = {"RLIMIT_AS": limits.memory_mb * 2**20, "RLIMIT_FSIZE": limits.disk_mb * 2**20, "RLIMIT_CORE": 0}
-        rlimits |= {"RLIMIT_NPROC": limits.processes, "RLIMIT_CPU": limits.cpu_seconds, "RLIMIT_NOFILE": 512}
+        rlimits |= {"RLIMIT_CPU": limits.cpu_seconds, "RLIMIT_NOFILE": 512}
+        if not self._scratch:  # where it would count all processes of this user
+            rlimits["RLIMIT_NPROC"] = limits.processes
         settings = {"connection": connection, "connection_file": f"{run}/connection.json", "limits": rlimits}
         try:
             with self._process.stdin as pipe:
@@ -210,8 +215,9 @@ class Kernel:
         content = {"code": code, "silent": bool(buffers), "store_history": not buffers, "allow_stdin": False}
         deadline, interrupted, look, idle = time.monotonic() + seconds, False, 0.0, False
         try:
-            while self._shell.poll(0):
-                self._shell.recv_multipart()  # replies to what came before
+            for _ in range(1000):
+                if self._shell.poll(0):
+                    self._shell.recv_multipart()  # replies to what came before
             request = self._session.send(self._shell, "execute_request", content, buffers=buffers)["header"]["msg_id"]
             while True:
                 now = time.monotonic()
@@ -247,7 +253,7 @@ class Kernel:
         if not self.alive():
             return f"its process ended ({self.ending()})"
         if any(monitor.poll(0) for monitor in self._monitors):  # its sockets do not connect twice
-            ended = self._ends_within(1.0)
+            ended = self._ends_within(3.0)
             self.close()
             return f"its process ended ({self.ending()})" if ended else f"an output was over {MOST_BYTES // 2**20} MB"
         if self._used() > self._limits.memory_mb * 2**20:
@@ -264,14 +270,13 @@ class Kernel:
 
     def _used(self) -> int:
         """Bytes of memory that its processes have filled, as /proc in its own namespace counts them."""
-        total, proc = 0, f"{self._root}/proc"
-        for name in os.listdir(proc) if self._root else ():
-            if name.isdigit():
-                try:
-                    lines = pathlib.Path(proc, name, "smaps_rollup").read_text().splitlines()
-                except OSError:
-                    continue  # it has ended
-                total += sum(int(line.split()[1]) for line in lines if line.startswith(("Pss_Anon:", "Pss_Shmem:")))
+        total = 0
+        for file in pathlib.Path(self._root, "proc").glob("[1-9]*/smaps_rollup") if self._root else ():
+            try:
+                lines = file.read_text().splitlines()
+            except OSError:
+                continue  # it has ended
+            total += sum(int(line.split()[1]) for line in lines if line.startswith(("Pss_Anon:", "Pss_Shmem:")))
         return total * 1024
 
     def close(self):
@@ -305,9 +310,8 @@ def _starter(pid: int) -> ThreadPoolExecutor:
 
 def _environment(base: str) -> dict[str, str]:
     """All that a kernel knows of the environment."""
-    one = {
-        f"{name}_NUM_THREADS": "1" for name in ("OMP", "OPENBLAS", "MKL")
-    }  # threads count as processes, and in memory
+    # Threads count as processes, and each takes memory.
+    one = {f"{name}_NUM_THREADS": "1" for name in ("OMP", "OPENBLAS", "MKL")}
     names = {"HOME": f"{base}/home", "IPYTHONDIR": f"{base}/home/.ipython", "TMPDIR": base, "USER": "user"}
     path = f"{os.path.join(sys.prefix, 'bin')}:/usr/bin:/bin"
     return one | names | {"PATH": path, "LANG": "C.UTF-8", "MALLOC_ARENA_MAX": "2", "PYTHONDONTWRITEBYTECODE": "1"}

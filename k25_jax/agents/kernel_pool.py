@@ -75,8 +75,10 @@ class KernelPool:
             kernel = problem = None
             try:
                 kernel = Kernel(self._limits, self._unconfined)
-            except SandboxError as error:
-                problem = error
+            except Exception as error:  # told to whoever asks for a kernel next
+                problem = (
+                    error if isinstance(error, SandboxError) else SandboxError(f"a kernel cannot be started: {error}")
+                )
             with self._changed:
                 self._problem = problem
                 if kernel is not None:

@@ -93,6 +93,10 @@ class Sandbox:
 
     def run(self, code: str, seconds: float = 60.0) -> Observation:
         """Run code: what it prints and shows, the value of its last line, its error; and what became of it."""
+        try:
+            code.encode()
+        except UnicodeEncodeError as problem:
+            return Observation(f"[This code was not run: {problem}]", status="error")
         if self._kernel is not None and self._kernel.ready and not self._kernel.alive():
             ending = self._kernel.ending()
             self._restart()

@@ -6,6 +6,7 @@ import pytest
 from PIL import Image
 
 from k25_jax.agents.bubblewrap import SandboxError
+from k25_jax.agents.kernel_pool import KernelPool
 from k25_jax.agents.observation import InfrastructureError
 from k25_jax.agents.sandbox import Sandbox
 from k25_jax.vision.image import load_image
@@ -23,6 +24,8 @@ def test_state_and_values_and_errors(sandbox):
     assert sorted(child.splitlines()) == ["0", "of a child"]  # in either order
     assert "invalid syntax" in sandbox.run("def").text
     assert sandbox.run("input()").status == "error"  # nobody is there to type
+    assert "not run: 'utf-8' codec can't encode" in sandbox.run("'\ud800'").text
+    assert sandbox.run("print('\\ud800')").status in ("ok", "error") and sandbox.run("a").text == "20"
 
 
 def test_the_packages_of_the_project_are_there(sandbox):
@@ -43,6 +46,18 @@ def test_images_go_in_and_come_out(sandbox):
     assert len(many.images) == 3 and many.text.count("[an image is left out: 3 are the most]") == 2
     parts = seen.content()
     assert parts == [{"type": "text", "text": seen.text}, {"type": "image", "image": seen.images[0]}]
+
+
+def test_a_pool_that_cannot_start_kernels_says_so(monkeypatch, tmp_path):
+    monkeypatch.setenv("PATH", str(tmp_path))
+    with KernelPool(1) as empty:
+        for _ in range(2):  # it tries again for each
+            with pytest.raises(SandboxError, match="is not there"), empty.sandbox():
+                pass
+    with pytest.raises(SandboxError, match="the pool of kernels is closed"), empty.sandbox():
+        pass
+    with pytest.raises(ValueError, match="size=0"):
+        KernelPool(0)
 
 
 @pytest.mark.parametrize("data", ["bm90IGFuIGltYWdl", "x", "", 5])

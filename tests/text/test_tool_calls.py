@@ -1,3 +1,4 @@
+import itertools
 import json
 
 import pytest
@@ -148,15 +149,13 @@ def test_malformed_calls_are_values(section, id_, error):
 
 def test_any_tokens_at_all_can_be_read():
     """Every sequence of three markers, with text between them: read without an exception, and twice the same."""
-    markers = [name for name in BYTE_SPECIAL if "tool" in name or "think" in name or name == "<|im_end|>"]
-    for a in markers:
-        for b in markers:
-            for c in markers:
-                text = f"{a}functions.f:0{b}{{}}{c}x"
-                for mode in ("plain", "thinking", "instant"):
-                    read = parse(text, TOKENIZER, mode)
-                    assert read == parse(text, TOKENIZER, mode)
-                    assert all(isinstance(call, (Call, BadCall)) for call in read.calls)
+    markers = [id_ for name, id_ in BYTE_SPECIAL.items() if "tool" in name or "think" in name or name == "<|im_end|>"]
+    for a, b, c in itertools.product(markers, repeat=3):
+        tokens = [a, *b"functions.f:0", b, *b"{}", c, *b"x"]
+        for mode in ("plain", "thinking", "instant"):
+            read = parse(tokens, TOKENIZER, mode)
+            assert read == parse(tokens, TOKENIZER, mode)
+            assert all(isinstance(call, (Call, BadCall)) for call in read.calls)
 
 
 def test_text_that_looks_like_a_call_is_text():
