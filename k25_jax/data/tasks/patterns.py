@@ -145,15 +145,16 @@ class Bars(Programmed):
 
 @dataclass(frozen=True)
 class Maze:
-    """Open cells, row by row; the way leads from the first to the last."""
+    """Open cells, row by row; the way leads from the first one to `goal` (column, row)."""
 
     open: tuple[tuple[bool, ...], ...]
+    goal: tuple[int, int]
     steps: int
 
 
 @dataclass(frozen=True)
 class Mazes(Programmed):
-    """How many steps has the shortest way from the top left to the bottom right cell? Dark cells are walls."""
+    """How many steps has the shortest way from the top left cell to another? Dark cells are walls."""
 
     size: int = 44
 
@@ -161,15 +162,17 @@ class Mazes(Programmed):
         side = self.size // CELL
         while True:
             cells = generator.random((side, side)) < 0.68
-            cells[0, 0] = cells[-1, -1] = True
-            if steps := shortest(cells):
-                return Maze(tuple(map(tuple, cells.tolist())), steps)
+            column, row = generator.integers(side // 2, side, 2).tolist()
+            cells[0, 0] = True
+            if steps := shortest(cells, (row, column)):
+                return Maze(tuple(map(tuple, cells.tolist())), (column, row), steps)
 
     def key(self, scene: Maze) -> str:
-        return str(scene.open)
+        return f"{scene.open} {scene.goal}"
 
     def question(self, index: int) -> str:
-        return f"steps from top left to bottom right? a cell has {CELL} pixels, dark ones are walls"
+        column, row = self.scene(index).goal
+        return f"steps from cell 0,0 to column {column}, row {row}? a cell has {CELL} pixels, dark ones are walls"
 
     def image(self, index: int) -> np.ndarray:
         cells = np.array(self.scene(index).open)
@@ -183,12 +186,13 @@ class Mazes(Programmed):
         return str(self.scene(index).steps)
 
     def program(self, index: int) -> tuple[str, ...]:
-        flood = "while not d[-1,-1]:d=ndimage.binary_dilation(d)&f;n+=1"
+        column, row = self.scene(index).goal
+        flood = f"while not d[{row},{column}]:d=ndimage.binary_dilation(d)&f;n+=1"
         return (f"f=images[0][::{CELL},::{CELL}].mean(2)>128\nd=f&False\nd[0,0]=True\nn=0\n{flood}\nprint(n)",)
 
 
-def shortest(cells: np.ndarray) -> int:
-    """Steps of the shortest way between opposite corners by search in breadth; 0 when there is none."""
+def shortest(cells: np.ndarray, goal: tuple[int, int]) -> int:
+    """Steps of the shortest way from the first cell to `goal` (row, column), by search in breadth; 0 without one."""
     steps, waiting = {(0, 0): 0}, collections.deque([(0, 0)])
     while waiting:
         row, column = waiting.popleft()
@@ -197,4 +201,4 @@ def shortest(cells: np.ndarray) -> int:
             if inside and cells[near] and near not in steps:
                 steps[near] = steps[row, column] + 1
                 waiting.append(near)
-    return steps.get((cells.shape[0] - 1, cells.shape[1] - 1), 0)
+    return steps.get(goal, 0)

@@ -103,7 +103,7 @@ class Pair:
 
 @dataclass(frozen=True)
 class Sizes(Programmed):
-    """Compare two boxes: which has more, or fewer, dark pixels, the left or the right one?"""
+    """Compare two boxes: which one is larger or smaller, or by how many pixels do they differ?"""
 
     def compose(self, generator: np.random.Generator) -> Pair:
         half = self.size // 2
@@ -114,13 +114,17 @@ class Sizes(Programmed):
                 left = side + generator.integers(1, half - width)
                 boxes.append((int(left), int(generator.integers(1, self.size - height)), int(width), int(height)))
             if boxes[0][2] * boxes[0][3] != boxes[1][2] * boxes[1][3]:
-                return Pair(pick(generator, ("larger", "smaller")), tuple(boxes), int(generator.integers(2**31)))
+                asked = pick(generator, ("larger", "smaller", "difference", "difference"))
+                return Pair(asked, tuple(boxes), int(generator.integers(2**31)))
 
     def key(self, scene: Pair) -> str:
         return f"{scene.asked} {scene.boxes}"
 
     def question(self, index: int) -> str:
-        return f"which box is {self.scene(index).asked}, left or right?"
+        asked = self.scene(index).asked
+        if asked == "difference":
+            return "by how many pixels do the boxes differ?"
+        return f"which box is {asked}, left or right?"
 
     def image(self, index: int) -> np.ndarray:
         return boxed(self.scene(index), self.size)
@@ -128,12 +132,16 @@ class Sizes(Programmed):
     def answer(self, index: int) -> str:
         scene = self.scene(index)
         left, right = (width * height for _, _, width, height in scene.boxes)
+        if scene.asked == "difference":
+            return str(abs(left - right))
         return "left" if (left > right) == (scene.asked == "larger") else "right"
 
     def program(self, index: int) -> tuple[str, ...]:
-        sign = ">" if self.scene(index).asked == "larger" else "<"
-        half = f"{DARK}\nw=m.shape[1]//2\n"
-        return (half + f"print('left' if m[:,:w].sum(){sign}m[:,w:].sum() else 'right')",)
+        asked, halves = self.scene(index).asked, f"{DARK}\na,b=[int(h.sum()) for h in np.split(m,2,1)]\n"
+        if asked == "difference":
+            return (halves + "print(abs(a-b))",)
+        sign = ">" if asked == "larger" else "<"
+        return (halves + f"print('left' if a{sign}b else 'right')",)
 
 
 @dataclass(frozen=True)
