@@ -2,9 +2,16 @@
 
 A turn is `<|im_user|>user<|im_middle|>` content `<|im_end|>`; an image in it is `<|media_begin|>image<|media_content|>
 <|media_pad|><|media_end|>`, and a video is a list of such chunks, each after its time. There is one media_pad for each
-clip; `data.packing` repeats it for every vision token.
+clip; `data.packing` repeats it for every vision token. Tools are declared as JSON in a first turn `tool_declare`, calls
+follow what the assistant says (`text.tool_calls` has their form), and the result of a call is a turn `tool` that begins
+with `## Return of ID`. The mode says how an assistant's turn begins:
+
+    plain      with what it says, as in K2-Instruct; <think> and </think> may stand in it
+    thinking   <think> reasoning </think>; the prompt for a new turn ends with <think>
+    instant    <think></think>, which is in the prompt too
 """
 
+import json
 import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -13,11 +20,13 @@ from typing import Any
 import numpy as np
 
 from k25_jax.text.tokenizer import Tokenizer
+from k25_jax.text.tool_calls import CallError, CallIds, call_parts
 
-ROLES = ("system", "user", "assistant")
+ROLES = ("system", "user", "assistant", "tool")
+MODES = ("plain", "thinking", "instant")
 KINDS = ("text", "image", "video")
 THINK = ("<think>", "</think>")  # special tokens in what the assistant says; ordinary text from anybody else
-LATER = ("tool_calls", "tool_call_id", "reasoning_content")  # fields that change the meaning and are not rendered
+FIELDS = {"tool_calls": "assistant", "reasoning_content": "assistant", "tool_call_id": "tool"}  # and who has them
 
 # One part of media -> its clips, each with its time as HH:MM:SS.mmm (None: no time is written, as for an image).
 LoadMedia = Callable[[Mapping], Sequence[tuple[str | None, Any]]]
@@ -55,6 +64,8 @@ class Writer:
     def special(self, name: str, weight: float):
         """One special token."""
         self.flush()
+        if name not in self._tokenizer.special:
+            raise ChatError(f"the tokenizer has no {name}; add it to added_tokens_decoder in tokenizer_config.json")
         self._append([self._tokenizer.special[name]], weight)
 
     def media(self, part: Mapping, kind: str, load_media: LoadMedia):
@@ -75,9 +86,117 @@ class Writer:
         self._append(self._tokenizer.encode(self._text, self._allowed), self._weight)
         self._text = ""
 
+    def lengths(self) -> tuple[int, ...]:
+        """How much was written, for `cut`."""
+        self.flush()
+        return tuple(map(len, (self.rendered.tokens, self.rendered.weights, self.rendered.media, self.rendered.clips)))
+
+    def cut(self, lengths: tuple[int, ...]):
+        """Take back what was written since."""
+        self._text = ""
+        parts = (self.rendered.tokens, self.rendered.weights, self.rendered.media, self.rendered.clips)
+        for part, length in zip(parts, lengths, strict=True):
+            del part[length:]
+
     def _append(self, tokens: list[int], weight: float):
         self.rendered.tokens += tokens
         self.rendered.weights += [weight] * len(tokens)
+
+
+class Renderer:
+    """Writes turns one after the other; what is written never changes. `ids` numbers the calls."""
+
+    def __init__(
+        self,
+        tokenizer: Tokenizer,
+        load_media: LoadMedia | None = None,
+        mode: str = "plain",
+        tools: Sequence[Mapping] = (),
+    ):
+        if mode not in MODES:
+            raise ChatError(f"mode must be one of {', '.join(MODES)}, not {_show(mode)}")
+        self._writer = Writer(tokenizer)
+        self._load_media, self._mode, self.ids = load_media, mode, CallIds()
+        if tools:
+            self._header("system", "tool_declare")
+            self._writer.text(declare(tools), 0.0)
+            self._writer.special("<|im_end|>", 0.0)
+
+    @property
+    def rendered(self) -> Rendered:
+        """All that was written; whoever appends sampled tokens appends to it."""
+        self._writer.flush()
+        return self._writer.rendered
+
+    def message(self, message: Mapping, where: str, keep_thinking: bool = True):
+        """One whole turn, or nothing where it raises ChatError, which names `where`.
+
+        What the assistant says has weight 1, unless the thinking before it is left out.
+        """
+        lengths = self._writer.lengths()
+        try:
+            self._message(message, where, keep_thinking)
+        except BaseException:
+            self._writer.cut(lengths)
+            raise
+
+    def _message(self, message: Mapping, where: str, keep_thinking: bool):
+        role, content = _check_message(message, where)
+        reasoning, calls = message.get("reasoning_content") or "", message.get("tool_calls") or ()
+        if reasoning and self._mode == "plain":
+            raise ChatError(f"{where}.reasoning_content needs the mode thinking or instant; or write it into content")
+        dropped = bool(reasoning) and not keep_thinking and self._mode == "thinking"
+        weight = float(role == "assistant" and not dropped)
+        if role == "assistant":
+            self.open_assistant(message.get("name") or role)
+            if self._mode == "thinking":
+                self._writer.text("" if dropped else reasoning, weight)
+                self._writer.special("</think>", weight)
+        else:
+            self._header("user" if role == "user" else "system", message.get("name") or role)
+        if role == "tool":
+            self._writer.text(f"## Return of {self.ids.known(message['tool_call_id'])}\n", 0.0)
+        allowed = THINK if role == "assistant" and self._mode == "plain" else ()
+        self._content(content, where, weight, allowed)
+        if calls:
+            self._calls(calls, where, weight)
+        self._writer.special("<|im_end|>", weight)
+
+    def open_assistant(self, name: str = "assistant"):
+        """The beginning of an assistant's turn, up to where it speaks; weight 0."""
+        self._header("assistant", name)
+        for special in {"plain": (), "thinking": THINK[:1], "instant": THINK}[self._mode]:
+            self._writer.special(special, 0.0)
+
+    def _header(self, kind: str, name: str):
+        self._writer.special(f"<|im_{kind}|>", 0.0)
+        self._writer.text(name, 0.0)
+        self._writer.special("<|im_middle|>", 0.0)
+
+    def _content(self, content: Sequence[Mapping], where: str, weight: float, allowed: Sequence[str]):
+        for number, part in enumerate(content):
+            place = f"{where}.content[{number}]"
+            kind = part_kind(part, place)
+            if kind == "text":
+                self._writer.text(part["text"], weight, allowed)
+            elif self._load_media is None:
+                raise ChatError(f"{place}: {kind} cannot be read here; send text only")
+            else:
+                self._writer.media(part, kind, self._load_media)
+
+    def _calls(self, calls: Sequence[Mapping], where: str, weight: float):
+        self._writer.special("<|tool_calls_section_begin|>", weight)
+        for number, call in enumerate(calls):
+            try:
+                id_, arguments = call_parts(call, self.ids)
+            except CallError as problem:
+                raise ChatError(f"{where}.tool_calls[{number}]{problem}") from None
+            self._writer.special("<|tool_call_begin|>", weight)
+            self._writer.text(id_, weight)
+            self._writer.special("<|tool_call_argument_begin|>", weight)
+            self._writer.text(arguments, weight)
+            self._writer.special("<|tool_call_end|>", weight)
+        self._writer.special("<|tool_calls_section_end|>", weight)
 
 
 def render(
@@ -85,32 +204,39 @@ def render(
     tokenizer: Tokenizer,
     load_media: LoadMedia | None = None,
     add_generation_prompt: bool = False,
+    mode: str = "plain",
+    tools: Sequence[Mapping] = (),
+    keep_thinking: bool = True,
 ) -> Rendered:
     """Messages `{"role", "content"}` to tokens; weight 1 on what the assistant says and its <|im_end|>, 0 elsewhere.
 
     `content` is a string or a list of parts: {"type": "text", "text": ..}, {"type": "image", "image": source},
-    {"type": "video", "video": source}. Without `load_media`, parts other than text are refused. Raises ChatError.
+    {"type": "video", "video": source}. Without `load_media`, parts other than text are refused. The assistant may have
+    `reasoning_content` and `tool_calls`, a result of a call (role tool) has its `tool_call_id`; `tools` are JSON
+    declarations. `keep_thinking=False` is the public template's default: of the turns up to the last answer without
+    calls the thinking is left out, and what was said after it has weight 0. Raises ChatError.
     """
     if isinstance(messages, (str, bytes)) or not isinstance(messages, Sequence) or not messages:
         raise ChatError(f"messages must be a list of at least one message, not {_show(messages)}")
-    writer = Writer(tokenizer)
+    renderer = Renderer(tokenizer, load_media, mode, tools)
+    answers = [i for i, m in enumerate(messages) if _is_answer(m)] if not keep_thinking else []
     for index, message in enumerate(messages):
-        role, content = _check_message(message, index)
-        weight = float(role == "assistant")
-        _header(writer, role)
-        for number, part in enumerate(content):
-            where = f"messages[{index}].content[{number}]"
-            kind = part_kind(part, where)
-            if kind == "text":
-                writer.text(part["text"], weight, THINK if role == "assistant" else ())
-            elif load_media is None:
-                raise ChatError(f"{where}: {kind} cannot be read here; send text only")
-            else:
-                writer.media(part, kind, load_media)
-        writer.special("<|im_end|>", weight)
+        renderer.message(message, f"messages[{index}]", keep_thinking or index > max(answers, default=-1))
     if add_generation_prompt:
-        _header(writer, "assistant")
-    return writer.rendered
+        renderer.open_assistant()
+    return renderer.rendered
+
+
+def declare(tools: Sequence[Mapping]) -> str:
+    """Declarations of tools as the template writes them: compact JSON with sorted keys; raises ChatError."""
+    for number, tool in enumerate(tools):
+        function = tool.get("function") if isinstance(tool, Mapping) else None
+        if not isinstance(function, Mapping) or not isinstance(function.get("name"), str):
+            raise ChatError(f"tools[{number}] must be {{'type': 'function', 'function': {{'name': .., ..}}}}")
+    try:
+        return json.dumps(tools, ensure_ascii=False, separators=(",", ":"), sort_keys=True)
+    except (TypeError, ValueError) as problem:
+        raise ChatError(f"tools cannot be written as JSON: {problem}") from None
 
 
 def part_kind(part: Mapping, where: str) -> str:
@@ -129,30 +255,35 @@ def part_kind(part: Mapping, where: str) -> str:
     return kind
 
 
-def _check_message(message: Mapping, index: int) -> tuple[str, Sequence[Mapping]]:
+def _is_answer(message) -> bool:
+    return isinstance(message, Mapping) and message.get("role") == "assistant" and not message.get("tool_calls")
+
+
+def _check_message(message: Mapping, where: str) -> tuple[str, Sequence[Mapping]]:
     """Role and parts of one message."""
-    where = f"messages[{index}]"
     if not isinstance(message, Mapping):
         raise ChatError(f"{where} must be a mapping with role and content, not {_show(message)}")
     role, content = message.get("role"), message.get("content")
     if role not in ROLES:
         raise ChatError(f"{where}.role must be one of {', '.join(ROLES)}, not {_show(role)}")
-    if content is None:
+    for name, owner in FIELDS.items():
+        if message.get(name) and role != owner:
+            raise ChatError(f"{where}.{name} belongs to the role {owner}, not {role}")
+    for name in ("name", "reasoning_content", "tool_call_id"):
+        if not isinstance(message.get(name, ""), (str, type(None))):
+            raise ChatError(f"{where}.{name} must be a string, not {_show(message[name])}")
+    if role == "tool" and not message.get("tool_call_id"):
+        raise ChatError(f"{where}.tool_call_id is missing; give the id of the call that this is the result of")
+    calls = message.get("tool_calls") or []
+    if not isinstance(calls, Sequence) or isinstance(calls, (str, bytes)):
+        raise ChatError(f"{where}.tool_calls must be a list of calls, not {_show(calls)}")
+    if content is None and not calls:
         raise ChatError(f"{where}.content is missing; give a string or a list of parts")
-    for name in LATER:
-        if message.get(name):
-            raise ChatError(f"{where}.{name} is not supported; write it into content or drop the message")
-    if isinstance(content, str):
-        return role, [{"type": "text", "text": content}]
+    if content is None or isinstance(content, str):
+        return role, [{"type": "text", "text": content or ""}]
     if not isinstance(content, Sequence) or isinstance(content, bytes):
         raise ChatError(f"{where}.content must be a string or a list of parts, not {_show(content)}")
     return role, content
-
-
-def _header(writer: Writer, role: str):
-    writer.special(f"<|im_{role}|>", 0.0)
-    writer.text(role, 0.0)
-    writer.special("<|im_middle|>", 0.0)
 
 
 def _show(value) -> str:

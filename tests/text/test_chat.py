@@ -123,7 +123,7 @@ GOOD = {"role": "user", "content": "hi"}
     [
         ("hi", r"messages\[1\] must be a mapping"),
         ({"content": "x"}, r"messages\[1\]\.role"),
-        ({"role": "tool", "content": "x"}, r"messages\[1\]\.role.*'tool'"),
+        ({"role": "critic", "content": "x"}, r"messages\[1\]\.role.*'critic'"),
         ({"role": ["user"], "content": "x"}, r"messages\[1\]\.role"),
         ({"role": "user"}, r"messages\[1\]\.content is missing"),
         ({"role": "user", "content": None}, r"messages\[1\]\.content is missing"),
