@@ -65,7 +65,15 @@ clean: ## remove .venv, caches and build outputs
 	$(PIP) -e ".[demo]"
 	touch $@
 
-.venv/.test: $(REQUIREMENTS) | .venv/.made
+# What a model writes runs in bubblewrap. Without it the package works, but for code in agents/, whose tests are skipped.
+.venv/.sandbox: | .venv/.made
+	@if ! command -v bwrap >/dev/null && [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null; then \
+	  { apt-get update -qq && DEBIAN_FRONTEND=noninteractive apt-get install -y -qq bubblewrap; } >/dev/null 2>&1 || true; fi
+	@command -v bwrap >/dev/null || \
+	  echo "bubblewrap is not installed: tools that run a model's code will refuse to (Debian, Ubuntu: apt install bubblewrap)" >&2
+	@touch $@
+
+.venv/.test: $(REQUIREMENTS) .venv/.sandbox | .venv/.made
 	$(PIP) -e ".[demo,test]"
 	touch $@ .venv/.demo
 

@@ -1,0 +1,91 @@
+"""Tools: how they are declared to a model, called, and answered (K2.5 §4.4).
+
+conversation = Conversation(tokenizer, [declaration(tool) for tool in tools])
+..
+said = conversation.say(tokens)
+for call in said.calls:
+    message, observation = answer(call, tools)
+    conversation.add(message)
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import Protocol
+
+from k25_jax.agents.observation import Observation
+from k25_jax.agents.sandbox import Sandbox
+from k25_jax.text.tool_calls import BadCall, Call
+
+TYPES = {"string": str, "integer": int, "number": (int, float), "boolean": bool, "array": list, "object": dict}
+
+
+class Tool(Protocol):
+    """A function for the model. `parameters` is the JSON schema of its arguments, an object."""
+
+    name: str
+    description: str
+    parameters: Mapping
+
+    def call(self, arguments: Mapping) -> Observation:
+        """Do it. What the model did wrong is an observation; InfrastructureError is for what it cannot help."""
+
+
+class IPython:
+    """The tool `ipython`: code in a sandbox, which keeps its state from call to call; `seconds` is each call's deadline."""
+
+    name = "ipython"
+    description = (
+        "Run Python code in IPython and see what it prints, the value of its last line, and the images that it displays. "
+        "Variables are kept between calls. There is no network."
+    )
+    parameters = {
+        "type": "object",
+        "properties": {"code": {"type": "string", "description": "the code to run"}},
+        "required": ["code"],
+    }
+
+    def __init__(self, sandbox: Sandbox, seconds: float = 60.0):
+        self._sandbox, self._seconds = sandbox, seconds
+
+    def call(self, arguments: Mapping) -> Observation:
+        """Run `code`."""
+        return self._sandbox.run(arguments["code"], self._seconds)
+
+
+def declaration(tool: Tool) -> dict:
+    """What the chat template tells the model of a tool."""
+    function = {"name": tool.name, "description": tool.description, "parameters": dict(tool.parameters)}
+    return {"type": "function", "function": function}
+
+
+def answer(call: Call | BadCall, tools: Sequence[Tool]) -> tuple[dict, Observation]:
+    """Make a call: the turn that answers it, and the observation in it. A call that cannot be made is answered too."""
+    observation = _make(call, {tool.name: tool for tool in tools})
+    message = {"role": "tool", "tool_call_id": call.id, "content": observation.content()}
+    return message | ({"name": call.name} if isinstance(call, Call) else {}), observation
+
+
+def _make(call: Call | BadCall, tools: Mapping[str, Tool]) -> Observation:
+    if isinstance(call, BadCall):
+        return Observation(f"Error: {call.error}", status="error")
+    if call.name not in tools:
+        return Observation(f"Error: there is no tool {call.name}; there are: {', '.join(tools)}", status="error")
+    if problem := check_arguments(call.arguments, tools[call.name].parameters):
+        return Observation(f"Error: {problem}", status="error")
+    return tools[call.name].call(call.arguments)
+
+
+def check_arguments(arguments: Mapping, schema: Mapping) -> str:
+    """What is wrong with arguments, or "": names, and the types at the top level, are checked."""
+    properties = schema.get("properties", {})
+    for name in schema.get("required", ()):
+        if name not in arguments:
+            return f"the argument {name} is missing"
+    for name, value in arguments.items():
+        if name not in properties:
+            return f"there is no argument {name}; there are: {', '.join(properties)}"
+        wanted = properties[name].get("type")
+        if wanted in TYPES and (
+            not isinstance(value, TYPES[wanted]) or (isinstance(value, bool) and wanted != "boolean")
+        ):
+            return f"the argument {name} must be of type {wanted}, not {type(value).__name__}"
+    return ""
