@@ -111,7 +111,9 @@ class Engine:
         if not 0 <= sampling.seed < 2**32:
             raise PromptError(f"seed={sampling.seed} must lie in [0, 2**32)")
         if not 0 <= request.alternatives <= s.alternatives:
-            raise PromptError(f"alternatives={request.alternatives} must lie between 0 and engine.alternatives={s.alternatives}")
+            raise PromptError(
+                f"alternatives={request.alternatives} must lie between 0 and engine.alternatives={s.alternatives}"
+            )
         if "" in request.stop or (request.stop and self.tokenizer is None):
             raise PromptError("stop texts must not be empty, and an engine that is to find them needs a tokenizer")
         if request.clips and not self._programs.sees:

@@ -132,7 +132,9 @@ class Programs:
     def encode(self, pack, rows_M: np.ndarray) -> None:
         """Features of a pack of images into rows rows_M of the buffer; -1 where a token of the pack is not wanted."""
         body = functools.partial(_encode, config=self.config, dtype=self.dtype)
-        _, self._state = self._run(("encode", *pack.patches_PNC.shape[:2], pack.patches_PNC.dtype.str), body, pack, rows_M)
+        _, self._state = self._run(
+            ("encode", *pack.patches_PNC.shape[:2], pack.patches_PNC.dtype.str), body, pack, rows_M
+        )
 
     def _run(self, name, body, *arguments):
         if name not in self._compiled:

@@ -4,7 +4,6 @@ import dataclasses
 from collections.abc import Sequence
 
 import jax.numpy as jnp
-import numpy as np
 
 from k25_jax.sampling.sample import SampleConfig
 from k25_jax.vision.patchpack import Clip

@@ -11,9 +11,9 @@ import runs
 from engines import CONFIG, PAD, PARAMS, SETTINGS, TEXT, clip, drain, greedy, logprobs, prompts
 from k25_jax.sampling.cache import cache_bytes
 from k25_jax.sampling.engine import Engine
-from k25_jax.sampling.requests import EngineConfig, EngineError, Overloaded, Request
+from k25_jax.sampling.requests import Completion, EngineConfig, EngineError, Overloaded, Request
 from k25_jax.sampling.sample import PromptError, SampleConfig
-from k25_jax.text.tokenizer import byte_tokenizer
+from k25_jax.text.tokenizer import load_tokenizer
 
 SCHEDULES, LONGEST = 200, 10
 PROMPTS = prompts()
@@ -26,7 +26,7 @@ jax.monitoring.register_event_duration_secs_listener(
 
 @pytest.fixture(scope="module")
 def engine():
-    engine = Engine(PARAMS, CONFIG, SETTINGS, byte_tokenizer())
+    engine = Engine(PARAMS, CONFIG, SETTINGS, load_tokenizer())
     engine.warm_up()
     return engine
 
@@ -110,7 +110,9 @@ def test_every_schedule_gives_the_same_answers(warm, expected):
                 np.testing.assert_allclose(sample.logprobs, want[:done], atol=1e-4)
         assert warm.stats()["pages_used"] == 0
     after = warm.stats()
-    assert all(after[name] - before[name] > SCHEDULES / 4 for name in ("preempted", "reused", "encoded")) and aborted > 5
+    assert (
+        all(after[name] - before[name] > SCHEDULES / 4 for name in ("preempted", "reused", "encoded")) and aborted > 5
+    )
     assert len(COMPILATIONS) == compiled and after["compilations"] == 3
 
 
@@ -174,7 +176,7 @@ def test_new_weights_take_over_between_two_tokens(warm):
     other = jax.tree.map(lambda a: a * np.float32(1.25), PARAMS)
     answers, (tokens, clips) = {}, PROMPTS[9]
     number = warm.submit(Request(tokens, clips, SampleConfig(8, 0.0)))
-    while len(answers.get((number, 0), "").tokens if answers else "") < 3:
+    while len(answers.get((number, 0), Completion()).tokens) < 3:
         drain(warm, answers)
     warm.update_weights(other, 41)
     later = warm.submit(Request(tokens, clips, SampleConfig(6, 0.0)))

@@ -10,7 +10,6 @@ from k25_jax.config import K25Config, MoEConfig, TextConfig, VisionConfig
 from k25_jax.data.packing import Batch
 from k25_jax.models.k25 import forward
 from k25_jax.sampling.requests import Completion, EngineConfig, FinishEvent
-from k25_jax.sampling.sample import lay_out
 from k25_jax.vision.patchpack import Clip, pack_clips
 
 TEXT = TextConfig(
@@ -25,7 +24,7 @@ SETTINGS = EngineConfig(
     rows=(5,), pieces=(3,), piece=5, pages=19, page_size=4, queue=64, vision_patches=(32,), vision_tokens=10,
     alternatives=3,
 )  # fmt: skip
-ROWS, PATCHES = 12, 128
+ROWS, PATCHES = 12, 256
 
 
 def clip(seed: int, rows: int = 4, columns: int = 4) -> Clip:
@@ -58,8 +57,15 @@ def logprobs(rows: list[tuple[list[int], list[Clip]]], params=PARAMS) -> list[np
         part = rows[start : start + ROWS]
         part += [([1], [])] * (ROWS - len(part))
         pack, starts = pack_clips([c for _, own in part for c in own], 1, PATCHES, patch_dim=VISION.patch_dim)
-        tokens_BL, media_BL = lay_out([t for t, _ in part], [c for _, c in part], list(starts), PAD)
-        tokens_BL, media_BL = tokens_BL[:, : TEXT.max_length], media_BL[:, : TEXT.max_length]
+        tokens_BL, media_BL = (np.full((ROWS, TEXT.max_length), blank, np.int32) for blank in (0, -1))
+        first = iter(starts)
+        for row, (tokens, clips) in enumerate(part):
+            tokens_BL[row, : len(tokens)] = tokens
+            features = [next(first) + np.arange(one.tokens) for one in clips]
+            places = np.flatnonzero(tokens_BL[row] == PAD)[
+                : sum(map(len, features))
+            ]  # others were drawn, and show nothing
+            media_BL[row, places] = np.concatenate([*features, []])
         lengths_B = np.array([len(tokens) for tokens, _ in part])
         positions_BL = np.broadcast_to(np.arange(TEXT.max_length, dtype=np.int32), tokens_BL.shape)
         segments_BL = (positions_BL < lengths_B[:, None]).astype(np.int32)
