@@ -30,8 +30,9 @@ def load_initial(experiment: Experiment, fresh: dict, mesh=None) -> dict:
 
     train.init_from gives the language model and, unless train.init_vision_from is set, encoder and projector. It is a
     run of ours, "base" for the model that comes with the package, or a folder in the public format, which may hold a
-    language model alone: then encoder and projector stay fresh. train.init_vision_from gives the encoder: a run of ours, of which the projector is taken too if it fits, or
-    SigLIP's weights. Leaves lie as `mesh` wants them, or on the host. Raises CheckpointError with what does not fit.
+    language model alone: then encoder and projector stay fresh. train.init_vision_from gives the encoder: a run of ours,
+    of which the projector is taken too if it fits, or SigLIP's weights. Leaves lie as `mesh` wants them, or on the host.
+    Raises CheckpointError with what does not fit.
     """
     config = experiment.train
     if not config.init_from and not config.init_vision_from:
