@@ -2,7 +2,9 @@
 
 import fcntl
 import os
+import shutil
 import signal
+import subprocess
 import tempfile
 import types
 
@@ -15,6 +17,8 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")  # PyTorch's models are minute: it
 # Most of the time goes into compilation; code that runs for milliseconds needs no optimisation. Where the order of
 # additions is what a test is about, it compiles with runs.OPTIMISED. Flags that are set already win: the last one does.
 os.environ["XLA_FLAGS"] = f"--xla_backend_optimization_level=0 {os.environ.get('XLA_FLAGS', '')}".rstrip()
+
+PROBE = ["bwrap", "--unshare-all", "--unshare-user", "--disable-userns", "--ro-bind", "/", "/", "--", "true"]
 
 
 def pytest_configure(config):
@@ -41,3 +45,13 @@ def finished():
             assert result.returncode == 0, result.stderr
             done.write_text(result.stdout)
     return types.SimpleNamespace(file=folder / "minute.py", run=run, stdout=done.read_text())
+
+
+@pytest.fixture(scope="session")
+def bwrap():
+    """Skips where bubblewrap is missing, or may not do what it is for; made without any of our code."""
+    if shutil.which("bwrap") is None:
+        pytest.skip("bubblewrap is not installed (Debian, Ubuntu: apt install bubblewrap)")
+    result = subprocess.run(PROBE, capture_output=True, text=True)
+    if result.returncode:
+        pytest.skip(f"bubblewrap does not work on this machine: {result.stderr.strip()}")

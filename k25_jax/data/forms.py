@@ -12,13 +12,13 @@ A record has exactly one of these forms, told by the field in bold type here; ot
                    "box": b}, ..]}                                             ..
     interleaved    {*parts*: [{"text": ".."}, {"image": m}, {"video": m}, ..]} the parts in this order
     conversation   {*messages*: [{"role": "user", "content": ".." or parts},   the chat template; only what the
-                   ..]}                                                        assistant says is learnt
+                   ..], "tools": [..], "mode": ".."}                           assistant says is learnt
 
 A medium m is a path below the source's folder, the name of a member of the record's archive, bytes or
 {"bytes": .., "path": ..} in a Parquet column, or base64 in the field `image_base64` or `video_base64` instead. A box b
 is [x1, y1, x2, y2] in pixels of the picture as it is seen, corners left-top and right-bottom; the text has thousandths
 of its width and height. With grounding and screens, `caption` is a text before the boxes. Boxes reach at most one pixel
-over the edge of the picture.
+over the edge of the picture. A conversation may declare `tools` and have a `mode`, as in `text.chat`.
 """
 
 import base64
@@ -53,7 +53,9 @@ def prepare(record: Record, tokenizer: Tokenizer, data: DataConfig, model: K25Co
     try:
         if form_of(record.data) == "conversation":
             messages = [_resolve_message(message, record.root) for message in _as_list(record.data, "messages")]
-            rendered = render(messages, tokenizer, media.load)
+            tools = _as_list(record.data, "tools") if _has(record.data, "tools") else ()
+            mode = record.data["mode"] if _has(record.data, "mode") else "plain"
+            rendered = render(messages, tokenizer, media.load, mode=mode, tools=tools)
         else:
             rendered = _document(_parts(record, media), tokenizer, media)
     except ChatError as problem:

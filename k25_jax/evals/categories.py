@@ -15,12 +15,13 @@ import numpy as np
 from k25_jax.checkpoint.load import Model, load_model
 from k25_jax.checkpoint.store import complete_steps
 from k25_jax.config import ConfigError
-from k25_jax.data.tasks import TASKS, make_task
+from k25_jax.data.tasks import PROGRAMMED, TASKS, make_task
 from k25_jax.evals.core import evaluate
 from k25_jax.sampling.sample import Sampler
 
 FILE = "evals.json"
-SUITE = tuple(f"{name}:test" for name in TASKS if name not in ("library", "passkey"))  # all that ask questions
+APART = ("library", "passkey", *PROGRAMMED)  # nothing to ask, another length, other means
+SUITE = tuple(f"{name}:test" for name in TASKS if name not in APART)
 
 
 @dataclass(frozen=True)

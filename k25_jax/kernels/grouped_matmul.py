@@ -20,6 +20,7 @@ TILE, LANES = 128, 128
 MATRIX_TILE = 2**21  # entries
 SIDE = 1024  # of a tile of a gradient of a matrix
 BLOCKS = (256, 64)  # rows that are multiplied at once, outside of it: fast, and little waste on an expert's last rows
+FEW, SMALL = 16, 8  # with fewer rows an expert than FEW, as in decoding, blocks are small
 
 
 def expert_swiglu(x_ND, gate_EDF, up_EDF, down_EFD, sizes_E, implementation: str = "auto"):
@@ -99,6 +100,8 @@ def blocked_swiglu(x_ND, gate_EDF, up_EDF, down_EFD, sizes_E):
 
 
 def _forward(x_ND, gate_EDF, up_EDF, down_EFD, sizes_E):
+    sizes = _block_sizes(len(x_ND), len(sizes_E))
+
     def one_expert(expert, start, rows, carry):
         gate_DF, up_DF, down_FD = (_at(w, expert) for w in (gate_EDF, up_EDF, down_EFD))
 
@@ -108,7 +111,7 @@ def _forward(x_ND, gate_EDF, up_EDF, down_EFD, sizes_E):
             results = (jax.nn.silu(gate_BF) * up_BF) @ down_FD, gate_BF, up_BF
             return tuple(_put(all_rows, new, at, mine_B1) for all_rows, new in zip(carry, results, strict=True))
 
-        return _over_blocks(x_ND.shape[0], start, rows, one_block, carry)
+        return _over_blocks(x_ND.shape[0], sizes, start, rows, one_block, carry)
 
     hidden_NF = jnp.zeros((x_ND.shape[0], gate_EDF.shape[2]), x_ND.dtype)
     results = _over_experts(sizes_E, one_expert, (jnp.zeros_like(x_ND), hidden_NF, hidden_NF))
@@ -118,6 +121,7 @@ def _forward(x_ND, gate_EDF, up_EDF, down_EFD, sizes_E):
 
 def _backward(saved, dy_ND):
     x_ND, gate_EDF, up_EDF, down_EFD, sizes_E, gate_NF, up_NF = saved
+    sizes = _block_sizes(len(x_ND), len(sizes_E))
 
     def one_expert(expert, start, rows, carry):
         dx_ND, *dweights = carry
@@ -130,7 +134,7 @@ def _backward(saved, dy_ND):
             return _put(dx_ND, dx_BD, at, mine_B1), *(a + b for a, b in zip(sums, terms, strict=True))
 
         zeros = [jnp.zeros_like(w) for w in weights]
-        dx_ND, *sums = _over_blocks(x_ND.shape[0], start, rows, one_block, (dx_ND, *zeros))
+        dx_ND, *sums = _over_blocks(x_ND.shape[0], sizes, start, rows, one_block, (dx_ND, *zeros))
         dweights = [jax.lax.dynamic_update_index_in_dim(a, s, expert, 0) for a, s in zip(dweights, sums, strict=True)]
         return dx_ND, *dweights
 
@@ -166,13 +170,12 @@ def _over_experts(sizes_E, body, init):
     return jax.lax.fori_loop(0, jnp.sum(sizes_E > 0), one, init)
 
 
-def _over_blocks(total, start, rows, body, init):
+def _over_blocks(total, sizes, start, rows, body, init):
     """Fold body(first row, mine_B1, carry) over the blocks that cover rows [start, start + rows), large ones first.
 
     A block that would run past the last of `total` rows begins earlier; `mine_B1` marks the rows not yet done.
     """
     stop, carry = start + rows, init
-    sizes = _block_sizes(total)
     for size in sizes:
         blocks = (rows + (size - 1 if size == sizes[-1] else 0)) // size
 
@@ -187,13 +190,15 @@ def _over_blocks(total, start, rows, body, init):
     return carry
 
 
-def _block_sizes(total: int) -> list[int]:
+def _block_sizes(total: int, experts: int) -> list[int]:
     """Rows of the blocks, the largest first.
 
     At least 64 where there are as many: XLA's CPU products then give a row the same bits whatever the size, so that a
     document does not feel its neighbours. When decoding there are few rows, and a large block would be mostly empty.
     """
-    return [size for size in BLOCKS if size <= total] or [min(total, 8)]
+    if total < FEW * experts:
+        return [min(total, SMALL)]
+    return [size for size in BLOCKS if size <= total] or [min(total, SMALL)]
 
 
 def _at(w_EDF, expert):

@@ -10,7 +10,7 @@ from jax.ad_checkpoint import checkpoint_name
 
 from k25_jax.config import TextConfig
 from k25_jax.models.layers import SwiGLU, declare, ones, rematerialised, rms_norm, swiglu
-from k25_jax.models.mla import MLA, latents, mla, mla_decode
+from k25_jax.models.mla import MLA, absorbed, latents, mla, mla_decode
 from k25_jax.models.moe import MoE, moe
 from k25_jax.models.rope import rope_tables
 
@@ -163,3 +163,23 @@ def decode_step(params, x_B1D, cache, positions_B, config: TextConfig):
         x_B1D = x_B1D + feed_forward(layer, h_B1D, valid_B1, config)[0]
         new_cache.append(kept)
     return rms_norm(x_B1D, params["final_norm"], config.norm_eps), new_cache
+
+
+def paged_step(params, x_T1D, pools, positions_T, pages_T, attend, config: TextConfig):
+    """New tokens of any rows and of any number a row: (x_T1D after the final norm, pools).
+
+    `pools` are (c_QOR, r_QOK) a layer. A token's latents go to place positions_T % O of page pages_T, or nowhere where
+    that is no page, and position -1 says that there is no token. `attend(q_T1HR, q_T1HK, c_QOR, r_QOK)` follows.
+    """
+    rope = rope_tables(config.rope, config.qk_rope_dim, positions_T[:, None])
+    place_T, valid_T1 = positions_T % pools[0][0].shape[1], positions_T[:, None] >= 0
+    new_pools = []
+    for layer, pool in zip(params["layers"], pools, strict=True):
+        h_T1D = rms_norm(x_T1D, layer["attention_norm"], config.norm_eps)
+        new = latents(layer["attention"], h_T1D, rope, config)
+        pool = [a.at[pages_T, place_T].set(b[:, 0], mode="drop") for a, b in zip(pool, new, strict=True)]
+        x_T1D = x_T1D + absorbed(layer["attention"], h_T1D, rope, lambda *q, pool=pool: attend(*q, *pool), config)
+        h_T1D = rms_norm(x_T1D, layer["mlp_norm"], config.norm_eps)
+        x_T1D = x_T1D + feed_forward(layer, h_T1D, valid_T1, config)[0]
+        new_pools.append(tuple(pool))
+    return rms_norm(x_T1D, params["final_norm"], config.norm_eps), new_pools

@@ -105,19 +105,30 @@ def attend_in_rows(p, q_BLHK, c_BLR, r_BLK, segments_BL, scale: float):
 
 
 def mla_decode(p, x_BLD, rope, cache, valid_BLS, config: TextConfig):
-    """Decoding form: keys and values are never expanded; queries and outputs pass through the latent instead.
+    """Decoding form over one cache a row: `cache` is (c_BSR, r_BSK) with the new tokens already written.
 
-    `cache` is (c_BSR, r_BSK) with the new tokens already written; `valid_BLS` says which slots each query may see.
+    `valid_BLS` says which slots each query may see.
     """
     c_BSR, r_BSK = cache
+
+    def attend(q_BLHR, q_BLHK):
+        scores = jnp.einsum("blhr,bsr->bhls", q_BLHR, c_BSR) + jnp.einsum("blhk,bsk->bhls", q_BLHK, r_BSK)
+        scores = jnp.where(valid_BLS[:, None], scores.astype(jnp.float32) * softmax_scale(config), -jnp.inf)
+        weights = jnp.exp(scores - scores.max(axis=-1, keepdims=True))
+        weights = (weights / weights.sum(axis=-1, keepdims=True)).astype(x_BLD.dtype)
+        return jnp.einsum("bhls,bsr->blhr", weights, c_BSR)
+
+    return absorbed(p, x_BLD, rope, attend, config)
+
+
+def absorbed(p, x_BLD, rope, attend, config: TextConfig):
+    """Decoding form: keys and values are never expanded; queries and outputs pass through the latent instead.
+
+    `attend(q_BLHR, q_BLHK)`, the latent and the rotary part of the queries, gives the mean latent that each head sees.
+    """
     q_nope, q_rope = queries(p, x_BLD, rope, config)
-    q_latent = jnp.einsum("blhk,rhk->blhr", q_nope, p["k_b"])
-    scores = jnp.einsum("blhr,bsr->bhls", q_latent, c_BSR) + jnp.einsum("blhk,bsk->bhls", q_rope, r_BSK)
-    scores = jnp.where(valid_BLS[:, None], scores.astype(jnp.float32) * softmax_scale(config), -jnp.inf)
-    weights = jnp.exp(scores - scores.max(axis=-1, keepdims=True))
-    weights = (weights / weights.sum(axis=-1, keepdims=True)).astype(x_BLD.dtype)
-    out_latent = jnp.einsum("bhls,bsr->blhr", weights, c_BSR)
-    return _output(p, jnp.einsum("blhr,rhk->blhk", out_latent, p["v_b"]))
+    out_BLHR = attend(jnp.einsum("blhk,rhk->blhr", q_nope, p["k_b"]), q_rope)
+    return _output(p, jnp.einsum("blhr,rhk->blhk", out_BLHR, p["v_b"]))
 
 
 def _output(p, out_BLHK):

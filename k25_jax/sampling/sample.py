@@ -47,14 +47,22 @@ def sample_token(key, logits_BV, temperature: float, top_p: float):
     return tokens_B, jnp.take_along_axis(logprobs_BV, tokens_B[:, None], axis=-1)[:, 0]
 
 
-def keep_top_p(logits_BV, top_p: float):
-    """-inf outside the smallest set of tokens whose probabilities sum to `top_p`; the likeliest always stays."""
-    if top_p >= 1:
-        return logits_BV
-    sorted_BV = jnp.sort(logits_BV, axis=-1)[:, ::-1]
-    before_BV = jnp.cumsum(jax.nn.softmax(sorted_BV), axis=-1) - jax.nn.softmax(sorted_BV)
-    threshold_B1 = jnp.where(before_BV < top_p, sorted_BV, jnp.inf).min(axis=-1, keepdims=True)
-    return jnp.where(logits_BV >= threshold_B1, logits_BV, -jnp.inf)
+def keep_top_p(logits_BV, top_p):
+    """-inf outside the smallest set of tokens whose probabilities sum to `top_p`; the likeliest always stays.
+
+    `top_p` is a number or an array [B, 1]. The least probability that stays is found bit by bit: a vocabulary is not
+    sorted. Tokens as likely as the last one stay too.
+    """
+    p_BV = jax.nn.softmax(logits_BV.astype(jnp.float32))
+    bits_BV = jax.lax.bitcast_convert_type(p_BV, jnp.int32)  # in the order of the numbers, none of which is negative
+
+    def with_bit(i, least_B1):
+        tried_B1 = least_B1 | (1 << 29) >> i
+        mass_B1 = jnp.where(bits_BV >= tried_B1, p_BV, 0).sum(axis=-1, keepdims=True)
+        return jnp.where(mass_B1 >= top_p, tried_B1, least_B1)
+
+    least_B1 = jax.lax.fori_loop(0, 30, with_bit, jnp.zeros((len(logits_BV), 1), jnp.int32))
+    return jnp.where((bits_BV >= least_B1) | (jnp.asarray(top_p) >= 1), logits_BV, -jnp.inf)
 
 
 class Sampler:

@@ -13,7 +13,7 @@ import jax
 
 from k25_jax.checkpoint.hf_config import read_config
 from k25_jax.checkpoint.huggingface import load_params
-from k25_jax.checkpoint.load import read_experiment
+from k25_jax.checkpoint.load import BASE, read_experiment
 from k25_jax.checkpoint.siglip import load_siglip_vision
 from k25_jax.checkpoint.store import CheckpointError, restore_params
 from k25_jax.config import Experiment, K25Config, RopeConfig
@@ -29,16 +29,18 @@ def load_initial(experiment: Experiment, fresh: dict, mesh=None) -> dict:
     """The parameters to begin with: `fresh`, or in its place what the checkpoints hold that the experiment names.
 
     train.init_from gives the language model and, unless train.init_vision_from is set, encoder and projector. It is a
-    run of ours or a folder in the public format, which may hold a language model alone: then encoder and projector stay
-    fresh. train.init_vision_from gives the encoder: a run of ours, of which the projector is taken too if it fits, or
-    SigLIP's weights. Leaves lie as `mesh` wants them, or on the host. Raises CheckpointError with what does not fit.
+    run of ours, "base" for the model that comes with the package, or a folder in the public format, which may hold a
+    language model alone: then encoder and projector stay fresh. train.init_vision_from gives the encoder: a run of ours,
+    of which the projector is taken too if it fits, or SigLIP's weights. Leaves lie as `mesh` wants them, or on the host.
+    Raises CheckpointError with what does not fit.
     """
     config = experiment.train
     if not config.init_from and not config.init_vision_from:
         return fresh
     abstract, taken = abstract_state(experiment, mesh).params, {}
     if config.init_from:
-        taken |= _model(experiment, pathlib.Path(config.init_from), abstract, not config.init_vision_from)
+        source = BASE if config.init_from == "base" else pathlib.Path(config.init_from)
+        taken |= _model(experiment, source, abstract, not config.init_vision_from)
     if config.init_vision_from:
         taken |= _vision(experiment, config.init_vision_from, abstract)
     return fresh | taken

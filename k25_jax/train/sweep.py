@@ -2,8 +2,8 @@
 
 `get_hyper()` returns a list of mappings with the fields of `Point`. `{workdir}` in an override is the sweep's folder, so that
 one run can start from an earlier one's weights. Every run is `k25 train` in a process of its own, in workdir/name. Finished
-runs are left alone, a killed one goes on, so the same command continues a sweep. Last, `report(workdir)` of the file is
-called, if it has one.
+runs are left alone, a killed one goes on, so the same command continues a sweep. If the file has them, `prepare(workdir)` is
+called first, to make the data, and `report(workdir)` last.
 """
 
 import dataclasses
@@ -40,6 +40,8 @@ def sweep(config: str, workdir: pathlib.Path, overrides=(), jobs: int = 1, only:
     if not runs:
         raise ConfigError(f"{config}: no run has {only!r} in its name; there are {', '.join(p.name for p in named)}")
     workdir.mkdir(parents=True, exist_ok=True)
+    if hasattr(module, "prepare"):
+        module.prepare(workdir)
     say = Console(stderr=True).print
     failed = follow(runs, jobs, say)
     if not failed and not only and hasattr(module, "report"):

@@ -126,8 +126,11 @@ def test_a_row_keeps_its_bits_wherever_it_stands():
 
 
 def test_blocks_come_in_sizes_that_depend_on_shapes_alone():
-    sizes = {rows: kernel._block_sizes(rows) for rows in (1, 4, 63, 64, 255, 256, 100000)}
+    sizes = {rows: kernel._block_sizes(rows, 1) for rows in (1, 4, 63, 64, 255, 256, 100000)}
     assert list(sizes.values()) == [[1], [4], [8], [64], [64], [256, 64], [256, 64]]
+    assert kernel._block_sizes(127, 8) == [8] and kernel._block_sizes(128, 8) == [
+        64
+    ]  # few rows an expert, small blocks
 
 
 def test_an_unknown_implementation_is_named():

@@ -38,9 +38,19 @@ TASKS = {
     "facts": "facts",
     "puzzles": "puzzles",
     "programs": "programs",
+    "dots": "pixels",
+    "spots": "pixels",
+    "sizes": "pixels",
+    "lengths": "pixels",
+    "changes": "pixels",
+    "numerals": "patterns",
+    "glyphs": "patterns",
+    "bars": "patterns",
+    "mazes": "patterns",
     "library": "library",
     "passkey": "passkey",
 }
+PROGRAMMED = ("dots", "spots", "sizes", "lengths", "changes", "numerals", "glyphs", "bars", "mazes")  # for a sandbox
 CATEGORIES = (
     "vision_knowledge",
     "vision_reasoning",
@@ -54,6 +64,7 @@ CATEGORIES = (
     "text_knowledge",
     "text_reasoning",
     "code",
+    "tool_use",  # by a program over the pixels
     "long_context",
     "text",  # to read on: no questions
 )

@@ -1,0 +1,394 @@
+"""The sampling engine: continuous batching over a paged latent cache, synchronous and in one thread (K2.5 §4).
+
+Each `step` decodes a token of every running answer and reads pieces of prompts beside them. Prompts that begin alike share
+full pages of the cache, the samples of one prompt too. When pages run out the youngest answer leaves and is computed
+again later, with its tokens as a part of its prompt; the oldest always goes on.
+
+Drawn tokens do not depend on the company, except where rounding decides: a batch of another shape may add up in another
+order, so that two tokens with the same probability to six digits may change places.
+"""
+
+import bisect
+import itertools
+from collections.abc import Sequence as Items
+from typing import NamedTuple
+
+import numpy as np
+
+from k25_jax.config import K25Config
+from k25_jax.sampling.features import FeatureRows
+from k25_jax.sampling.pages import Pages, clip_digest
+from k25_jax.sampling.programs import Drawn, Plan, Programs, empty_plan
+from k25_jax.sampling.requests import (
+    Completion,
+    EngineConfig,
+    EngineError,
+    Event,
+    FinishEvent,
+    Overloaded,
+    Request,
+    TokenEvent,
+)
+from k25_jax.sampling.sample import PromptError, check_prompts
+from k25_jax.sampling.sequences import Sequence, Shown
+from k25_jax.text.tokenizer import StreamDecoder, Tokenizer
+from k25_jax.vision.patchpack import pack_clips
+
+
+class Flight(NamedTuple):
+    """A step that was sent off: the sequence of each drawn token or None, and the version of the weights."""
+
+    drawn: Drawn
+    sequences: list[Sequence | None]
+    version: int
+
+
+class Engine:
+    """A model that answers many requests at once. Not thread-safe: see sampling/loop.py.
+
+    `params` may lie in a mesh. `tokenizer` is needed for stop texts only.
+    """
+
+    def __init__(
+        self,
+        params,
+        config: K25Config,
+        settings: EngineConfig | None = None,
+        tokenizer: Tokenizer | None = None,
+        version: int = 0,
+    ):
+        self.config, self.settings, self.tokenizer = config, settings or EngineConfig(), tokenizer
+        s = self.settings
+        self.max_length = min(s.max_length or config.text.max_length, config.text.max_length, s.pages * s.page_size)
+        width = -(-self.max_length // s.page_size)
+        self._programs = Programs(params, config, s, width)
+        self._pages, self._features = Pages(s.pages), FeatureRows(s.vision_tokens)
+        self._tables = np.zeros((s.rows[-1], width), np.int32)
+        self._slots = list(range(s.rows[-1] - 1, -1, -1))
+        self._waiting: list[Sequence] = []  # both by arrival
+        self._running: list[Sequence] = []
+        self._flight: Flight | None = None
+        self._events: list[Event] = []
+        self._ids, self._orders = itertools.count(), itertools.count()
+        self._version, self._epoch = version, 0
+        self._counts = dict.fromkeys(("steps", "drawn", "read", "reused", "preempted", "encoded"), 0)
+
+    # ------------------------------------------------------------------------------------------------- what callers do
+    def warm_up(self) -> None:
+        """Compile all programs, so that no request waits for the compiler."""
+        self._programs.warm_up()
+
+    def submit(self, request: Request) -> int:
+        """Queue a request and return its id.
+
+        Raises PromptError for one that can never be answered, Overloaded when the queue is full.
+        """
+        self.check(request)
+        if len(self._waiting) + request.n > self.settings.queue:
+            raise Overloaded(
+                f"{len(self._waiting)} samples wait and the queue holds {self.settings.queue}: no room for n={request.n} "
+                "more; try again later, or raise engine.queue"
+            )
+        number, shown = next(self._ids), _shown(request, self.config.media_pad_id)
+        for sample in range(request.n):
+            stream = StreamDecoder(self.tokenizer, skip_special=True) if request.stop else None
+            self._waiting.append(
+                Sequence(number, sample, next(self._orders), request, shown, stream, [int(t) for t in request.tokens])
+            )
+        return number
+
+    def check(self, request: Request) -> None:
+        """Raise PromptError for a request that this engine can never answer."""
+        s, sampling, length = self.settings, request.sampling, len(request.tokens)
+        check_prompts([request.tokens], [request.clips], sampling.max_tokens, self.config)
+        if length + sampling.max_tokens > self.max_length:
+            raise PromptError(
+                f"{length} tokens and max_tokens={sampling.max_tokens} exceed the {self.max_length} that this engine takes "
+                "(engine.max_length, engine.pages); shorten the prompt or lower max_tokens"
+            )
+        if not 1 <= request.n <= s.queue:
+            raise PromptError(f"n={request.n} must lie between 1 and the queue's {s.queue}")
+        if not 0 <= sampling.seed < 2**32:
+            raise PromptError(f"seed={sampling.seed} must lie in [0, 2**32)")
+        if not 0 <= request.alternatives <= s.alternatives:
+            raise PromptError(
+                f"alternatives={request.alternatives} must lie between 0 and engine.alternatives={s.alternatives}"
+            )
+        if "" in request.stop or (request.stop and self.tokenizer is None):
+            raise PromptError("stop texts must not be empty, and an engine that is to find them needs a tokenizer")
+        if request.clips and not self._programs.sees:
+            raise PromptError("this engine takes no images or video: no vision encoder, or engine.vision_patches=()")
+        for clip in request.clips:
+            if len(clip.patches) > s.vision_patches[-1] or clip.patches.shape[1] != self.config.vision.patch_dim:
+                raise PromptError(
+                    f"{clip.source or 'image'}: patches {clip.patches.shape} for an engine that takes up to "
+                    f"{s.vision_patches[-1]} of {self.config.vision.patch_dim} values; use a smaller image or raise "
+                    "engine.vision_patches"
+                )
+        if sum(clip.tokens for clip in request.clips) > s.vision_tokens:
+            raise PromptError(f"the images take more than engine.vision_tokens={s.vision_tokens} tokens; give fewer")
+
+    def abort(self, number: int) -> bool:
+        """End a request; its finish events come with the next step. False when it is not here (any more)."""
+        mine = [sequence for sequence in (*self._running, *self._waiting) if sequence.id == number]
+        for sequence in mine:
+            self._finish(sequence, "abort")
+        return bool(mine)
+
+    def update_weights(self, params, version: int) -> None:
+        """Go on with other weights of the same model; answers under way keep what they have.
+
+        Their further tokens carry the new version, but their latents stay as the old weights made them. No later request
+        gets to see those: what is kept of prompts and images is forgotten.
+        """
+        self._programs.replace_params(params)
+        self._version, self._epoch = version, self._epoch + 1
+        self._pages.forget()
+        self._features.forget()
+
+    @property
+    def busy(self) -> bool:
+        """Whether a step has anything to do or to tell."""
+        return bool(self._waiting or self._running or self._flight or self._events)
+
+    def stats(self) -> dict[str, int]:
+        """Counters since the start, and what there is now."""
+        pages = self._pages
+        return self._counts | {
+            "waiting": len(self._waiting),
+            "running": len(self._running),
+            "pages": self.settings.pages,
+            "pages_used": self.settings.pages - pages.available,
+            "pages_kept": pages.idle,
+            "cache_bytes": self._programs.cache_bytes,
+            "compilations": self._programs.compilations,
+            "version": self._version,
+        }
+
+    def generate(self, requests: Items[Request]) -> list[list[Completion]]:
+        """The completions of each request, one a sample; for an engine that has nothing else to do."""
+        if self.busy:
+            raise EngineError("generate() needs an idle engine; submit() the requests and step() instead")
+        for request in requests:
+            self.check(request)
+        queue, done = list(reversed(requests)), {}
+        out: list[list[Completion]] = []
+        while queue or self.busy:
+            while queue and len(self._waiting) + queue[-1].n <= self.settings.queue:
+                out.append([Completion() for _ in range(queue[-1].n)])
+                done[self.submit(queue.pop())] = out[-1]
+            for event in self.step():
+                done[event.request][event.sample].add(event)
+        return out
+
+    def step(self) -> list[Event]:
+        """Send off a step, then read the one before: what happened since the last call."""
+        flight = self._send()
+        self._read()
+        self._flight = flight
+        events, self._events = self._events, []
+        return events
+
+    # ------------------------------------------------------------------------------------------------------ scheduling
+    def _send(self) -> Flight | None:
+        rows = self._rows()
+        self._admit()
+        pieces = self._pieces()
+        if not rows and not pieces:
+            return None
+        plan, sequences = self._plan(rows, pieces)
+        self._counts["steps"] += 1
+        return Flight(self._programs.step(plan), sequences, self._version)
+
+    def _rows(self) -> list[Sequence]:
+        """The answers that decode a token in this step, each with room for it."""
+        rows = []
+        for sequence in list(self._running):
+            if sequence.slot < 0 or not sequence.decoding or not sequence.wants_more:
+                continue
+            if sequence.computed == len(sequence.table) * self.settings.page_size:
+                while not self._pages.available and sequence.slot >= 0:
+                    self._preempt(self._running[-1])
+                if sequence.slot < 0:
+                    continue
+                self._grow(sequence, self._pages.take(1))
+            rows.append(sequence)
+        return rows
+
+    def _preempt(self, sequence: Sequence) -> None:
+        self._counts["preempted"] += 1
+        self._vacate(sequence)
+        bisect.insort(self._waiting, sequence, key=lambda s: s.order)
+
+    def _vacate(self, sequence: Sequence) -> None:
+        """Take a running sequence out of its slot."""
+        self._running.remove(sequence)
+        self._pages.release(sequence.table)
+        self._features.release(list(sequence.features.values()))
+        self._slots.append(sequence.slot)
+        sequence.leave()
+
+    def _grow(self, sequence: Sequence, pages: Items[int]) -> None:
+        start = len(sequence.table)
+        sequence.table += pages
+        self._tables[sequence.slot, start : len(sequence.table)] = pages
+
+    def _admit(self) -> None:
+        """Give slots and pages to those who wait, in the order of arrival, as long as there are any.
+
+        One whose next page is about to be filled for somebody else waits for that page.
+        """
+        if not self._waiting or not self._slots:
+            return
+        awaited = {key for sequence in self._running for key in self._about_to_fill(sequence)}
+        for sequence in list(self._waiting):
+            if not self._slots or sequence.coming:
+                break  # a token that is yet to be read belongs to the prompt
+            most = (len(sequence.tokens) - 1) // self.settings.page_size  # its last token is computed in any case
+            keys = sequence.full_keys(self.settings.page_size)[:most]
+            shared = self._pages.match(keys)
+            if len(shared) < len(keys) and keys[len(shared)] in awaited:
+                continue
+            if not self._enter(sequence, shared):
+                break
+            awaited.update(self._about_to_fill(sequence))
+
+    def _about_to_fill(self, sequence: Sequence) -> list[bytes]:
+        """Keys of the pages that reading its prompt will fill."""
+        if sequence.decoding or sequence.epoch != self._epoch:
+            return []
+        size = self.settings.page_size
+        return sequence.full_keys(size)[sequence.computed // size :]
+
+    def _enter(self, sequence: Sequence, shared: list[int]) -> bool:
+        """Into a slot, on pages that are shared and new ones; False, and no change, without room."""
+        size, pages = self.settings.page_size, self._pages
+        pages.hold(shared)
+        count, start = -(-len(sequence.tokens) // size) - len(shared), len(shared) * size
+        unseen = [(i, s) for i, s in enumerate(sequence.shown) if s.places[-1] >= start]
+        claimed = None
+        if count + len(self._running) <= pages.available or (not self._running and count <= pages.available):
+            claimed = self._features.claim([(s.digest, s.clip) for _, s in unseen])
+        if claimed is None:
+            pages.release(shared)
+            return False
+        given, fresh = claimed
+        self._encode(fresh)
+        self._waiting.remove(sequence)
+        bisect.insort(self._running, sequence, key=lambda s: s.order)
+        sequence.slot, sequence.epoch = self._slots.pop(), self._epoch
+        sequence.computed, sequence.kept = start, len(shared)
+        sequence.features = dict(zip([i for i, _ in unseen], given, strict=True))
+        self._grow(sequence, shared + pages.take(count))
+        self._counts["reused"] += start
+        return True
+
+    def _encode(self, fresh) -> None:
+        """Encode images, as many at once as a program takes."""
+        vision, sizes = self.config.vision, self.settings.vision_patches
+        while fresh:
+            totals = list(itertools.accumulate(len(clip.patches) for _, clip in fresh))
+            count = max(1, bisect.bisect_right(totals, sizes[-1]))
+            part, fresh = fresh[:count], fresh[count:]
+            patches = next(size for size in sizes if size >= totals[count - 1])
+            pack, starts = pack_clips([clip for _, clip in part], 1, patches, vision.merge, vision.patch_dim)
+            rows_M = np.full(patches // vision.group, -1, np.int32)
+            for (encoded, clip), start in zip(part, starts, strict=True):
+                rows_M[start : start + clip.tokens] = encoded.rows_M
+            self._programs.encode(pack, rows_M)
+            self._counts["encoded"] += count
+
+    def _pieces(self) -> list[tuple[Sequence, int, int]]:
+        """(sequence, first place, place behind the last) of the pieces of prompts to read in this step."""
+        pieces = []
+        for sequence in self._running:
+            while not sequence.decoding and len(pieces) < self.settings.pieces[-1]:
+                stop = min(sequence.computed + self.settings.piece, len(sequence.tokens))
+                pieces.append((sequence, sequence.computed, stop))
+                sequence.computed, sequence.decoding = stop, stop == len(sequence.tokens)
+                self._keep(sequence)
+        return pieces
+
+    def _keep(self, sequence: Sequence) -> None:
+        """Let others find the full pages whose tokens are known; a step that is sent later may already read them."""
+        if sequence.epoch == self._epoch:
+            size = self.settings.page_size
+            keys = sequence.full_keys(size)
+            for number in range(sequence.kept, min(sequence.computed, len(sequence.tokens)) // size):
+                self._pages.keep(sequence.table[number], keys[number])
+                sequence.kept = number + 1
+
+    def _plan(self, rows, pieces) -> tuple[Plan, list[Sequence | None]]:
+        """The arrays of a step, in the smallest shape that takes them, and whose tokens it draws."""
+        s = self.settings
+        shape = (next(n for n in s.rows if n >= len(rows)), next(n for n in (0, *s.pieces) if n >= len(pieces)))
+        plan = empty_plan(s, *shape, self._tables.shape[1])
+        sequences: list[Sequence | None] = [None] * sum(shape)
+        for b, sequence in enumerate(rows):
+            plan.slots_B[b], plan.positions_B[b] = sequence.slot, sequence.computed
+            plan.tables_BW[b] = self._tables[sequence.slot]
+            sequence.computed += 1
+            sequences[b] = sequence
+        for p, (sequence, start, stop) in enumerate(pieces):
+            plan.tokens_PC[p, : stop - start] = sequence.tokens[start:stop]
+            plan.media_PC[p, : stop - start] = sequence.media_rows(start, stop)
+            plan.starts_P[p], plan.lengths_P[p] = start, stop - start
+            plan.tables_PW[p] = self._tables[sequence.slot]
+            if stop == len(sequence.tokens):
+                sequences[shape[0] + p] = sequence
+                self._features.release(list(sequence.features.values()))
+                sequence.features = {}
+            self._counts["read"] += stop - start
+        for n, sequence in enumerate(sequences):
+            if sequence is not None:
+                sampling = sequence.request.sampling
+                plan.targets_N[n], plan.seeds_N[n], plan.samples_N[n] = sequence.slot, sampling.seed, sequence.sample
+                plan.temperatures_N[n], plan.top_p_N[n] = sampling.temperature, sampling.top_p
+                sequence.coming += 1
+        wanted = any(sequence is not None and sequence.request.alternatives for sequence in sequences)
+        return plan._replace(alternatives=np.asarray(wanted)), sequences
+
+    # --------------------------------------------------------------------------------------------------------- results
+    def _read(self) -> None:
+        """Wait for the step that was sent before, and hand out its tokens."""
+        if self._flight is None:
+            return
+        (drawn, sequences, version), self._flight = self._flight, None
+        tokens_N, logprobs_N = np.asarray(drawn.tokens_N).tolist(), np.asarray(drawn.logprobs_N).tolist()
+        likeliest = None
+        for n, sequence in enumerate(sequences):
+            if sequence is None:
+                continue
+            sequence.coming -= 1
+            if sequence.done:
+                continue
+            alternatives, count = (), sequence.request.alternatives
+            if count:
+                if likeliest is None:
+                    likeliest = np.asarray(drawn.likeliest_NK), np.asarray(drawn.likeliest_logprobs_NK)
+                alternatives = tuple(zip(*(a[n, :count].tolist() for a in likeliest), strict=True))
+            self._counts["drawn"] += 1
+            reason, by = sequence.accept(tokens_N[n], logprobs_N[n])
+            if reason != "error":
+                event = TokenEvent(sequence.id, sequence.sample, tokens_N[n], logprobs_N[n], version, alternatives)
+                self._events.append(event)
+            if sequence.slot >= 0:
+                self._keep(sequence)
+            if reason:
+                self._finish(sequence, reason, by)
+
+    def _finish(self, sequence: Sequence, reason: str, stopped_by=None) -> None:
+        sequence.done = True
+        if sequence.slot >= 0:
+            self._vacate(sequence)
+        else:
+            self._waiting.remove(sequence)
+        error = "the model gave a token no finite log-probability; its weights may be broken" * (reason == "error")
+        self._events.append(FinishEvent(sequence.id, sequence.sample, reason, stopped_by, error))
+
+
+def _shown(request: Request, media_pad_id: int) -> list[Shown]:
+    """The images of a prompt with the places of their tokens."""
+    places = np.flatnonzero(np.asarray(request.tokens) == media_pad_id)
+    ends = itertools.accumulate(clip.tokens for clip in request.clips)
+    return [Shown(c, clip_digest(c), places[end - c.tokens : end]) for c, end in zip(request.clips, ends, strict=True)]

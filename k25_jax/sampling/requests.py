@@ -1,0 +1,124 @@
+"""What the engine is asked, what it answers, and the sizes it is built with."""
+
+import dataclasses
+from collections.abc import Sequence
+
+import jax.numpy as jnp
+
+from k25_jax.sampling.sample import SampleConfig
+from k25_jax.vision.patchpack import Clip
+
+
+class EngineError(RuntimeError):
+    """The engine cannot do what was asked of it; the message says why and what to do."""
+
+
+class Overloaded(EngineError):
+    """The queue is full: ask again later."""
+
+
+@dataclasses.dataclass(frozen=True)
+class EngineConfig:
+    """Sizes of an engine. A program is compiled for each pair of `rows` and `pieces`, and for each of `vision_patches`.
+
+    The cache takes pages x page_size x layers x (kv_lora_rank + qk_rope_dim) numbers.
+    """
+
+    rows: tuple[int, ...] = (1, 8, 32)  # sequences that decode in a step; the largest is how many run at once
+    pieces: tuple[int, ...] = (1, 8)  # pieces of prompts that are read in a step beside them
+    piece: int = 32  # tokens of a piece, at most
+    pages: int = 1024
+    page_size: int = 16  # tokens of a page
+    max_length: int | None = None  # tokens of a prompt and its answer; None: what model and pages allow
+    queue: int = 256  # samples that may wait
+    vision_patches: tuple[int, ...] = (256, 1024)  # patches that are encoded at once; the largest bounds an image
+    vision_tokens: int = 2048  # encoded tokens of images that are held; bounds those of one prompt
+    alternatives: int = 0  # likeliest tokens that a request may ask for beside each drawn one
+    dtype: str = "float32"  # of weights and cache
+
+    def __post_init__(self):
+        for name in ("rows", "pieces", "vision_patches"):
+            sizes = getattr(self, name)
+            if list(sizes) != sorted(set(sizes)) or min(sizes, default=1) < 1 or not (sizes or name[0] == "v"):
+                raise ValueError(f"engine.{name}={sizes} must be positive numbers in rising order")
+        for name in ("piece", "pages", "page_size", "queue", "vision_tokens"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"engine.{name}={getattr(self, name)} must be at least 1")
+        if self.alternatives < 0 or (self.max_length is not None and self.max_length < 2):
+            raise ValueError(
+                f"engine.alternatives={self.alternatives} must not be negative, max_length={self.max_length} at least 2"
+            )
+        jnp.dtype(self.dtype)
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Request:
+    """A prompt, one media_pad per vision token, with its images and video chunks, and how to answer it `n` times.
+
+    `stop` are texts that end an answer, and need the engine's tokenizer. Sample i draws its token at place t with
+    fold_in(fold_in(key(seed), i), t), whatever else the engine does.
+    """
+
+    tokens: Sequence[int]
+    clips: Sequence[Clip] = ()
+    sampling: SampleConfig = SampleConfig()
+    n: int = 1
+    stop: tuple[str, ...] = ()
+    alternatives: int = 0
+
+
+@dataclasses.dataclass(frozen=True)
+class TokenEvent:
+    """A token of sample `sample` of request `request`.
+
+    `logprob` is that of the unmodified distribution, `version` that of the weights that gave it; `alternatives` are the
+    likeliest tokens there, (token, logprob).
+    """
+
+    request: int
+    sample: int
+    token: int
+    logprob: float
+    version: int
+    alternatives: tuple[tuple[int, float], ...] = ()
+
+
+@dataclasses.dataclass(frozen=True)
+class FinishEvent:
+    """The end of one sample: "stop", "length", "abort" or "error".
+
+    `stopped_by` is the token id or the text that ended it; its tokens were given like any other. `error` says what
+    went wrong.
+    """
+
+    request: int
+    sample: int
+    reason: str
+    stopped_by: int | str | None = None
+    error: str = ""
+
+
+Event = TokenEvent | FinishEvent
+
+
+@dataclasses.dataclass
+class Completion:
+    """All events of one sample, put together."""
+
+    tokens: list[int] = dataclasses.field(default_factory=list)
+    logprobs: list[float] = dataclasses.field(default_factory=list)
+    versions: list[int] = dataclasses.field(default_factory=list)
+    alternatives: list[tuple[tuple[int, float], ...]] = dataclasses.field(default_factory=list)
+    reason: str = ""
+    stopped_by: int | str | None = None
+    error: str = ""
+
+    def add(self, event: Event) -> None:
+        """The next event of this sample."""
+        if isinstance(event, FinishEvent):
+            self.reason, self.stopped_by, self.error = event.reason, event.stopped_by, event.error
+            return
+        self.tokens.append(event.token)
+        self.logprobs.append(event.logprob)
+        self.versions.append(event.version)
+        self.alternatives.append(event.alternatives)

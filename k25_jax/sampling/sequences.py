@@ -1,0 +1,98 @@
+"""One answer in the making: its tokens, its place in the engine, what it draws with, and when it ends."""
+
+import dataclasses
+import math
+from collections.abc import Sequence as Items
+
+import numpy as np
+
+from k25_jax.sampling.features import Encoded
+from k25_jax.sampling.pages import page_keys
+from k25_jax.sampling.requests import Request
+from k25_jax.text.tokenizer import StreamDecoder
+from k25_jax.vision.patchpack import Clip
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Shown:
+    """An image of a prompt and the places of its tokens."""
+
+    clip: Clip
+    digest: bytes
+    places: np.ndarray
+
+
+@dataclasses.dataclass(eq=False)
+class Sequence:
+    """Sample `sample` of a request; `order` numbers all sequences by arrival.
+
+    Of its tokens, those before `computed` have their latents in the cache, or will have when the steps that are under way
+    are done. `coming` tokens are drawn in such steps and not yet read.
+    """
+
+    id: int
+    sample: int
+    order: int
+    request: Request
+    shown: Items[Shown]
+    stream: StreamDecoder | None
+    tokens: list[int]
+    keys: list[bytes] = dataclasses.field(default_factory=list)
+    slot: int = -1
+    table: list[int] = dataclasses.field(default_factory=list)
+    computed: int = 0
+    kept: int = 0  # full pages that others may find
+    coming: int = 0
+    decoding: bool = False  # its last token is on the device
+    epoch: int = -1  # which weights its latents are of
+    features: dict[int, Encoded] = dataclasses.field(default_factory=dict)  # by number of the image
+    text: str = ""
+    done: bool = False
+
+    @property
+    def prompt_length(self) -> int:
+        return len(self.request.tokens)
+
+    @property
+    def wants_more(self) -> bool:
+        """Whether a token is to be drawn beyond those that are coming."""
+        drawn = len(self.tokens) - self.prompt_length + self.coming
+        return not self.done and drawn < self.request.sampling.max_tokens
+
+    def full_keys(self, size: int) -> list[bytes]:
+        """Keys of all its full pages of `size` tokens."""
+        if len(self.keys) < len(self.tokens) // size:
+            images = [(int(s.places[0]), int(s.places[-1]) + 1, s.digest) for s in self.shown]
+            self.keys = page_keys(self.tokens, size, images, self.keys)
+        return self.keys
+
+    def media_rows(self, start: int, stop: int) -> np.ndarray:
+        """The rows of features of its tokens [start, stop); -1 where they are text."""
+        rows = np.full(stop - start, -1, np.int32)
+        for number, shown in enumerate(self.shown):
+            here = (shown.places >= start) & (shown.places < stop)
+            if here.any():
+                rows[shown.places[here] - start] = self.features[number].rows_M[here]
+        return rows
+
+    def leave(self) -> None:
+        """Out of its slot, with nothing computed."""
+        self.slot, self.table, self.computed, self.kept, self.decoding, self.features = -1, [], 0, 0, False, {}
+
+    def accept(self, token: int, logprob: float) -> tuple[str, int | str | None]:
+        """Take a token that was drawn: (why the answer ends or "", the stop token or text)."""
+        self.tokens.append(token)
+        sampling = self.request.sampling
+        if not math.isfinite(logprob):
+            return "error", None
+        if token in sampling.stop_ids:
+            return "stop", token
+        if self.stream is not None:
+            self.text += self.stream.push(token)
+            found = [stop for stop in self.request.stop if stop in self.text]
+            if found:
+                return "stop", min(found, key=self.text.find)
+            self.text = self.text[-max(map(len, self.request.stop)) :]  # what may still begin a stop text
+        if len(self.tokens) - self.prompt_length >= sampling.max_tokens:
+            return "length", None
+        return "", None
