@@ -3,13 +3,13 @@
 import json
 
 import pytest
-from scripted import END, TOKENIZER, Scripted, call
 
 from k25_jax.agents.loop import Episode, play
 from k25_jax.agents.observation import InfrastructureError
 from k25_jax.agents.tools import IPython, declaration
 from k25_jax.sampling.sample import SampleConfig
 from k25_jax.text.conversation import Conversation
+from scripted import END, TOKENIZER, Scripted, call
 
 SAMPLING = SampleConfig(max_tokens=200, temperature=0.0, stop_ids=(TOKENIZER.special[END],))
 
