@@ -15,7 +15,8 @@ import sys
 import threading
 import time
 
-DEADLINE = 10.0  # seconds for one comparison
+DEADLINE = 30.0  # seconds for one comparison; the process itself gives up a step of it after PATIENCE
+PATIENCE = 20
 START = 120.0  # seconds until the process is ready: sympy is large
 MEMORY = 3 * 2**30  # bytes
 MOST_TEXT = 20_000  # characters of an answer that are read, from its end
@@ -107,7 +108,9 @@ def _serve():
     for line in sys.stdin:
         answer, gold = json.loads(line)
         try:
-            found = any(verify(parse(text), parse(answer)) for text in (f"${gold.strip('$ ')}$", gold) if parse(text))
+            said = parse(answer, parsing_timeout=PATIENCE)
+            golds = [parse(text, parsing_timeout=PATIENCE) for text in (f"${gold.strip('$ ')}$", gold)]
+            found = any(verify(parsed, said, timeout_seconds=PATIENCE) for parsed in golds if parsed)
         except Exception:  # sympy raises nearly every type there is
             found = False
         print(json.dumps(bool(found)), flush=True)

@@ -15,7 +15,7 @@ MOST_TEXT = 20_000  # characters that are read, from the end
 ANLS_LEAST = 0.5  # a similarity below that counts as none
 
 _FINAL = re.compile(
-    r"(?i)\b(?:answer\b[*_ ]{0,4}(?:is|are)?|(?:correct|right|best) (?:option|choice) is)\b?[*_ ]{0,4}[:：]?"
+    r"(?i)\b(?:answer\b[*_ ]{0,4}(?:is|are)?|(?:correct|right|best) (?:option|choice) is)[*_ ]{0,4}[:：]?"
 )
 _NUMBER = re.compile(r"[-+−]?(?:\d{1,3}(?:,\d{3})+|\d+)?(?:\.\d+)?(?:[eE][-+]?\d{1,3})?")
 _WRAP = " \t\n*_`$.,;:\"'“”"

@@ -93,9 +93,10 @@ def bootstrap(values_Q: np.ndarray, share: float = 0.95) -> tuple[float, float]:
     """The interval that holds `share` of the means of resampled questions; nan for no question."""
     if not len(values_Q):
         return math.nan, math.nan
-    generator = np.random.default_rng(0)
-    means = [generator.choice(values_Q, len(values_Q)).mean() for _ in range(RESAMPLES)]
-    low, high = np.quantile(means, [(1 - share) / 2, (1 + share) / 2])
+    generator, at_once = np.random.default_rng(0), max(1, 2**20 // len(values_Q))
+    sizes = [min(at_once, RESAMPLES - done) for done in range(0, RESAMPLES, at_once)]
+    means = [values_Q[generator.integers(0, len(values_Q), (size, len(values_Q)))].mean(axis=1) for size in sizes]
+    low, high = np.quantile(np.concatenate(means), [(1 - share) / 2, (1 + share) / 2])
     return float(low), float(high)
 
 
