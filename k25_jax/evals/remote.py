@@ -32,6 +32,7 @@ MIME = {b"\x89PNG": "image/png", b"\xff\xd8\xff": "image/jpeg", b"GIF8": "image/
         b"BM": "image/bmp", b"II*\0": "image/tiff", b"MM\0*": "image/tiff"}  # fmt: skip
 TOO_LONG = ("context_length_exceeded", "context length", "maximum context", "too many tokens")
 AGAIN = (408, 409, 425, 429)
+MOST_PAUSE = 60.0  # seconds between two tries
 GIVE_UP = 16  # requests in a row without an answer
 
 logger = logging.getLogger(__name__)
@@ -118,7 +119,7 @@ class Server:
             if tries == self.retries:
                 return Answer("", None, "error", tries, self._clean(reason))
             logger.info("%s: %s; once more", self.url, self._clean(reason))
-            await asyncio.sleep(max(wait, self.pause * 2**tries * jitter.uniform(0.5, 1.0)))
+            await asyncio.sleep(max(wait, min(self.pause * 2**tries, MOST_PAUSE) * jitter.uniform(0.5, 1.0)))
 
     async def _once(self, client: openai.AsyncOpenAI, messages: list[dict], request: Request, tries: int) -> Answer:
         settings = request.settings
@@ -157,7 +158,7 @@ async def _first(pending) -> set[asyncio.Task]:
 def _asked_to_wait(problem: openai.APIStatusError) -> float:
     """Seconds that the server asks for, at most a minute."""
     try:
-        return min(max(float(problem.response.headers.get("retry-after", 0)), 0.0), 60.0)
+        return min(max(float(problem.response.headers.get("retry-after", 0)), 0.0), MOST_PAUSE)
     except ValueError:
         return 0.0
 

@@ -87,7 +87,10 @@ def ask_suite(args, answerer: Answerer, settings: Settings, folder: pathlib.Path
     with Progress(console=Console(stderr=True)) as progress:
         totals = {spec: min(questions, len(make_task(spec))) * settings.k for spec in specs}
         bars = {spec: progress.add_task(spec, total=total) for spec, total in totals.items()}
-        report = lambda spec, number: progress.advance(bars[spec], number)  # noqa: E731
+
+        def report(spec: str, number: int):
+            progress.advance(bars[spec], number)
+
         return evaluate_suite(answerer, specs, questions, settings, folder, report)
 
 
