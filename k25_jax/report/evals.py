@@ -21,6 +21,7 @@ from k25_jax.evals.protocol import Answerer, Settings, digest_of
 from k25_jax.evals.summary import HEAD, Score, by_category, row, summarise, write_scores
 from k25_jax.report.plots import bar_chart
 
+WIDTH = 140  # columns that the table takes
 QUESTIONS = 128  # of each rendered task, when nothing else is asked for
 
 
@@ -42,8 +43,7 @@ def evaluate_command(args) -> None:
     if args.json:
         print(json.dumps([asdict(score) for score in scores]))
     else:
-        console = Console()
-        console.print(table(scores), width=max(console.width, 140))  # whole also where no terminal is
+        Console(width=max(Console().width, WIDTH)).print(table(scores))  # whole also where no terminal is
     print(f"answers, evals.json, evals.md and evals.png: {folder}", file=sys.stderr)
 
 
