@@ -2,10 +2,13 @@
 
 import dataclasses
 import json
+import subprocess
+import sys
 
 import numpy as np
 import pytest
 
+import runs
 from answerers import Scripted, Sums, right
 from k25_jax.config import ConfigError
 from k25_jax.evals.core import accuracy, evaluate, spaced
@@ -52,6 +55,29 @@ def test_a_killed_evaluation_asks_only_what_is_missing(tmp_path, killed_after):
     finished = Scripted(right)
     assert evaluate(finished, Sums(), THREE, range(3), file) == whole and not finished.asked
     assert len(file.read_text().splitlines()) == 1 + 9
+
+
+SLOW = """
+import pathlib, sys, time
+sys.path.insert(0, "tests")
+from answerers import Scripted, Sums, right
+from k25_jax.evals.core import evaluate
+from k25_jax.evals.protocol import Settings
+slowly = Scripted(lambda request, number: time.sleep(0.02) or right(request, number))
+evaluate(slowly, Sums(200), Settings(), range(200), pathlib.Path(sys.argv[1]))
+"""
+
+
+def test_a_process_that_is_killed_loses_nothing_that_it_finished(tmp_path):
+    file = tmp_path / "sums.jsonl"
+    process = subprocess.Popen([sys.executable, "-c", SLOW, str(file)], env=runs.environment(), cwd=runs.ROOT)
+    assert runs.wait_for(process, lambda: file.exists() and file.read_bytes().count(b"\n") > 10)
+    process.kill()
+    process.wait()
+    done = file.read_bytes().count(b"\n") - 1
+    again = Scripted(right)
+    assert 10 <= done < 200 and accuracy(evaluate(again, Sums(200), Settings(), range(200), file)) == 1
+    assert len(again.asked) == 200 - done
 
 
 def test_more_questions_and_samples_add_to_what_is_there(tmp_path):

@@ -6,7 +6,7 @@ import pytest
 
 inspect_ai = pytest.importorskip("inspect_ai", reason="the extra `inspect` is not installed")
 
-from inspect_ai.model import ModelOutput, get_model  # noqa: E402
+from inspect_ai.model import GenerateConfig, ModelAPI, ModelOutput, get_model, modelapi  # noqa: E402
 
 from answerers import Scripted  # noqa: E402
 from k25_jax.evals.benchmarks import load_benchmark  # noqa: E402
@@ -16,11 +16,21 @@ from k25_jax.evals.protocol import Settings  # noqa: E402
 from k25_jax.evals.summary import summarise  # noqa: E402
 
 
-def run(task, text, tmp_path, stop="stop"):
-    outputs = [ModelOutput.from_content("mockllm/model", text, stop_reason=stop)] * 200
-    (log,) = inspect_ai.eval(
-        task, model=get_model("mockllm/model", custom_outputs=outputs), log_dir=str(tmp_path / "logs"), display="none"
-    )
+@modelapi(name="always")
+class Always(ModelAPI):
+    """A model that always says the same."""
+
+    def __init__(self, model_name, base_url=None, api_key=None, config=None, says="", stop="stop"):
+        super().__init__(model_name, base_url, api_key, config=config or GenerateConfig())
+        self.says, self.stop = says, stop
+
+    async def generate(self, input, tools, tool_choice, config):
+        return ModelOutput.from_content(self.model_name, self.says, stop_reason=self.stop)
+
+
+def run(task, says, tmp_path, stop="stop"):
+    model = get_model("always/same", says=says, stop=stop, memoize=False)
+    (log,) = inspect_ai.eval(task, model=model, log_dir=str(tmp_path / "logs"), display="none")
     assert log.status == "success", log.error
     return log, {name: metric.value for name, metric in log.results.scores[0].metrics.items()}
 

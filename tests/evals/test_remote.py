@@ -11,6 +11,7 @@ import pytest
 from PIL import Image
 
 from answerers import Sums
+from k25_jax.cli import main
 from k25_jax.config import ConfigError
 from k25_jax.evals.core import evaluate
 from k25_jax.evals.protocol import AnswererError, Request, Settings
@@ -27,7 +28,8 @@ class Handler(http.server.BaseHTTPRequestHandler):
 
     def do_POST(self):
         body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-        question = int(body["messages"][0]["content"].split()[0])
+        content = body["messages"][0]["content"]
+        question = int((content if isinstance(content, str) else content[-1]["text"]).split()[0])
         with self.server.lock:
             self.server.seen.append((self.path, self.headers["Authorization"], body))
             self.server.inside += 1
@@ -205,6 +207,28 @@ def test_urls_and_limits_are_checked():
     for more in ({"model": ""}, {"concurrency": 0}, {"timeout": 0}, {"retries": -1}):
         with pytest.raises(ConfigError):
             Server(**({"url": "http://a/v1", "model": "tiny"} | more))
+
+
+def test_the_command_asks_a_server(server, tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("MY_KEY", SECRET)
+    rows = [
+        {"question": f"{i} and one?", "options": "[]", "answer": str(i + 1 + (i == 3)), "id": str(i)} for i in range(4)
+    ]
+    (tmp_path / "m.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    command = ["eval", f"--url={server.url}", "--model=tiny", "--api_key_env=MY_KEY", "--task=mmmu", "--json", "--k=2",
+               f"--data={tmp_path / 'm.jsonl'}", f"--workdir={tmp_path / 'out'}"]  # fmt: skip
+    assert main(command) == 0
+    (score,) = json.loads(capsys.readouterr().out)
+    assert (score["score"], score["questions"], score["k"], score["tokens"]) == (0.75, 4, 2, 3.0)
+    assert {body["max_tokens"] for *_, body in server.seen} == {65536} and len(server.seen) == 8
+    assert {key for _, key, _ in server.seen} == {f"Bearer {SECRET}"}
+    assert main(command) == 0 and len(server.seen) == 8
+    assert all(SECRET not in path.read_text(errors="replace") for path in (tmp_path / "out").iterdir())
+    assert main([*command[:2], "--model=other", *command[3:]]) == 2
+    assert "answerer.model was 'tiny' and is now 'other'" in capsys.readouterr().err
+    server.faults = {0: [404]}
+    assert main([*command[:-1], f"--workdir={tmp_path / 'new'}"]) == 2
+    assert "the model 'tiny' refuses" in capsys.readouterr().err
 
 
 def test_requests_are_read_as_they_are_needed(server):
