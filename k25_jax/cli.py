@@ -17,6 +17,9 @@ TRAIN_HELP = """several processes: on a TPU pod, the same command on every worke
 or, on one machine, python launch/local.py --processes=N -- k25 train ... All need the same --workdir, and data.lanes
 a multiple of N. When one was lost, start all again, or another number: they go on after the last checkpoint."""
 CHECKPOINT_HELP = "a run of ours or a public checkpoint; default: the tiny model that comes with the package"
+EVAL_HELP = """benchmarks: aime, hmmt, gpqa, mmlu_pro, mmmu, mmmu_pro, mmmu_pro_vision, mathvista, ocrbench, docvqa, infovqa,
+charxiv_reasoning, charxiv_descriptive, videomme. Every answer is kept as it comes: the same command goes on where it was
+ended, and more --questions or samples add to what is there."""
 COMMANDS = "train a model, ask it questions, count its parameters, convert its weights"
 
 
@@ -55,6 +58,7 @@ def user_errors() -> tuple[type[Exception], ...]:
     from k25_jax.config import ConfigError
     from k25_jax.data.packing import PackingError
     from k25_jax.data.records import DataError
+    from k25_jax.evals.protocol import AnswererError
     from k25_jax.report.metrics import MetricsError
     from k25_jax.sampling.sample import PromptError
     from k25_jax.text.chat import ChatError
@@ -66,7 +70,7 @@ def user_errors() -> tuple[type[Exception], ...]:
 
     return (
         CheckpointError, ConfigError, PackingError, DataError, MetricsError, PromptError, ChatError,
-        TokenizerError, BadSteps, ImageError, PackError, VideoError, OSError,
+        TokenizerError, BadSteps, ImageError, PackError, VideoError, AnswererError, OSError,
     )  # fmt: skip
 
 
@@ -125,7 +129,7 @@ def build_parser() -> argparse.ArgumentParser:
     convert.add_argument("--dtype", default="bfloat16", choices=("bfloat16", "float32", "float16"))
     convert.add_argument("--quantise", choices=("int4", "fp8"), help="int4: routed experts; fp8: the layers' matrices")
 
-    add_eval(command("eval", run_eval, "ask a model the held-out questions of tasks, and score its answers"))
+    add_eval(command("eval", run_eval, "ask a checkpoint or a server the questions of tasks, and score its answers"))
 
     report = command("report", run_report, "write report.html of a run: curves and configuration")
     report.add_argument("--workdir", required=True, help="the run's folder")
@@ -158,10 +162,27 @@ def add_sweep(parser: argparse.ArgumentParser) -> None:
 
 def add_eval(parser: argparse.ArgumentParser) -> None:
     """The flags of `k25 eval`."""
+    parser.formatter_class, parser.epilog = argparse.RawDescriptionHelpFormatter, EVAL_HELP
     parser.add_argument("--checkpoint", default="base", help=CHECKPOINT_HELP)
-    parser.add_argument("--task", action="append", default=[], metavar="SPEC", help="such as words:test; default: all")
-    parser.add_argument("--questions", type=int, default=128, help="of each task, at most; default 128")
-    parser.add_argument("--output", default="", metavar="FOLDER", help="write evals.json and evals.png there")
+    parser.add_argument("--url", default="", help="ask a server instead, such as http://127.0.0.1:8000/v1")
+    parser.add_argument("--model", default="", help="the model's name at --url")
+    parser.add_argument("--api_key_env", default="OPENAI_API_KEY", metavar="NAME", help="variable that holds the key")
+    parser.add_argument("--suite", choices=("categories",), help="all rendered tasks; the default")
+    task = "a rendered task such as words:test, may be repeated; or a benchmark, with --data"
+    parser.add_argument("--task", action="append", default=[], metavar="NAME", help=task)
+    parser.add_argument("--data", default="", metavar="FILE", help="the benchmark's file, as published")
+    parser.add_argument("--questions", type=int, help="of each task, at most; default 128 of rendered tasks, else all")
+    parser.add_argument("--k", type=int, help="samples of each question; default 1, or as the benchmark has it")
+    parser.add_argument("--temperature", type=float, help="default 0 for rendered tasks, 1.0 for benchmarks")
+    parser.add_argument("--top_p", type=float, help="default 0.95")
+    parser.add_argument("--max_tokens", type=int, help="of an answer; default: as the benchmark has it")
+    parser.add_argument("--context", type=int, help="tokens of prompt and answer; default 262144, or the model's")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--batch", type=int, default=32, help="requests that a checkpoint answers at once; default 32")
+    parser.add_argument("--concurrency", type=int, default=16, help="requests that a server has at once; default 16")
+    parser.add_argument("--timeout", type=float, default=3600.0, help="seconds for a request; default 3600")
+    parser.add_argument("--retries", type=int, default=5, help="more tries of a failed request; default 5")
+    parser.add_argument("--workdir", default="", help="where answers and scores are kept; default below runs/evals")
     parser.add_argument("--json", action="store_true", help="print JSON")
 
 
@@ -205,9 +226,9 @@ def run_sweep(args) -> int:
 
 def run_eval(args) -> None:
     """Print a table, or JSON."""
-    from k25_jax.report.evals import evaluate_checkpoint
+    from k25_jax.report.evals import evaluate_command
 
-    evaluate_checkpoint(args.checkpoint, args.task, args.questions, args.output, args.json)
+    evaluate_command(args)
 
 
 def run_params(args) -> None:

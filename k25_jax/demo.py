@@ -1,5 +1,6 @@
 """`make demo`: train a tiny K2.5 on real files, kill and resume it half-way, evaluate it, write the report."""
 
+import dataclasses
 import json
 import os
 import pathlib
@@ -11,15 +12,16 @@ import time
 
 import numpy as np
 
-from k25_jax.checkpoint.load import load_model
 from k25_jax.config import ConfigError, load_experiment
 from k25_jax.data.tasks import make_task
-from k25_jax.evals.core import Result, accuracy, evaluate
+from k25_jax.evals.categories import GREEDY, Rendered
+from k25_jax.evals.core import accuracy, evaluate
+from k25_jax.evals.local import open_checkpoint
+from k25_jax.evals.protocol import Result
 from k25_jax.models.count import count_params
 from k25_jax.report import html, plots
 from k25_jax.report.metrics import read_metrics
 from k25_jax.report.run import config_sections, curve_sections
-from k25_jax.sampling.sample import Sampler
 
 EXPERIMENT = pathlib.Path(__file__).resolve().parent.parent / "experiments" / "pretrain" / "demo.py"
 TASKS = (("digits:test:size=28", 360), ("words:test", 96), ("shapes:test", 96), ("photographs:test", 96))
@@ -45,15 +47,12 @@ def demo(workdir: pathlib.Path, steps: int = 0) -> int:
     resumed = train_with_a_kill(command, workdir, experiment.train)
     trained = time.perf_counter() - began
 
-    model = load_model(workdir)
-    sampler = Sampler(model.params, model.config)
-    results = {}
+    answerer, results = open_checkpoint(workdir), {}
     for spec, count in TASKS:
-        task = make_task(spec)
-        print(f"asking {count} held-out questions of {task.name}")
-        results[spec] = evaluate(
-            sampler, model.tokenizer, task, np.linspace(0, len(task) - 1, count).astype(int).tolist()
-        )
+        task = Rendered(make_task(spec), spec)
+        print(f"asking {count} held-out questions of {task.task.name}")
+        indices = np.linspace(0, len(task) - 1, count).astype(int).tolist()
+        results[spec] = evaluate(answerer, task, dataclasses.replace(GREEDY, max_tokens=16), indices)
     summary = summarise(workdir, results, resumed, trained, time.perf_counter() - began)
     (workdir / "summary.json").write_text(json.dumps(summary, indent=1) + "\n")
     write_reports(workdir, results, summary)

@@ -13,7 +13,7 @@ import runs
 from k25_jax import demo
 from k25_jax.config import ConfigError, load_experiment
 from k25_jax.data.tasks import make_task
-from k25_jax.evals.core import Result
+from k25_jax.evals.protocol import Result
 
 ROWS = [
     {"step": step, "loss": 6.0 - step / 10, "tokens": 100, "tokens_per_second": 1000.0 + (0 if step > 4 else 1e6)}

@@ -16,7 +16,8 @@ import ml_collections
 import numpy as np
 
 from k25_jax.config import ConfigError, argument, run_local
-from k25_jax.evals.categories import by_category, evaluate_run
+from k25_jax.evals.categories import evaluate_run
+from k25_jax.evals.summary import by_category
 from k25_jax.report.metrics import read_metrics
 from k25_jax.report.plots import grouped_points
 

@@ -24,7 +24,8 @@ import ml_collections
 from k25_jax.checkpoint.huggingface import save_params
 from k25_jax.checkpoint.load import load_model
 from k25_jax.config import argument, preset, run_local, to_dict
-from k25_jax.evals.categories import SUITE, by_category, evaluate_run, write_scores
+from k25_jax.evals.categories import SUITE, evaluate_run
+from k25_jax.evals.summary import by_category, write_scores
 from k25_jax.report.metrics import read_metrics
 from k25_jax.report.plots import bar_chart, loss_curves
 

@@ -1,7 +1,9 @@
-"""`k25 eval`: a table of scores by category, with a plot."""
+"""`k25 eval`: who is asked what, under which settings; a table of scores, with a plot."""
 
+import dataclasses
 import json
 import pathlib
+import sys
 from collections.abc import Sequence
 from dataclasses import asdict
 
@@ -9,30 +11,99 @@ from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
 
-from k25_jax.checkpoint.load import load_model
+from k25_jax.config import ConfigError
 from k25_jax.data.tasks import make_task
-from k25_jax.evals.categories import FILE, SUITE, Score, by_category, check_suite, evaluate_suite, write_scores
+from k25_jax.evals.benchmarks import BENCHMARKS, benchmark_class, load_benchmark
+from k25_jax.evals.categories import FILE, GREEDY, SUITE, check_suite, evaluate_suite, result_name
+from k25_jax.evals.core import evaluate, spaced
+from k25_jax.evals.local import open_checkpoint
+from k25_jax.evals.protocol import Answerer, Settings, digest_of
+from k25_jax.evals.summary import HEAD, Score, by_category, row, summarise, write_scores
 from k25_jax.report.plots import bar_chart
 
+WIDTH = 140  # columns that the table takes
+QUESTIONS = 128  # of each rendered task, when nothing else is asked for
 
-def evaluate_checkpoint(checkpoint: str, specs: Sequence[str], questions: int, output: str, as_json: bool) -> None:
-    """Evaluate, print, and write evals.json and evals.png below `output` if it is given."""
-    specs = list(specs) or list(SUITE)
-    check_suite(specs)
-    model = load_model(checkpoint)
-    with Progress(console=Console(stderr=True)) as progress:
-        bars = {spec: progress.add_task(spec, total=min(questions, len(make_task(spec)))) for spec in specs}
-        scores = evaluate_suite(model, specs, questions, lambda spec, number: progress.advance(bars[spec], number))
-    if output:
-        folder = pathlib.Path(output)
-        folder.mkdir(parents=True, exist_ok=True)
-        write_scores(folder / FILE, scores, {"checkpoint": str(checkpoint), "questions": questions})
-        (folder / "evals.png").write_bytes(category_chart(scores, "Held-out questions, by category"))
-    if as_json:
+
+def evaluate_command(args) -> None:
+    """Ask, print, and keep all answers, evals.json, evals.md and evals.png in the work directory."""
+    named = [name for name in args.task if name in BENCHMARKS]
+    if named and (len(args.task) > 1 or not args.data):
+        raise ConfigError(f"--task={named[0]} is a public benchmark: ask it alone, with --data=FILE as published")
+    if args.data and not named:
+        raise ConfigError(f"--data goes with one --task of {', '.join(BENCHMARKS)}")
+    if args.suite and args.task:
+        raise ConfigError("--suite and --task exclude each other")
+    answerer = make_answerer(args)
+    settings = make_settings(args, rendered=not named)
+    folder = pathlib.Path(args.workdir or default_folder(args, answerer, settings))
+    scores = (ask_benchmark if named else ask_suite)(args, answerer, settings, folder)
+    write_scores(folder / FILE, scores, {"answerer": dict(answerer.identity), "settings": asdict(settings)})
+    (folder / "evals.png").write_bytes(category_chart(scores, "Mean score, by category"))
+    if args.json:
         print(json.dumps([asdict(score) for score in scores]))
     else:
-        console = Console()
-        console.print(table(scores), width=max(console.width, 100))  # whole also where no terminal is
+        Console(width=max(Console().width, WIDTH)).print(table(scores))  # whole also where no terminal is
+    print(f"answers, evals.json, evals.md and evals.png: {folder}", file=sys.stderr)
+
+
+def make_answerer(args) -> Answerer:
+    """The server at --url, or a checkpoint."""
+    if not args.url:
+        if args.model:
+            raise ConfigError(f"--model={args.model} goes with --url; a checkpoint is named by --checkpoint")
+        return open_checkpoint(args.checkpoint, args.batch)
+    from k25_jax.evals.remote import Server  # its client is slow to import
+
+    return Server(args.url, args.model, args.concurrency, args.timeout, args.retries, key_variable=args.api_key_env)
+
+
+def make_settings(args, rendered: bool) -> Settings:
+    """Those of the flags; for the rest K2.5's (§4), or greedy answers to rendered tasks."""
+    if rendered and args.max_tokens:
+        raise ConfigError("--max_tokens is for benchmarks: rendered tasks say how long their answers are")
+    given = {
+        name: getattr(args, name)
+        for name in ("k", "temperature", "top_p", "context", "max_tokens", "seed")
+        if getattr(args, name) is not None
+    }
+    if rendered:
+        return dataclasses.replace(GREEDY, **given)
+    kind = benchmark_class(args.task[0])
+    return Settings(**({"k": kind.k, "max_tokens": kind.max_tokens} | given))
+
+
+def default_folder(args, answerer: Answerer, settings: Settings) -> pathlib.Path:
+    """A folder for this answerer under these settings; more questions, tasks or samples go into the same."""
+    name = args.model or pathlib.Path(args.checkpoint).name or "model"
+    asked = {key: value for key, value in asdict(settings).items() if key not in ("k", "max_tokens")}
+    return pathlib.Path("runs", "evals", f"{result_name(name)}-{digest_of(dict(answerer.identity), asked)[:8]}")
+
+
+def ask_suite(args, answerer: Answerer, settings: Settings, folder: pathlib.Path) -> list[Score]:
+    """Rendered tasks."""
+    specs, questions = list(args.task) or list(SUITE), args.questions or QUESTIONS
+    check_suite(specs)
+    with Progress(console=Console(stderr=True)) as progress:
+        totals = {spec: min(questions, len(make_task(spec))) * settings.k for spec in specs}
+        bars = {spec: progress.add_task(spec, total=total) for spec, total in totals.items()}
+
+        def report(spec: str, number: int):
+            progress.advance(bars[spec], number)
+
+        return evaluate_suite(answerer, specs, questions, settings, folder, report)
+
+
+def ask_benchmark(args, answerer: Answerer, settings: Settings, folder: pathlib.Path) -> list[Score]:
+    """A public benchmark, once its gold answers have been found to score 1."""
+    task = load_benchmark(args.task[0], args.data)
+    task.validate()
+    indices = spaced(task, args.questions or 0)
+    with Progress(console=Console(stderr=True)) as progress:
+        bar = progress.add_task(task.name, total=len(indices) * settings.k)
+        file = folder / f"{task.name}.jsonl"
+        results = evaluate(answerer, task, settings, indices, file, lambda number: progress.advance(bar, number))
+    return [summarise(task, results)]
 
 
 def category_chart(scores: Sequence[Score], title: str) -> bytes:
@@ -44,11 +115,8 @@ def category_chart(scores: Sequence[Score], title: str) -> bytes:
 def table(scores: Sequence[Score]) -> Table:
     """One row a task."""
     out = Table()
-    for name, justify in (("category", "left"), ("task", "left"), ("score", "right"), ("±", "right")):
-        out.add_column(name, justify=justify)
-    out.add_column("commonest answer", justify="right")
-    out.add_column("questions", justify="right")
+    for name in HEAD:
+        out.add_column(name, justify="left" if name in ("category", "task") else "right", no_wrap=True)
     for score in scores:
-        figures = (f"{score.score:.3f}", f"{score.error:.3f}", f"{score.guessing:.3f}", str(score.questions))
-        out.add_row(score.category, score.spec, *figures)
+        out.add_row(*row(score))
     return out

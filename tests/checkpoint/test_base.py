@@ -2,12 +2,9 @@
 
 import json
 
-import numpy as np
-
 from k25_jax.checkpoint.load import BASE, load_model
-from k25_jax.data.tasks import make_task
-from k25_jax.evals.core import accuracy, evaluate
-from k25_jax.sampling.sample import Sampler
+from k25_jax.evals.categories import evaluate_suite
+from k25_jax.evals.local import open_checkpoint
 
 
 def test_the_base_model_is_small_and_says_where_it_comes_from():
@@ -21,7 +18,5 @@ def test_the_base_model_is_small_and_says_where_it_comes_from():
 def test_the_base_model_reads_digits_and_has_the_context_of_its_last_stage():
     model = load_model("base")
     assert model.config.text.max_length == 1024 and model.config.text.rope.factor == 4
-    task = make_task("digits:test")
-    indices = np.linspace(0, len(task) - 1, 32).astype(int).tolist()
-    results = evaluate(Sampler(model.params, model.config), model.tokenizer, task, indices)
-    assert accuracy(results) > 0.7
+    (score,) = evaluate_suite(open_checkpoint("base"), ["digits:test"], 32)
+    assert score.score > 0.7

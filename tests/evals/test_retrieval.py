@@ -1,5 +1,6 @@
 """Passkey retrieval: what counts as given back against greedy decoding, the bins of depth, the figure."""
 
+import dataclasses
 import io
 
 import jax
@@ -7,14 +8,16 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from k25_jax.checkpoint.load import Model
 from k25_jax.config import preset
 from k25_jax.data.tasks import make_task
 from k25_jax.evals import passkey
+from k25_jax.evals.categories import GREEDY, Rendered
 from k25_jax.evals.core import evaluate
+from k25_jax.evals.local import Checkpoint
 from k25_jax.evals.passkey import Found, by_depth, retrieval
 from k25_jax.models.k25 import init_params
 from k25_jax.report.retrieval import retrieval_figure
-from k25_jax.sampling.sample import Sampler
 from k25_jax.text.tokenizer import load_tokenizer
 
 
@@ -23,7 +26,8 @@ def test_it_is_what_greedy_decoding_gives():
     config, tokenizer = preset("tiny"), load_tokenizer("")
     params = jax.jit(init_params, static_argnums=0)(config, jax.random.key(0))
     task = make_task("passkey:test:length=64,digits=1")
-    said = [r.answer for r in evaluate(Sampler(params, config), tokenizer, task, range(6), max_tokens=2)]
+    answerer = Checkpoint(lambda: Model(params, config, tokenizer), {})
+    said = [r.answer for r in evaluate(answerer, Rendered(task), dataclasses.replace(GREEDY, max_tokens=2), range(6))]
     assert not any(found.right for found in retrieval(params, config, tokenizer, task, range(6)))
     assert all(answer != task.answer(i) for i, answer in enumerate(said))
 
