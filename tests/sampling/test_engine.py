@@ -110,9 +110,8 @@ def test_every_schedule_gives_the_same_answers(warm, expected):
                 np.testing.assert_allclose(sample.logprobs, want[:done], atol=1e-4)
         assert warm.stats()["pages_used"] == 0
     after = warm.stats()
-    assert (
-        all(after[name] - before[name] > SCHEDULES / 4 for name in ("preempted", "reused", "encoded")) and aborted > 5
-    )
+    counts = {name: after[name] - before[name] for name in ("preempted", "reused", "encoded")}
+    assert min(counts.values()) > SCHEDULES / 2 and aborted > 5, (counts, aborted)
     assert len(COMPILATIONS) == compiled and after["compilations"] == 3
 
 
@@ -124,7 +123,7 @@ def test_samples_of_one_prompt_read_it_once_and_encode_its_image_once(warm):
     counts = {name: warm.stats()[name] - before[name] for name in ("read", "reused", "encoded")}
     assert counts == {"read": 18 + 4 * 2, "reused": 4 * 16, "encoded": 1}
     assert len({tuple(sample.tokens) for sample in samples}) > 1
-    warm.generate([Request(*PROMPTS[7], SampleConfig(1, 0.0))])  # begins with the same image and words
+    warm.generate([Request(PROMPTS[9][0][:11], clips, SampleConfig(1, 0.0))])  # begins with the same image and words
     assert warm.stats()["encoded"] - before["encoded"] == 1
 
 
