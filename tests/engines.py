@@ -21,7 +21,7 @@ PAD = 50
 CONFIG = K25Config(text=TEXT, vision=VISION, media_pad_id=PAD, media_begin_id=51, media_end_id=52, eos_id=53)
 PARAMS = reference.random_params(CONFIG, seed=1, std=0.25)
 SETTINGS = EngineConfig(
-    rows=(5,), pieces=(3,), piece=5, pages=13, page_size=4, queue=64, vision_patches=(32,), vision_tokens=10,
+    rows=(5,), pieces=(3,), piece=5, pages=12, page_size=4, queue=64, vision_patches=(32,), vision_tokens=10,
     alternatives=3,
 )  # fmt: skip
 ROWS, PATCHES = 12, 256
