@@ -21,7 +21,7 @@ PAD = 50
 CONFIG = K25Config(text=TEXT, vision=VISION, media_pad_id=PAD, media_begin_id=51, media_end_id=52, eos_id=53)
 PARAMS = reference.random_params(CONFIG, seed=1, std=0.25)
 SETTINGS = EngineConfig(
-    rows=(5,), pieces=(3,), piece=5, pages=19, page_size=4, queue=64, vision_patches=(32,), vision_tokens=10,
+    rows=(5,), pieces=(3,), piece=5, pages=12, page_size=4, queue=64, vision_patches=(32,), vision_tokens=10,
     alternatives=3,
 )  # fmt: skip
 ROWS, PATCHES = 12, 256
@@ -35,13 +35,13 @@ def prompts() -> list[tuple[list[int], list[Clip]]]:
     """Some begin alike, some show images, the same ones or others at the same places; 12 of 3 to 30 tokens."""
     rng = np.random.default_rng(5)
     words = lambda count: reference.draw_words(rng, CONFIG, count)  # noqa: E731
-    base, one, two = words(21), clip(1), clip(2)
+    base, one, two, three = words(21), clip(1), clip(2), clip(3)
     shown = [*words(2), *[PAD] * 4, *words(5)]
     return [
         (words(3), []), (words(9), []), (words(30), []),
         (base, []), (base[:16] + words(3), []), (base[:13], []), (base + words(8), []),
-        (shown, [one]), (shown, [two]), (shown + words(7), [one]),
-        ([*words(1), *[PAD] * 8, *words(4)], [two, one]), ([PAD] * 4 + words(4), [one]),
+        (shown, [one]), (shown, [two]), (shown + words(7), [three]),
+        ([*words(1), *[PAD] * 8, *words(4)], [two, one]), ([PAD] * 4 + words(4), [three]),
     ]  # fmt: skip
 
 

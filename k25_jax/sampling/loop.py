@@ -129,6 +129,7 @@ class EngineLoop:
             while self._obey():
                 for event in self._engine.step():
                     self._deliver(event)
+            self._leave()
         except Exception as error:  # out of memory, say: nothing that runs can go on, and all should hear of it
             logger.exception("the engine stopped")
             reason = f"the engine stopped: {type(error).__name__}: {error}"
@@ -157,6 +158,13 @@ class EngineLoop:
             self._engine.abort(event.request)
         if not stream.unfinished:
             del self._streams[event.request]
+
+    def _leave(self) -> None:
+        """Leave the engine with nothing to do."""
+        for number in self._streams:
+            self._engine.abort(number)
+        while self._engine.busy:
+            self._engine.step()
 
     def _refuse(self, reason: str) -> None:
         """End all streams and answer all commands that still wait."""

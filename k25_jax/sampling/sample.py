@@ -1,4 +1,8 @@
-"""Generation: prefill a prompt with its images, then decode token by token from the latent cache (K2.5 §4)."""
+"""Generation: prefill a prompt with its images, then decode token by token from the latent cache (K2.5 §4).
+
+This is the plain form, one static batch from beginning to end, and the first to read. Many requests at once, of any lengths,
+are for sampling/engine.py, whose benchmark runs against it.
+"""
 
 import dataclasses
 import functools
@@ -66,7 +70,10 @@ def keep_top_p(logits_BV, top_p):
 
 
 class Sampler:
-    """A model ready to generate. Shapes are rounded up to powers of two, so that few programs are compiled."""
+    """A model ready to generate, a static batch at a time: the simple reference beside `sampling.engine.Engine`.
+
+    Shapes are rounded up to powers of two, so that few programs are compiled.
+    """
 
     def __init__(self, params, config: K25Config, dtype=jnp.float32):
         self.config = config
