@@ -44,17 +44,18 @@ def command(
     inner += ["--info-fd", str(info[-1]), "--seccomp", str(seccomp)]
     for name, value in env.items():
         inner += ["--setenv", name, value]
-    inner += [*_view([]), "--proc", "/proc", "--dev", "/dev"]
-    inner += [*_memory(disk_bytes, "/dev/shm"), "--remount-ro", "/dev"]
-    inner += [*_memory(disk_bytes, "/tmp"), "--dir", "/tmp/work", "--dir", "/tmp/home", *_memory(2**20, "/run")]
+    inner += [*_memory(disk_bytes, "/tmp"), *_view([])]  # in this order: this Python may lie below /tmp
+    inner += ["--proc", "/proc", "--dev", "/dev", *_memory(disk_bytes, "/dev/shm"), "--remount-ro", "/dev"]
+    inner += ["--dir", "/tmp/work", "--dir", "/tmp/home", *_memory(2**20, "/run")]
     for inside, here in files.items():
         inner += ["--ro-bind", here, inside]
     inner += ["--remount-ro", "/", "--chdir", "/tmp/work", "--", *program]
     if layers() == 1:
         return inner
-    outer = [bwrap, "--die-with-parent", "--unshare-pid", "--info-fd", str(info[0]), *_view([*files.values(), bwrap])]
+    outer = [bwrap, "--die-with-parent", "--unshare-pid", "--info-fd", str(info[0])]
+    outer += ["--perms", "1777", "--dir", "/tmp", *_view([*files.values(), bwrap])]
     outer += ["--cap-drop", "ALL", "--cap-add", "CAP_SETUID", "--cap-add", "CAP_SETGID", "--chdir", "/"]
-    outer += ["--perms", "1777", "--dir", "/tmp", "--bind", "/proc", "/proc", "--dev", "/dev", "--proc", "/pids"]
+    outer += ["--bind", "/proc", "/proc", "--dev", "/dev", "--proc", "/pids"]
     return [*outer, "--", sys.executable, "-I", "-S", "-c", _BECOME.format(NOBODY), *inner]
 
 

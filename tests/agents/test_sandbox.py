@@ -1,10 +1,13 @@
 import io
+import subprocess
+import sys
 import threading
 
 import numpy as np
 import pytest
 from PIL import Image
 
+import runs
 from k25_jax.agents.bubblewrap import SandboxError
 from k25_jax.agents.kernel_pool import KernelPool
 from k25_jax.agents.observation import InfrastructureError
@@ -115,3 +118,13 @@ def test_the_pool_hands_out_fresh_kernels_to_threads(pool):
     assert sorted(seen) == [("False", str(number)) for number in range(3)]
     with sandboxes[0] as sandbox:
         assert sandbox.run("1").text == "1"
+
+
+@pytest.mark.usefixtures("bwrap")
+def test_python_may_lie_below_tmp(tmp_path):
+    """/tmp is the sandbox's own, but for the folders of this Python."""
+    (tmp_path / "env").symlink_to(sys.prefix)
+    code = "from k25_jax.agents.sandbox import Sandbox\nwith Sandbox() as sandbox: print(sandbox.run('6 * 7').text)"
+    command = [tmp_path / "env" / "bin" / "python", "-c", code]
+    done = subprocess.run(command, capture_output=True, text=True, env=runs.environment(), cwd=runs.ROOT)
+    assert done.stdout.strip() == "42", done.stderr[-2000:]
