@@ -101,7 +101,7 @@ def report(workdir: pathlib.Path) -> None:
     }
     (workdir / "results.json").write_text(json.dumps({"budgets": BUDGETS, "found": found, "paper": PAPER}, indent=1))
     (workdir / "results.md").write_text(as_table(found))
-    points = {arm: {category: found[category][arm] for category in PAPER} for arm in ARMS}
+    points = {arm: {category.replace("_", " "): found[category][arm] for category in PAPER} for arm in ARMS}
     title = f"Vision early, mid-way or late: equal budgets, {len(SEEDS)} seeds"
     (workdir / "vision_timing.png").write_bytes(grouped_points(points, title, "score, %"))
     print(as_table(found))

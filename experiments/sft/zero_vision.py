@@ -8,7 +8,7 @@ model, and asks all models held-out questions of nine tasks, with the tool `ipyt
 | arm | learns from |
 |---|---|
 | zero_vision | chats whose pictures are in the sandbox alone |
-| text_vision | half of them, and as many chats that show their pictures |
+| text_vision | half as much of them, and as much of the same with the pictures shown |
 | none | nothing: the base model |
 
 README.md beside this file says what came out.
@@ -22,7 +22,7 @@ import ml_collections
 import numpy as np
 from rich.progress import track
 
-from k25_jax.agents.demonstrations import FILE, demonstrate
+from k25_jax.agents.demonstrations import SHOWN, TEXT, demonstrate
 from k25_jax.checkpoint.hf_config import read_config
 from k25_jax.checkpoint.load import BASE, load_model
 from k25_jax.config import argument, run_local, to_dict
@@ -32,9 +32,9 @@ from k25_jax.report.plots import grouped_points
 from k25_jax.sampling.engine import Engine
 from k25_jax.sampling.requests import EngineConfig
 
-ARMS = {"zero_vision": ("text",), "text_vision": ("text", "shown")}  # kinds of chats, as many tokens of each
+ARMS = {"zero_vision": (TEXT,), "text_vision": (TEXT, SHOWN)}  # files of chats, as many tokens of each
 SEEDS = (0, 1, 2)
-RECORDS = 2700  # chats of each kind
+RECORDS = 2700  # chats
 STEPS, ROWS, LENGTH = 500, 8, 1024
 QUESTIONS = 48  # of a task
 WIDTH = 8  # episodes at once
@@ -50,7 +50,7 @@ def get_config(arg: str = ""):
         sources=sources(arm, "runs/zero_vision"),
         batch_size=ROWS,
         seq_len=LENGTH,
-        packs=2 if "shown" in ARMS[arm] else 0,
+        packs=2 if SHOWN in ARMS[arm] else 0,
         pack_patches=64,
         max_image_patches=64,
         seed=0,
@@ -64,7 +64,7 @@ def get_config(arg: str = ""):
 
 def sources(arm: str, workdir: str) -> list[dict]:
     """The chats of an arm."""
-    return [dict(path=f"{workdir}/{kind}/{FILE}", weight=1.0) for kind in ARMS[arm]]
+    return [dict(path=f"{workdir}/chats/{file}", weight=1.0) for file in ARMS[arm]]
 
 
 def get_hyper():
@@ -81,11 +81,10 @@ def get_hyper():
 
 
 def prepare(workdir: pathlib.Path) -> None:
-    """Write the chats of both kinds, unless they are there."""
-    for kind in ("text", "shown"):
-        if not (workdir / kind / FILE).is_file():
-            bar = iter(track(range(RECORDS), f"running programs: {kind}"))
-            demonstrate(workdir / kind, RECORDS, kind == "shown", on_progress=lambda _, bar=bar: next(bar))
+    """Run the programs and write the chats, unless they are there."""
+    if not (workdir / "chats" / SHOWN).is_file():
+        bar = iter(track(range(RECORDS), "running programs"))
+        demonstrate(workdir / "chats", RECORDS, on_progress=lambda _: next(bar))
 
 
 def report(workdir: pathlib.Path) -> None:

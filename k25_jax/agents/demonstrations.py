@@ -1,11 +1,14 @@
 """Trajectories for SFT: programs that were run in the sandbox on pictures, written as chats with calls (K2.5 §3.4).
 
-Zero-vision: the pictures are only in the sandbox, and the chat is text. `shown` trajectories have them in the user's turn
-as well. What the tool gave back is what the sandbox gave back.
+Zero-vision: the pictures are only in the sandbox, and the chat is text. The same trajectories are also written with the
+pictures shown in the user's turn. What the tool gave back is what the sandbox gave back.
 """
 
+import concurrent.futures
+import contextlib
 import json
 import pathlib
+import queue
 from collections.abc import Callable, Sequence
 
 from PIL import Image
@@ -18,44 +21,55 @@ from k25_jax.data.tasks import PROGRAMMED, make_task
 from k25_jax.data.tasks.programmed import Programmed
 
 MODE = "instant"  # these programs take no thought
-FILE = "trajectories.jsonl"
+TEXT, SHOWN = "text.jsonl", "shown.jsonl"
 TRAINED = tuple(f"{name}:train" for name in PROGRAMMED)
 
 
 def demonstrate(
     folder: pathlib.Path,
     records: int,
-    shown: bool = False,
     specs: Sequence[str] = TRAINED,
+    width: int = 6,
     on_progress: Callable[[int], None] | None = None,
-) -> pathlib.Path:
-    """Write `records` trajectories, of each task in turn, and return the JSONL file; raises ConfigError.
+) -> None:
+    """Write `records` trajectories, of each task in turn, to TEXT and SHOWN in `folder`; raises ConfigError.
 
-    The pictures of `shown` trajectories lie beside it. It is there when it is whole.
+    The pictures of SHOWN lie beside it. `width` programs run at once. Both files are there when they are whole.
     """
     tasks = [make_task(spec) for spec in specs]
     for spec, task in zip(specs, tasks, strict=True):
         if not isinstance(task, Programmed) or task.split != "train":
             raise ConfigError(f"{spec} has no programs to learn from; there are {', '.join(TRAINED)}")
     (folder / "pictures").mkdir(parents=True, exist_ok=True)
-    file, temporary = folder / FILE, folder / f"{FILE}.tmp"
-    with Sandbox() as sandbox, open(temporary, "w") as out:
-        tool = Pictures(sandbox, seconds=20)
-        for number in range(records):
-            index, task = number // len(tasks), tasks[number % len(tasks)]
-            pictures = _write_pictures(folder, task, index) if shown else []
-            out.write(json.dumps(trajectory(task, index, tool, pictures), ensure_ascii=False) + "\n")
+    files = {folder / name: folder / f"{name}.tmp" for name in (TEXT, SHOWN)}
+    with contextlib.ExitStack() as stack:
+        text, shown = (stack.enter_context(open(temporary, "w")) for temporary in files.values())
+        tools: queue.SimpleQueue[Pictures] = queue.SimpleQueue()
+        for _ in range(width):
+            tools.put(Pictures(stack.enter_context(Sandbox()), seconds=20))
+        pool = stack.enter_context(concurrent.futures.ThreadPoolExecutor(width))
+
+        def work(number: int) -> tuple[dict, list[str]]:
+            task, index, tool = tasks[number % len(tasks)], number // len(tasks), tools.get()
+            record = trajectory(task, index, tool)
+            tools.put(tool)
+            return record, _write_pictures(folder, task, index)
+
+        for record, names in pool.map(work, range(records)):
+            text.write(json.dumps(record, ensure_ascii=False) + "\n")
+            question = record["messages"][0]
+            question["content"] = [*({"type": "image", "image": name} for name in names), *question["content"]]
+            shown.write(json.dumps(record, ensure_ascii=False) + "\n")
             if on_progress:
                 on_progress(1)
-    temporary.replace(file)
-    return file
+    for file, temporary in files.items():
+        temporary.replace(file)
 
 
-def trajectory(task: Programmed, index: int, tool: Pictures, pictures: Sequence[str] = ()) -> dict:
-    """A chat: the question, behind `pictures` if any, each cell of the program as a call and what it gave, the answer."""
+def trajectory(task: Programmed, index: int, tool: Pictures) -> dict:
+    """A chat without pictures: the question, each cell of the program as a call and what it gave, the answer."""
     tool.show(task.media(index))
-    question = {"type": "text", "text": task.question(index)}
-    messages = [{"role": "user", "content": [*({"type": "image", "image": name} for name in pictures), question]}]
+    messages = [{"role": "user", "content": [{"type": "text", "text": task.question(index)}]}]
     for number, cell in enumerate(task.program(index)):
         call = {"id": f"functions.{tool.name}:{number}", "type": "function"}
         call["function"] = {"name": tool.name, "arguments": json.dumps({"code": cell})}

@@ -1,5 +1,6 @@
 """The tool `ipython` with pictures in it, as zero-vision SFT teaches and asks for it (K2.5 §3.4)."""
 
+import io
 from collections.abc import Sequence
 
 import numpy as np
@@ -17,9 +18,10 @@ class Pictures(IPython):
 
     def show(self, pictures: Sequence[np.ndarray]):
         """Begin a new episode with these pictures, uint8 [h, w, 3]; nothing of the last one is left."""
-        for i, picture in enumerate(pictures):
-            self._sandbox.put(f"{i}.png", picture)
-        load = f"images=[np.asarray(Image.open(f'{{i}}.png')) for i in range({len(pictures)})]"
+        file = io.BytesIO()
+        np.savez(file, *pictures)
+        self._sandbox.put("pictures.npz", file.getvalue())
+        load = "with np.load('pictures.npz') as file: images=list(file.values())\ndel file"
         begun = self._sandbox.run(f"%reset -f\n{PREAMBLE}\n{load}")
         if begun.status != "ok":
             raise InfrastructureError(f"the pictures cannot be loaded in the sandbox: {begun.text}")

@@ -65,11 +65,12 @@ def bar_chart(
 def grouped_points(
     groups: Mapping[str, Mapping[str, Sequence[float]]], title: str, y_label: str, top: float | None = None
 ) -> bytes:
-    """`groups[series][category]` are the values of repetitions: each a dot, their mean a bar behind them."""
+    """`groups[series][category]` are the values of repetitions: each a dot, their mean a bar with its number over it."""
     with matplotlib.rc_context(STYLE):
         figure, axes = new_figure(11.0, 4.2)
         means = {name: {key: float(np.mean(v)) for key, v in heights.items()} for name, heights in groups.items()}
-        draw_bars(axes, means, title, y_label, top, digits=1)
+        highest = {name: {key: max(v) for key, v in heights.items()} for name, heights in groups.items()}
+        draw_bars(axes, means, title, y_label, top, digits=1, above=highest)
         width, categories = 0.8 / max(1, len(groups)), list(next(iter(groups.values())))
         for index, heights in enumerate(groups.values()):
             for category, values in heights.items():
@@ -120,17 +121,24 @@ def draw_curves(axes: Axes, curves: Curves, title: str, y_label: str, x_label: s
 
 
 def draw_bars(
-    axes: Axes, groups: Mapping[str, Mapping[str, float]], title: str, y_label: str, top: float | None, digits: int
+    axes: Axes,
+    groups: Mapping[str, Mapping[str, float]],
+    title: str,
+    y_label: str,
+    top: float | None,
+    digits: int,
+    above: Mapping[str, Mapping[str, float]] | None = None,
 ):
-    """What `bar_chart` draws, on the given axes."""
+    """What `bar_chart` draws, on the given axes; `above` are the heights over which numbers stand, else the bars'."""
     categories = list(dict.fromkeys(category for heights in groups.values() for category in heights))
     width = 0.8 / max(1, len(groups))
     for index, (series, heights) in enumerate(groups.items()):
         at = [categories.index(category) + (index - (len(groups) - 1) / 2) * width for category in heights]
-        bars = axes.bar(
-            at, list(heights.values()), 0.92 * width, color=COLOURS[index % len(COLOURS)], label=plain(series)
-        )
-        axes.bar_label(bars, fmt=f"%.{digits}f", padding=2, fontsize=8, color=MUTED)
+        axes.bar(at, list(heights.values()), 0.92 * width, color=COLOURS[index % len(COLOURS)], label=plain(series))
+        for x, (category, height) in zip(at, heights.items(), strict=True):
+            place = (x, (above or groups)[series][category])
+            style = dict(ha="center", va="bottom", fontsize=8, color=MUTED)
+            axes.annotate(f"{height:.{digits}f}", place, (0, 3), textcoords="offset points", **style)
     crowded = sum(len(category) for category in categories) > 60
     axes.set_xticks(
         range(len(categories)),

@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from k25_jax.agents.demonstrations import FILE, demonstrate, trajectory
+from k25_jax.agents.demonstrations import SHOWN, TEXT, demonstrate, trajectory
 from k25_jax.agents.pictures import Pictures
 from k25_jax.config import ConfigError, DataConfig, preset
 from k25_jax.data.forms import prepare
@@ -33,13 +33,12 @@ def test_a_program_gives_the_answer(name, tool):
             assert seen == answer == task.answer(index)
 
 
-def test_zero_vision_trajectories_show_no_picture_and_others_do(tmp_path):
-    examples = {}
-    for kind in ("text", "shown"):
-        file = demonstrate(tmp_path / kind, 9, shown=kind == "shown", specs=("dots:train", "changes:train"))
-        assert file == tmp_path / kind / FILE
-        records = [Record("r", json.loads(line), file.parent) for line in file.read_text().splitlines()]
-        data = DataConfig(seq_len=2048, packs=4, pack_patches=64)
+def test_zero_vision_trajectories_show_no_picture_and_others_do(bwrap, tmp_path):
+    demonstrate(tmp_path, 9, specs=("dots:train", "changes:train"), width=2)
+    assert {path.name for path in tmp_path.iterdir()} == {TEXT, SHOWN, "pictures"}
+    examples, data = {}, DataConfig(seq_len=2048, packs=4, pack_patches=64)
+    for kind, name in (("text", TEXT), ("shown", SHOWN)):
+        records = [Record("r", json.loads(line), tmp_path) for line in (tmp_path / name).read_text().splitlines()]
         examples[kind] = [prepare(record, TOKENIZER, data, preset("tiny")) for record in records]
     assert [len(e.clips) for e in examples["text"]] == [0] * 9
     assert [len(e.clips) for e in examples["shown"]] == [1, 2, 1, 2, 1, 2, 1, 2, 1]
