@@ -11,10 +11,11 @@ NOTICE = b"\nstopping after this step; Ctrl-C again to stop at once\n"
 
 
 @contextlib.contextmanager
-def between_steps() -> Iterator[Callable[[], None]]:
+def between_steps(alone: bool = True) -> Iterator[Callable[[], None]]:
     """Gives `check()`, which raises KeyboardInterrupt if Ctrl-C was pressed before, as leaving the context does.
 
-    A second Ctrl-C acts at once. Outside the main thread, where no signals arrive, `check` does nothing.
+    A second Ctrl-C acts at once. Outside the main thread, where no signals arrive, `check` does nothing; nor does it when
+    not `alone`: others would wait in an exchange for a process that has left after its step (sharding/peers.py ends all).
     """
     pressed = False
 
@@ -29,7 +30,8 @@ def between_steps() -> Iterator[Callable[[], None]]:
         os.write(sys.__stderr__.fileno(), NOTICE)  # print() may be in the middle of a line
 
     before = signal.getsignal(signal.SIGINT)
-    if threading.current_thread() is not threading.main_thread() or before is not signal.default_int_handler:
+    hears = threading.current_thread() is threading.main_thread() and before is signal.default_int_handler
+    if not alone or not hears:
         yield check
         return
     signal.signal(signal.SIGINT, note)

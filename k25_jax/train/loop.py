@@ -45,7 +45,8 @@ def train(experiment: Experiment, directory: str | pathlib.Path, on_step=None) -
     """
     directory, config, first = pathlib.Path(directory), experiment.train, jax.process_index() == 0
     watch = peers.watched(lambda: f"after step {max(complete_steps(directory / 'checkpoints'), default=0)}")
-    with watch as watcher, between_steps() as stop_if_asked, contextlib.ExitStack() as stack, peers.leaving(watcher):
+    calm = between_steps(alone=jax.process_count() == 1)
+    with watch as watcher, calm as stop_if_asked, contextlib.ExitStack() as stack, peers.leaving(watcher):
         mesh = mesh_of(experiment)
         pipeline = stack.enter_context(contextlib.closing(open_data(experiment, mesh)))
         save_run(experiment, directory)

@@ -47,8 +47,15 @@ def test_bubblewrap_that_does_not_work_is_infrastructure(monkeypatch, tmp_path):
         Sandbox()
 
 
-def test_unconfined_warns_and_cleans_up(caplog, monkeypatch, tmp_path):
-    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+@pytest.fixture
+def short_path():
+    """A folder to be $TMPDIR: the paths of sockets have at most 107 bytes."""
+    with tempfile.TemporaryDirectory(dir="/tmp") as folder:
+        yield folder
+
+
+def test_unconfined_warns_and_cleans_up(caplog, monkeypatch, short_path):
+    monkeypatch.setattr(tempfile, "tempdir", short_path)
     monkeypatch.setenv("K25_SECRET", "hunter2")
     with caplog.at_level(logging.WARNING), Sandbox(unconfined=True) as sandbox:
         sandbox.put("red.png", RED)
@@ -58,7 +65,7 @@ def test_unconfined_warns_and_cleans_up(caplog, monkeypatch, tmp_path):
         assert text.startswith("['red.png'] False") and sandbox.get("red.png")[:4] == b"\x89PNG"
         child = int(text.split()[-1])
     assert any("UNCONFINED" in record.message and record.levelname == "WARNING" for record in caplog.records)
-    assert os.listdir(tmp_path) == []
+    assert os.listdir(short_path) == []
     assert not psutil.pid_exists(child) or psutil.Process(child).status() == psutil.STATUS_ZOMBIE
 
 

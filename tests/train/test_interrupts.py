@@ -61,6 +61,14 @@ def test_who_ignores_the_signal_goes_on_doing_so():
         signal.signal(signal.SIGINT, before)
 
 
+def test_one_of_several_processes_is_interrupted_at_once():
+    done = []
+    with pytest.raises(KeyboardInterrupt), between_steps(alone=False):
+        press()
+        done.append("an exchange that nobody else is in any more")
+    assert not done
+
+
 def test_another_thread_leaves_signals_alone():
     failed = []
 
