@@ -1,4 +1,4 @@
-"""The command `k25`: train, sweep, data, generate, chat, eval, convert, params, preflight, report, demo."""
+"""The command `k25`: train, sweep, data, generate, chat, serve, eval, convert, params, preflight, report, demo."""
 
 import argparse
 import dataclasses
@@ -61,6 +61,7 @@ def user_errors() -> tuple[type[Exception], ...]:
     from k25_jax.evals.protocol import AnswererError
     from k25_jax.report.metrics import MetricsError
     from k25_jax.sampling.sample import PromptError
+    from k25_jax.sampling.server import ServerError
     from k25_jax.text.chat import ChatError
     from k25_jax.text.tokenizer import TokenizerError
     from k25_jax.train.loop import BadSteps
@@ -69,7 +70,7 @@ def user_errors() -> tuple[type[Exception], ...]:
     from k25_jax.vision.video import VideoError
 
     return (
-        CheckpointError, ConfigError, PackingError, DataError, MetricsError, PromptError, ChatError,
+        CheckpointError, ConfigError, PackingError, DataError, MetricsError, PromptError, ServerError, ChatError,
         TokenizerError, BadSteps, ImageError, PackError, VideoError, AnswererError, OSError,
     )  # fmt: skip
 
@@ -122,6 +123,7 @@ def build_parser() -> argparse.ArgumentParser:
 
     chat = command("chat", run_chat, "talk to a model; /image FILE, /video FILE, /reset, /quit")
     add_sampling(chat)
+    add_serve(command("serve", run_serve, "answer requests in the form of OpenAI's API"))
 
     convert = command("convert", run_convert, "write a checkpoint in the public format")
     convert.add_argument("--checkpoint", required=True, help="a run of ours or a public checkpoint")
@@ -202,6 +204,36 @@ def add_sampling(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--fps", type=float, default=2.0, help="frames a second taken from a video")
 
 
+def add_serve(parser: argparse.ArgumentParser) -> None:
+    """The flags of `k25 serve`."""
+    parser.add_argument("--checkpoint", default="base", help=CHECKPOINT_HELP)
+    parser.add_argument("--host", default="127.0.0.1", help="default: this machine only; another needs an API key")
+    parser.add_argument("--port", type=int, default=8000, help="0 picks one that is free; default 8000")
+    parser.add_argument("--api_key_env", default="", metavar="NAME", help="environment variable that holds the API key")
+    parser.add_argument("--api_key_file", default="", metavar="FILE", help="file that holds the API key")
+    parser.add_argument(
+        "--model_name", default="", help="what requests call the model; default: the checkpoint's folder"
+    )
+    modes = "how answers begin where a request does not say; default: thinking for public weights, else plain"
+    parser.add_argument("--mode", default="", choices=("plain", "thinking", "instant"), help=modes)
+    parser.add_argument("--slots", type=int, default=32, help="answers that are drawn at once; default 32")
+    parser.add_argument("--pages", type=int, default=1024, help="pages of 16 tokens in the cache; default 1024")
+    parser.add_argument(
+        "--max_length", type=int, default=0, help="tokens of a prompt and its answer; default: the model's"
+    )
+    parser.add_argument(
+        "--max_tokens", type=int, default=0, help="tokens of an answer, at most; default: no further limit"
+    )
+    parser.add_argument("--concurrency", type=int, default=256, help="requests that may be open; others get 429")
+    parser.add_argument("--grace_seconds", type=float, default=30.0, help="for open requests when the server stops")
+    parser.add_argument("--media_root", default="", metavar="FOLDER", help="images and videos may be files below it")
+    parser.add_argument("--max_pixels", type=int, default=2**25, help="of an image or frame; larger ones are refused")
+    parser.add_argument("--max_image_patches", type=int, default=1024, help="larger images are scaled down")
+    parser.add_argument("--max_frame_patches", type=int, default=256, help="the same for frames of a video")
+    parser.add_argument("--fps", type=float, default=2.0, help="frames a second taken from a video")
+    parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16"))
+
+
 # ------------------------------------------------------------------------------------------------------------- commands
 def run_train(args) -> None:
     """Train, alone or with other processes; the first prints where the run lives."""
@@ -275,6 +307,13 @@ def run_chat(args) -> int:
     from k25_jax.sampling.console import chat
 
     return chat(args)
+
+
+def run_serve(args) -> int:
+    """Answer requests until a signal comes."""
+    from k25_jax.sampling.serve import serve
+
+    return serve(args)
 
 
 def run_convert(args) -> None:

@@ -10,7 +10,7 @@ from k25_jax.data.packing import expand_media
 from k25_jax.sampling.sample import PromptError
 from k25_jax.text.chat import render
 from k25_jax.text.tokenizer import Tokenizer
-from k25_jax.vision.image import load_image, preprocess
+from k25_jax.vision.image import MAX_PIXELS, load_image, preprocess
 from k25_jax.vision.patchpack import Clip
 from k25_jax.vision.video import chunks, format_timestamp, load_video
 
@@ -25,33 +25,48 @@ class Prompt:
 
 @dataclass(frozen=True)
 class MediaReader:
-    """Reads images and videos for one model. `max_image_patches` and `max_frame_patches` bound the tokens they take."""
+    """Reads images and videos for one model.
+
+    `max_image_patches` and `max_frame_patches` bound the tokens they take: what is larger is scaled down. `max_pixels` bounds
+    what is decoded: a larger picture is refused.
+    """
 
     config: K25Config
     max_image_patches: int = 16384
     max_frame_patches: int = 4096
     fps: float = 2.0
+    max_frames: int = 256
+    max_pixels: int = MAX_PIXELS
 
-    def image(self, source) -> Clip:
-        """One image from a path, bytes or a uint8 RGB array."""
-        pixels = source if isinstance(source, np.ndarray) else load_image(source)
-        name = "image" if isinstance(source, (np.ndarray, bytes)) else str(source)
+    def image(self, source, name: str = "") -> Clip:
+        """One image from a path, bytes or a uint8 RGB array; `name` stands for it in errors."""
+        name = name or ("image" if isinstance(source, (np.ndarray, bytes)) else str(source))
+        pixels = source if isinstance(source, np.ndarray) else load_image(source, self.max_pixels, name)
         return preprocess(pixels, self.config.vision, self.max_image_patches, name)
 
-    def video(self, source) -> list[tuple[str, Clip]]:
+    def video(self, source, name: str = "") -> list[tuple[str, Clip]]:
         """Chunks of up to four frames, each with its time; an array holds frames, `fps` of them a second."""
-        vision, name = self.config.vision, "video" if isinstance(source, (np.ndarray, bytes)) else str(source)
-        frames, seconds = load_video(source, self.fps, max_patches=self.max_frame_patches, config=vision)
+        vision, limits = self.config.vision, (self.max_frames, self.max_frame_patches)
+        name = name or ("video" if isinstance(source, (np.ndarray, bytes)) else str(source))
+        frames, seconds = load_video(source, self.fps, *limits, config=vision, max_pixels=self.max_pixels, name=name)
         return [(format_timestamp(time), clip) for time, clip in chunks(frames, seconds, vision, name)]
 
     def load(self, part: Mapping) -> list[tuple[str | None, Clip]]:
-        """A part of a message, for `text.chat.render`."""
-        return self.video(part["video"]) if "video" in part else [(None, self.image(part["image"]))]
+        """A part of a message, for `text.chat.render`; it may have a `name` for errors."""
+        name = part.get("name", "")
+        return self.video(part["video"], name) if "video" in part else [(None, self.image(part["image"], name))]
 
 
-def from_messages(messages: Sequence[Mapping], tokenizer: Tokenizer, reader: MediaReader) -> Prompt:
-    """A conversation, ready for the assistant's turn."""
-    rendered = render(messages, tokenizer, reader.load, add_generation_prompt=True)
+def from_messages(
+    messages: Sequence[Mapping],
+    tokenizer: Tokenizer,
+    reader: MediaReader,
+    mode: str = "plain",
+    tools: Sequence[Mapping] = (),
+    keep_thinking: bool = True,
+) -> Prompt:
+    """A conversation, ready for the assistant's turn; mode and tools as in `text.chat.render`."""
+    rendered = render(messages, tokenizer, reader.load, True, mode, tools, keep_thinking)
     pad = tokenizer.special["<|media_pad|>"]
     if pad != reader.config.media_pad_id:
         raise PromptError(
