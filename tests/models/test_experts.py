@@ -70,6 +70,7 @@ print("equal")
 """
 
 
+@pytest.mark.slow
 def test_a_run_goes_on_on_another_mesh(tmp_path):
     experiment = str(runs.write_experiment(tmp_path))
     assert runs.on_eight_devices(MOVING.format(folder=str(tmp_path), experiment=experiment)).endswith("equal\n")

@@ -133,10 +133,9 @@ def same(batch, arm, axes):
         assert error <= 1e-5, (arm, axes, jax.tree_util.keystr(path), error)
     return want[1]
 
-assert all(np.abs(a).max() > 0 for a in jax.tree.leaves(same(mixed, "dep", (1, 8, 1))["vision"]))
-same(mixed, "dep", (2, 2, 2))
-same(mixed, "stage0", (2, 2, 2))
-same(mixed, "plain", (2, 2, 2))
+assert all(np.abs(a).max() > 0 for a in jax.tree.leaves(same(mixed, "dep", (2, 2, 2))["vision"]))
+for arm, axes in MORE:
+    same(mixed, arm, axes)
 assert not any(np.abs(a).max() > 0 for a in jax.tree.leaves(same(words, "dep", (2, 2, 2))["vision"]))
 mesh = make_mesh(2, 2, 2)
 with jax.set_mesh(mesh):
@@ -147,5 +146,9 @@ print("equal")
 """
 
 
-def test_gradients_and_losses_equal_those_of_one_device():
-    assert runs.on_eight_devices(EQUAL) == "equal\n"
+MORE = [("dep", (1, 8, 1)), ("stage0", (2, 2, 2)), ("plain", (2, 2, 2))]
+
+
+@pytest.mark.parametrize("more", [MORE[1:2], pytest.param(MORE, marks=pytest.mark.slow)], ids=["two forms", "all"])
+def test_gradients_and_losses_equal_those_of_one_device(more):
+    assert runs.on_eight_devices(f"MORE = {more}\n{EQUAL}") == "equal\n"

@@ -63,6 +63,7 @@ print("equal")
 """
 
 
+@pytest.mark.slow
 def test_means_in_the_hosts_memory_train_alike_and_are_checkpointed(tmp_path):
     """A run that began without goes on with them there; its checkpoint can be read into either memory."""
     experiment = str(runs.write_experiment(tmp_path))

@@ -176,6 +176,7 @@ print("equal")
 """
 
 
+@pytest.mark.slow
 def test_on_a_mesh_both_losses_are_those_of_one_device(tmp_path):
     """Rows striped over `context`, and a batch in two parts: of either loss and of every gradient."""
     experiment = str(runs.write_experiment(tmp_path))
