@@ -1,6 +1,5 @@
 """Tests run on the CPU unless JAX_PLATFORMS says otherwise, and compile quickly."""
 
-import fcntl
 import os
 import shutil
 import signal
@@ -35,16 +34,14 @@ def finished():
     """`file`, an experiment file; `run`, the folder in which `k25 train` took it to its end: tests only read it."""
     import runs
 
-    folder = runs.shared("finished")
-    run, done = folder / "run", folder / "stdout"
-    with open(folder / "lock", "w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)  # the first to come trains, and who comes meanwhile waits
-        if not done.exists():
-            file = runs.write_experiment(folder)
-            result = runs.k25("train", f"--config={file}", f"--workdir={run}", "--json")
-            assert result.returncode == 0, result.stderr
-            done.write_text(result.stdout)
-    return types.SimpleNamespace(file=folder / "minute.py", run=run, stdout=done.read_text())
+    def train(folder) -> str:
+        file = runs.write_experiment(folder)
+        result = runs.k25("train", f"--config={file}", f"--workdir={folder / 'run'}", "--json")
+        assert result.returncode == 0, result.stderr
+        return result.stdout
+
+    folder, stdout = runs.once("finished", train)
+    return types.SimpleNamespace(file=folder / "minute.py", run=folder / "run", stdout=stdout)
 
 
 @pytest.fixture(scope="session")

@@ -1,5 +1,6 @@
 """A minute K2.5 that is trained by `k25 train` in a process of its own: its data, its experiment file, its commands."""
 
+import fcntl
 import json
 import os
 import pathlib
@@ -7,6 +8,7 @@ import subprocess
 import sys
 import textwrap
 import time
+from collections.abc import Callable
 
 import numpy as np
 from PIL import Image
@@ -73,6 +75,16 @@ def shared(name: str) -> pathlib.Path:
     folder = pathlib.Path(os.environ["K25_TESTS_SHARED"], name)
     folder.mkdir(exist_ok=True)
     return folder
+
+
+def once(name: str, make: Callable[[pathlib.Path], str]) -> tuple[pathlib.Path, str]:
+    """A folder that `make` has filled for all processes of one test session, and what it returned; the first makes it."""
+    folder = shared(name)
+    with open(folder / "lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)  # who comes meanwhile waits
+        if not (folder / "made").exists():
+            (folder / "made").write_text(make(folder))
+    return folder, (folder / "made").read_text()
 
 
 def environment() -> dict[str, str]:

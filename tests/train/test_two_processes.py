@@ -41,13 +41,16 @@ def children(process: subprocess.Popen) -> list[int]:
 
 
 @pytest.fixture(scope="module")
-def undisturbed(tmp_path_factory):
+def undisturbed():
     """`file`, an experiment, and `run`, where two processes took it to its end."""
-    folder = tmp_path_factory.mktemp("two")
-    file, run = runs.write_experiment(folder), folder / "run"
-    done = finish(start(file, run, "--json"))
-    assert done.returncode == 0, done.stderr[-3000:]
-    return types.SimpleNamespace(file=file, run=run, stdout=done.stdout)
+
+    def train(folder) -> str:
+        done = finish(start(runs.write_experiment(folder), folder / "run", "--json"))
+        assert done.returncode == 0, done.stderr[-3000:]
+        return done.stdout
+
+    folder, stdout = runs.once("two", train)
+    return types.SimpleNamespace(file=folder / "minute.py", run=folder / "run", stdout=stdout)
 
 
 def test_process_0_alone_writes_and_prints(undisturbed):
