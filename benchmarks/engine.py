@@ -160,7 +160,7 @@ def arguments():
     parser.add_argument("--json", action="store_true", help="one JSON line instead of the table")
     parser.add_argument("--preset", default="100m", help="the model")
     parser.add_argument("--at_once", type=int, nargs="+", default=[1, 8, 32], help="requests at once, rising")
-    parser.add_argument("--waves", type=int, default=3, help="requests are so many times as many")
+    parser.add_argument("--waves", type=int, default=1, help="requests are so many times as many")
     parser.add_argument("--prompt", type=int, default=192, help="tokens of a prompt, 16 to this")
     parser.add_argument("--answer", type=int, default=160, help="tokens of an answer, 16 to this")
     parser.add_argument("--rounds", type=int, default=3, help="how often the three take turns")
