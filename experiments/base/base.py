@@ -121,5 +121,6 @@ def report(workdir: pathlib.Path) -> None:
     origin = {stage: json.loads((workdir / stage / "experiment.json").read_text()) for stage in STAGES}
     run = json.loads((workdir / "long" / "run.json").read_text())
     origin = {"command": "make base", "revision": run["revision"], "versions": run["versions"], "stages": origin}
-    (public / "origin.json").write_text(json.dumps(origin, indent=1) + "\n")
+    text = json.dumps(origin, indent=1).replace(f"{workdir}/", "runs/base/")  # wherever it was made
+    (public / "origin.json").write_text(text + "\n")
     print(f"wrote {public} (the model), {workdir / 'categories.png'} and {workdir / 'losses.png'}")
