@@ -9,7 +9,7 @@
 | llm | the language model | text | nothing |
 | projector | the projector alone, against `llm` | as vit | llm, vit |
 | joint | everything | text and vision | projector |
-| long | everything, context 256 to 1024 by YaRN | the same, with passkeys | joint |
+| long | everything, context 256 to 1024 by YaRN | the same, with passkeys, longer lists and conversations | joint |
 
 Vision has half of the tokens in `joint`, not a tenth as in the paper: this language model is no near-end checkpoint of
 15T tokens, and its users want it to see. Then `joint` and `long` are asked the held-out questions of every category, and
@@ -46,17 +46,31 @@ VISION = (
     ("points:train", 0.7),
     ("polygons:train", 0.7),
     ("motion:train", 1.0),
+    ("turns:train", 4.0),
 )
-TEXT = (("facts:train", 1.0), ("puzzles:train", 1.0), ("programs:train", 1.0), ("library:train", 0.5))
-PASSKEYS = (("passkey:train:length=512", 1.0), ("passkey:train:length=1024", 1.0))
+TEXT = (
+    ("facts:train", 1.0),
+    ("puzzles:train", 1.0),
+    ("programs:train", 1.0),
+    ("library:train", 0.5),
+    ("recall:train:most=1", 1.0),  # copying is learnt from short lists first
+    ("recall:train:most=3", 1.0),
+    ("recall:train", 0.5),
+)
+LONG = (
+    ("passkey:train:length=512", 1.0),
+    ("passkey:train:length=1024", 1.0),
+    ("recall:train:most=40", 1.0),
+    ("turns:train:most=8", 2.0),
+)
 # name -> (steps, rows, highest rate, sources, share of vision, trainable)
 STAGES = {
     "small": (800, 8, 3e-3, TEXT, None, ()),
     "vit": (1500, 8, 2e-3, VISION, None, ("vision", "projector")),
-    "llm": (1500, 8, 3e-3, TEXT, None, ()),
+    "llm": (2500, 8, 3e-3, TEXT, None, ()),
     "projector": (200, 8, 1e-3, VISION, None, ("projector",)),
-    "joint": (5000, 8, 2e-3, VISION + TEXT, 0.5, ()),
-    "long": (300, 2, 3e-4, VISION + TEXT + PASSKEYS, 0.4, ()),
+    "joint": (6000, 8, 2e-3, VISION + TEXT, 0.5, ()),
+    "long": (800, 2, 5e-4, VISION + TEXT + LONG, 0.5, ()),
 }
 BEFORE = {"vit": "small", "projector": "llm", "joint": "projector", "long": "joint"}  # train.init_from
 ENCODER = {"projector": "vit"}  # train.init_vision_from

@@ -49,6 +49,8 @@ TASKS = {
     "mazes": "patterns",
     "library": "library",
     "passkey": "passkey",
+    "recall": "recall",
+    "turns": "turns",
 }
 PROGRAMMED = ("dots", "spots", "sizes", "lengths", "changes", "numerals", "glyphs", "bars", "mazes")  # for a sandbox
 CATEGORIES = (
@@ -66,6 +68,7 @@ CATEGORIES = (
     "code",
     "tool_use",  # by a program over the pixels
     "long_context",
+    "interleaved",  # conversations of questions of other tasks
     "text",  # to read on: no questions
 )
 SPLITS = ("train", "test")
