@@ -28,7 +28,7 @@ def run(finished, tmp_path_factory):
 
 
 def test_the_suite_has_held_out_questions_of_every_category():
-    assert {make_task(spec).category for spec in SUITE} == set(CATEGORIES) - {"text", "long_context", "tool_use"}
+    assert {make_task(spec).category for spec in SUITE} == set(CATEGORIES) - {"text", "tool_use"}
     assert {make_task(spec).split for spec in SUITE} == {"test"}
 
 
