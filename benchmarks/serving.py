@@ -33,7 +33,8 @@ from k25_jax.sampling.loop import EngineLoop
 from k25_jax.sampling.openai_requests import Served, chat_ask, completion_ask
 from k25_jax.sampling.prompt import MediaReader
 from k25_jax.sampling.requests import Completion, EngineConfig
-from k25_jax.sampling.server import Server, ServerConfig
+from k25_jax.sampling.server import Server
+from k25_jax.sampling.server_config import ServerConfig
 from k25_jax.text.tokenizer import load_tokenizer
 
 TEXT = TextConfig(

@@ -61,7 +61,7 @@ def user_errors() -> tuple[type[Exception], ...]:
     from k25_jax.evals.protocol import AnswererError
     from k25_jax.report.metrics import MetricsError
     from k25_jax.sampling.sample import PromptError
-    from k25_jax.sampling.server import ServerError
+    from k25_jax.sampling.server_config import ServerError
     from k25_jax.text.chat import ChatError
     from k25_jax.text.tokenizer import TokenizerError
     from k25_jax.train.loop import BadSteps

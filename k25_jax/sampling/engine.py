@@ -16,8 +16,8 @@ from typing import NamedTuple
 import numpy as np
 
 from k25_jax.config import K25Config
-from k25_jax.sampling.features import FeatureRows
-from k25_jax.sampling.pages import Pages, clip_digest
+from k25_jax.sampling.features import FeatureRows, packs
+from k25_jax.sampling.pages import Pages
 from k25_jax.sampling.programs import Drawn, Plan, Programs, empty_plan
 from k25_jax.sampling.requests import (
     Completion,
@@ -28,11 +28,10 @@ from k25_jax.sampling.requests import (
     Overloaded,
     Request,
     TokenEvent,
+    check_request,
 )
-from k25_jax.sampling.sample import PromptError, check_prompts
-from k25_jax.sampling.sequences import Sequence, Shown
+from k25_jax.sampling.sequences import Sequence, images_of
 from k25_jax.text.tokenizer import StreamDecoder, Tokenizer
-from k25_jax.vision.patchpack import pack_clips
 
 
 class Flight(NamedTuple):
@@ -89,44 +88,18 @@ class Engine:
                 f"{len(self._waiting)} samples wait and the queue holds {self.settings.queue}: no room for n={request.n} "
                 "more; try again later, or raise engine.queue"
             )
-        number, shown = next(self._ids), _shown(request, self.config.media_pad_id)
+        number, images = next(self._ids), images_of(request, self.config.media_pad_id)
         for sample in range(request.n):
             stream = StreamDecoder(self.tokenizer, skip_special=True) if request.stop else None
             self._waiting.append(
-                Sequence(number, sample, next(self._orders), request, shown, stream, [int(t) for t in request.tokens])
+                Sequence(number, sample, next(self._orders), request, images, stream, [int(t) for t in request.tokens])
             )
         return number
 
     def check(self, request: Request) -> None:
         """Raise PromptError for a request that this engine can never answer."""
-        s, sampling, length = self.settings, request.sampling, len(request.tokens)
-        check_prompts([request.tokens], [request.clips], sampling.max_tokens, self.config)
-        if length + sampling.max_tokens > self.max_length:
-            raise PromptError(
-                f"{length} tokens and max_tokens={sampling.max_tokens} exceed the {self.max_length} that this engine takes "
-                "(engine.max_length, engine.pages); shorten the prompt or lower max_tokens"
-            )
-        if not 1 <= request.n <= s.queue:
-            raise PromptError(f"n={request.n} must lie between 1 and the queue's {s.queue}")
-        if not 0 <= sampling.seed < 2**32:
-            raise PromptError(f"seed={sampling.seed} must lie in [0, 2**32)")
-        if not 0 <= request.alternatives <= s.alternatives:
-            raise PromptError(
-                f"alternatives={request.alternatives} must lie between 0 and engine.alternatives={s.alternatives}"
-            )
-        if "" in request.stop or (request.stop and self.tokenizer is None):
-            raise PromptError("stop texts must not be empty, and an engine that is to find them needs a tokenizer")
-        if request.clips and not self._programs.sees:
-            raise PromptError("this engine takes no images or video: no vision encoder, or engine.vision_patches=()")
-        for clip in request.clips:
-            if len(clip.patches) > s.vision_patches[-1] or clip.patches.shape[1] != self.config.vision.patch_dim:
-                raise PromptError(
-                    f"{clip.source or 'image'}: patches {clip.patches.shape} for an engine that takes up to "
-                    f"{s.vision_patches[-1]} of {self.config.vision.patch_dim} values; use a smaller image or raise "
-                    "engine.vision_patches"
-                )
-        if sum(clip.tokens for clip in request.clips) > s.vision_tokens:
-            raise PromptError(f"the images take more than engine.vision_tokens={s.vision_tokens} tokens; give fewer")
+        finds_texts, sees = self.tokenizer is not None, self._programs.sees
+        check_request(request, self.config, self.settings, self.max_length, finds_texts, sees)
 
     def abort(self, number: int) -> bool:
         """End a request; its finish events come with the next step. False when it is not here (any more)."""
@@ -273,7 +246,9 @@ class Engine:
             pages.release(shared)
             return False
         given, fresh = claimed
-        self._encode(fresh)
+        for pack, rows_M, images in packs(fresh, self.settings.vision_patches, self.config.vision):
+            self._programs.encode(pack, rows_M)
+            self._counts["encoded"] += images
         self._waiting.remove(sequence)
         bisect.insort(self._running, sequence, key=lambda s: s.order)
         sequence.slot, sequence.epoch = self._slots.pop(), self._epoch
@@ -282,21 +257,6 @@ class Engine:
         self._grow(sequence, shared + pages.take(count))
         self._counts["reused"] += start
         return True
-
-    def _encode(self, fresh) -> None:
-        """Encode images, as many at once as a program takes."""
-        vision, sizes = self.config.vision, self.settings.vision_patches
-        while fresh:
-            totals = list(itertools.accumulate(len(clip.patches) for _, clip in fresh))
-            count = max(1, bisect.bisect_right(totals, sizes[-1]))
-            part, fresh = fresh[:count], fresh[count:]
-            patches = next(size for size in sizes if size >= totals[count - 1])
-            pack, starts = pack_clips([clip for _, clip in part], 1, patches, vision.merge, vision.patch_dim)
-            rows_M = np.full(patches // vision.group, -1, np.int32)
-            for (encoded, clip), start in zip(part, starts, strict=True):
-                rows_M[start : start + clip.tokens] = encoded.rows_M
-            self._programs.encode(pack, rows_M)
-            self._counts["encoded"] += count
 
     def _pieces(self) -> list[tuple[Sequence, int, int]]:
         """(sequence, first place, place behind the last) of the pieces of prompts to read in this step."""
@@ -385,10 +345,3 @@ class Engine:
             self._waiting.remove(sequence)
         error = "the model gave a token no finite log-probability; its weights may be broken" * (reason == "error")
         self._events.append(FinishEvent(sequence.id, sequence.sample, reason, stopped_by, error))
-
-
-def _shown(request: Request, media_pad_id: int) -> list[Shown]:
-    """The images of a prompt with the places of their tokens."""
-    places = np.flatnonzero(np.asarray(request.tokens) == media_pad_id)
-    ends = itertools.accumulate(clip.tokens for clip in request.clips)
-    return [Shown(c, clip_digest(c), places[end - c.tokens : end]) for c, end in zip(request.clips, ends, strict=True)]

@@ -1,12 +1,15 @@
 """Which rows of the engine's buffer of vision features are whose: a clip is encoded once for all who show it."""
 
+import bisect
 import dataclasses
+import itertools
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 
-from k25_jax.vision.patchpack import Clip
+from k25_jax.config import VisionConfig
+from k25_jax.vision.patchpack import Clip, VisionPack, pack_clips
 
 
 @dataclasses.dataclass(eq=False)
@@ -67,3 +70,22 @@ class FeatureRows:
     def _drop(self, encoded: Encoded) -> None:
         del self._found[encoded.digest]
         self._free += encoded.rows_M.tolist()
+
+
+def packs(
+    fresh: Sequence[tuple[Encoded, Clip]], sizes: Sequence[int], vision: VisionConfig
+) -> Iterator[tuple[VisionPack, np.ndarray, int]]:
+    """Clips in packs of as many as fit in the largest of `sizes`, in patches: (pack, the row of each token, clips in it).
+
+    A row is -1 where the pack has no token.
+    """
+    while fresh:
+        totals = list(itertools.accumulate(len(clip.patches) for _, clip in fresh))
+        count = max(1, bisect.bisect_right(totals, sizes[-1]))
+        part, fresh = fresh[:count], fresh[count:]
+        patches = next(size for size in sizes if size >= totals[count - 1])
+        pack, starts = pack_clips([clip for _, clip in part], 1, patches, vision.merge, vision.patch_dim)
+        rows_M = np.full(patches // vision.group, -1, np.int32)
+        for (encoded, clip), start in zip(part, starts, strict=True):
+            rows_M[start : start + clip.tokens] = encoded.rows_M
+        yield pack, rows_M, count

@@ -28,7 +28,7 @@ class ApiError(Exception):
 
 def from_text(error: Exception, default: str) -> ApiError:
     """The error of a part of ours whose text begins with the place in the body, or else concerns `default`."""
-    place = re.match(r"(?:messages|tools)\b[\w.\[\]]*", str(error))
+    place = re.match(r"(?:messages|tools)\b[\w.$\[\]]*", str(error))
     return ApiError(str(error), place[0].rstrip(".") if place else default)
 
 

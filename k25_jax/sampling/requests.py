@@ -1,11 +1,12 @@
-"""What the engine is asked, what it answers, and the sizes it is built with."""
+"""What the engine is asked, and which of it can be answered, what it answers, and the sizes it is built with."""
 
 import dataclasses
 from collections.abc import Sequence
 
 import jax.numpy as jnp
 
-from k25_jax.sampling.sample import SampleConfig
+from k25_jax.config import K25Config
+from k25_jax.sampling.sample import PromptError, SampleConfig, check_prompts
 from k25_jax.vision.patchpack import Clip
 
 
@@ -65,6 +66,43 @@ class Request:
     n: int = 1
     stop: tuple[str, ...] = ()
     alternatives: int = 0
+
+
+def check_request(
+    request: Request, config: K25Config, settings: EngineConfig, max_length: int, finds_texts: bool, sees: bool
+) -> None:
+    """Raise PromptError for a request that an engine can never answer.
+
+    It takes `max_length` tokens of a prompt and its answer, `finds_texts` with a tokenizer, and `sees` with an encoder.
+    """
+    s, sampling, length = settings, request.sampling, len(request.tokens)
+    check_prompts([request.tokens], [request.clips], sampling.max_tokens, config)
+    if length + sampling.max_tokens > max_length:
+        raise PromptError(
+            f"{length} tokens and max_tokens={sampling.max_tokens} exceed the {max_length} that this engine takes "
+            "(engine.max_length, engine.pages); shorten the prompt or lower max_tokens"
+        )
+    if not 1 <= request.n <= s.queue:
+        raise PromptError(f"n={request.n} must lie between 1 and the queue's {s.queue}")
+    if not 0 <= sampling.seed < 2**32:
+        raise PromptError(f"seed={sampling.seed} must lie in [0, 2**32)")
+    if not 0 <= request.alternatives <= s.alternatives:
+        raise PromptError(
+            f"alternatives={request.alternatives} must lie between 0 and engine.alternatives={s.alternatives}"
+        )
+    if "" in request.stop or (request.stop and not finds_texts):
+        raise PromptError("stop texts must not be empty, and an engine that is to find them needs a tokenizer")
+    if request.clips and not sees:
+        raise PromptError("this engine takes no images or video: no vision encoder, or engine.vision_patches=()")
+    for clip in request.clips:
+        if len(clip.patches) > s.vision_patches[-1] or clip.patches.shape[1] != config.vision.patch_dim:
+            raise PromptError(
+                f"{clip.source or 'image'}: patches {clip.patches.shape} for an engine that takes up to "
+                f"{s.vision_patches[-1]} of {config.vision.patch_dim} values; use a smaller image or raise "
+                "engine.vision_patches"
+            )
+    if sum(clip.tokens for clip in request.clips) > s.vision_tokens:
+        raise PromptError(f"the images take more than engine.vision_tokens={s.vision_tokens} tokens; give fewer")
 
 
 @dataclasses.dataclass(frozen=True)

@@ -5,16 +5,15 @@ content, and special tokens are no text.
 """
 
 import collections
-import re
 from collections.abc import Sequence
 from typing import NamedTuple
 
 from k25_jax.text.tokenizer import StreamDecoder, Tokenizer
+from k25_jax.text.tool_calls import CALL_ID
 
 THINK, THOUGHT = "<think>", "</think>"
 SECTION, SECTION_END = "<|tool_calls_section_begin|>", "<|tool_calls_section_end|>"
 CALL, ARGUMENTS, CALL_END = "<|tool_call_begin|>", "<|tool_call_argument_begin|>", "<|tool_call_end|>"
-_ID = re.compile(r"functions\.([\w.-]+):\d+")
 
 
 class Piece(NamedTuple):
@@ -26,8 +25,8 @@ class Piece(NamedTuple):
 
 def call_name(call_id: str) -> str | None:
     """The name of the tool in the id of a call; None for what is no such id."""
-    match = _ID.fullmatch(call_id)
-    return match[1] if match else None
+    match = CALL_ID.fullmatch(call_id)
+    return match["name"] if match else None
 
 
 class StopTexts:

@@ -1,13 +1,14 @@
 """One answer in the making: its tokens, its place in the engine, what it draws with, and when it ends."""
 
 import dataclasses
+import itertools
 import math
 from collections.abc import Sequence as Items
 
 import numpy as np
 
 from k25_jax.sampling.features import Encoded
-from k25_jax.sampling.pages import page_keys
+from k25_jax.sampling.pages import clip_digest, page_keys
 from k25_jax.sampling.requests import Request
 from k25_jax.text.tokenizer import StreamDecoder
 from k25_jax.vision.patchpack import Clip
@@ -20,6 +21,13 @@ class Shown:
     clip: Clip
     digest: bytes
     places: np.ndarray
+
+
+def images_of(request: Request, media_pad_id: int) -> list[Shown]:
+    """The images of a prompt with the places of their tokens."""
+    places = np.flatnonzero(np.asarray(request.tokens) == media_pad_id)
+    ends = itertools.accumulate(clip.tokens for clip in request.clips)
+    return [Shown(c, clip_digest(c), places[end - c.tokens : end]) for c, end in zip(request.clips, ends, strict=True)]
 
 
 @dataclasses.dataclass(eq=False)

@@ -15,7 +15,8 @@ from k25_jax.sampling.loop import EngineLoop
 from k25_jax.sampling.openai_requests import Served
 from k25_jax.sampling.prompt import MediaReader
 from k25_jax.sampling.requests import EngineConfig
-from k25_jax.sampling.server import Server, ServerConfig, ServerError, check_reach
+from k25_jax.sampling.server import Server
+from k25_jax.sampling.server_config import ServerConfig, ServerError, check_reach
 
 TOP_LOGPROBS = 20
 

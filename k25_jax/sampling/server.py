@@ -7,7 +7,6 @@ gets larger chunks, and who reads nothing is left.
 
 import asyncio
 import contextlib
-import dataclasses
 import json
 import logging
 import socket
@@ -17,7 +16,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 
 from aiohttp import web
 
-from k25_jax.sampling.callers import Callers, is_loopback
+from k25_jax.sampling.callers import Callers
 from k25_jax.sampling.inbox import Inbox
 from k25_jax.sampling.loop import EngineLoop, Stream
 from k25_jax.sampling.openai_answers import Answer
@@ -25,45 +24,13 @@ from k25_jax.sampling.openai_errors import ApiError, from_text, overloaded, stop
 from k25_jax.sampling.openai_requests import Ask, Served, chat_ask, completion_ask
 from k25_jax.sampling.requests import EngineError, Overloaded
 from k25_jax.sampling.sample import PromptError
+from k25_jax.sampling.server_config import ServerConfig, check_reach
 from k25_jax.sampling.server_metrics import Metrics
 
 logger = logging.getLogger(__name__)
 
 KEEP_OPEN = 75.0  # seconds that an idle connection stays
 OPEN_ROUTES = ("/health",)  # for these no key is needed
-
-
-class ServerError(ValueError):
-    """A server that cannot be set up like this; the message says what to change."""
-
-
-@dataclasses.dataclass(frozen=True)
-class ServerConfig:
-    """Where a server listens, and its limits."""
-
-    host: str = "127.0.0.1"
-    port: int = 8000  # 0: any that is free
-    concurrency: int = 256  # requests that are answered at once; others get 429
-    body_bytes: int = 2**25
-    held_bytes: int = 2**28  # of all bodies that are being read
-    body_seconds: float = 60.0  # in which a body must have arrived
-    stall_seconds: float = 60.0  # a client that takes nothing for so long is left
-    unread_bytes: int = 2**18  # of an answer that the system holds for a client
-    grace_seconds: float = 30.0  # for requests under way when the server stops
-    readers: int = 2  # threads that read bodies
-    callers: int = 16  # threads that wait for the engine
-
-    def __post_init__(self):
-        seconds = ("body_seconds", "stall_seconds")
-        for name in ("concurrency", "body_bytes", "held_bytes", *seconds, "unread_bytes", "readers", "callers"):
-            if getattr(self, name) <= 0:
-                raise ServerError(f"{name}={getattr(self, name)} must be positive")
-
-
-def check_reach(host: str, key: str) -> None:
-    """Raise ServerError for a server without a key that other machines can reach."""
-    if not key and not is_loopback(host):
-        raise ServerError(f"host={host} can be reached from other machines: that needs an API key")
 
 
 class Server:

@@ -2,16 +2,15 @@
 
 A turn is `<|im_user|>user<|im_middle|>` content `<|im_end|>`; an image in it is `<|media_begin|>image<|media_content|>
 <|media_pad|><|media_end|>`, and a video is a list of such chunks, each after its time. There is one media_pad for each
-clip; `data.packing` repeats it for every vision token. Tools are declared as JSON in a first turn `tool_declare`, calls
-follow what the assistant says (`text.tool_calls` has their form), and the result of a call is a turn `tool` that begins
-with `## Return of ID`. The mode says how an assistant's turn begins:
+clip; `data.packing` repeats it for every vision token. Tools are declared in a first turn `tool_declare`
+(`text.declarations` has their form), calls follow what the assistant says (`text.tool_calls` has theirs), and the result of
+a call is a turn `tool` that begins with `## Return of ID`. The mode says how an assistant's turn begins:
 
     plain      with what it says, as in K2-Instruct; <think> and </think> may stand in it
     thinking   <think> reasoning </think>; the prompt for a new turn ends with <think>
     instant    <think></think>, which is in the prompt too
 """
 
-import json
 import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -19,6 +18,7 @@ from typing import Any
 
 import numpy as np
 
+from k25_jax.text.declarations import DeclarationError, declare
 from k25_jax.text.tokenizer import Tokenizer
 from k25_jax.text.tool_calls import CallError, CallIds, call_parts
 
@@ -118,9 +118,7 @@ class Renderer:
         self._writer = Writer(tokenizer)
         self._load_media, self._mode, self.ids = load_media, mode, CallIds()
         if tools:
-            self._header("system", "tool_declare")
-            self._writer.text(declare(tools), 0.0)
-            self._writer.special("<|im_end|>", 0.0)
+            self._declare(tools)
 
     @property
     def rendered(self) -> Rendered:
@@ -168,6 +166,15 @@ class Renderer:
         for special in {"plain": (), "thinking": THINK[:1], "instant": THINK}[self._mode]:
             self._writer.special(special, 0.0)
 
+    def _declare(self, tools: Sequence[Mapping]):
+        try:
+            text = declare(tools)
+        except DeclarationError as problem:
+            raise ChatError(str(problem)) from None
+        self._header("system", "tool_declare")
+        self._writer.text(text, 0.0)
+        self._writer.special("<|im_end|>", 0.0)
+
     def _header(self, kind: str, name: str):
         self._writer.special(f"<|im_{kind}|>", 0.0)
         self._writer.text(name, 0.0)
@@ -212,9 +219,9 @@ def render(
 
     `content` is a string or a list of parts: {"type": "text", "text": ..}, {"type": "image", "image": source},
     {"type": "video", "video": source}. Without `load_media`, parts other than text are refused. The assistant may have
-    `reasoning_content` and `tool_calls`, a result of a call (role tool) has its `tool_call_id`; `tools` are JSON
-    declarations. `keep_thinking=False` is the public template's default: of the turns up to the last answer without
-    calls the thinking is left out, and what was said after it has weight 0. Raises ChatError.
+    `reasoning_content` and `tool_calls`, a result of a call (role tool) has its `tool_call_id`; `tools` are those of
+    `text.declarations`. `keep_thinking=False` is the public template's default: of the turns up to the last answer
+    without calls the thinking is left out, and what was said after it has weight 0. Raises ChatError.
     """
     if isinstance(messages, (str, bytes)) or not isinstance(messages, Sequence) or not messages:
         raise ChatError(f"messages must be a list of at least one message, not {_show(messages)}")
@@ -225,18 +232,6 @@ def render(
     if add_generation_prompt:
         renderer.open_assistant()
     return renderer.rendered
-
-
-def declare(tools: Sequence[Mapping]) -> str:
-    """Declarations of tools as the template writes them: compact JSON with sorted keys; raises ChatError."""
-    for number, tool in enumerate(tools):
-        function = tool.get("function") if isinstance(tool, Mapping) else None
-        if not isinstance(function, Mapping) or not isinstance(function.get("name"), str):
-            raise ChatError(f"tools[{number}] must be {{'type': 'function', 'function': {{'name': .., ..}}}}")
-    try:
-        return json.dumps(tools, ensure_ascii=False, separators=(",", ":"), sort_keys=True)
-    except (TypeError, ValueError) as problem:
-        raise ChatError(f"tools cannot be written as JSON: {problem}") from None
 
 
 def part_kind(part: Mapping, where: str) -> str:

@@ -16,7 +16,8 @@ from dataclasses import dataclass, field
 from k25_jax.text.tokenizer import Tokenizer
 
 ENDS = ("<|im_end|>", "[EOS]", "[EOT]")
-_ID = re.compile(r"functions\.(?P<name>[\w.-]+):\d+")
+TOOL_NAME = re.compile(r"[\w.-]+")
+CALL_ID = re.compile(rf"functions\.(?P<name>{TOOL_NAME.pattern}):\d+")
 
 
 class CallError(ValueError):
@@ -59,7 +60,7 @@ class CallIds:
 
     def next(self, name: str, given: str) -> str:
         """The id of the next call."""
-        ours = given if _ID.fullmatch(given) else f"functions.{name}:{self.count}"
+        ours = given if CALL_ID.fullmatch(given) else f"functions.{name}:{self.count}"
         self.count += 1
         if given:
             self._ours[given] = ours
@@ -76,7 +77,7 @@ def call_parts(call: Mapping, ids: CallIds) -> tuple[str, str]:
     if not isinstance(function, Mapping):
         raise CallError(" must be {'id': .., 'function': {'name': .., 'arguments': ..}}")
     name, arguments, given = function.get("name"), function.get("arguments"), call.get("id") or ""
-    if not isinstance(name, str) or not re.fullmatch(r"[\w.-]+", name):
+    if not isinstance(name, str) or not TOOL_NAME.fullmatch(name):
         raise CallError(f".function.name must be letters, digits, '_', '.' and '-', not {name!r}")
     if not isinstance(given, str):
         raise CallError(f".id must be a string, not {type(given).__name__}")
@@ -130,7 +131,7 @@ def _read_call(tokens: Sequence[int], tokenizer: Tokenizer) -> Call | BadCall:
     body, *rest = _split(tokens, tokenizer.special["<|tool_call_end|>"])
     id_part, *arguments = _split(body, tokenizer.special["<|tool_call_argument_begin|>"])
     id_ = tokenizer.decode(id_part).strip()
-    match = _ID.fullmatch(id_)
+    match = CALL_ID.fullmatch(id_)
     shown = id_ if match else (id_[:100] or "unknown")
     if not match:
         return BadCall(shown, "the id of a call must be functions.NAME:INDEX")

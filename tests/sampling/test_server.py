@@ -38,7 +38,8 @@ from k25_jax.models.k25 import forward
 from k25_jax.sampling.loop import EngineLoop
 from k25_jax.sampling.prompt import from_messages
 from k25_jax.sampling.sample import lay_out
-from k25_jax.sampling.server import Server, ServerConfig, ServerError
+from k25_jax.sampling.server import Server
+from k25_jax.sampling.server_config import ServerConfig, ServerError
 from k25_jax.text.tokenizer import BYTE_SPECIAL, load_tokenizer
 from k25_jax.vision.patchpack import pack_clips
 

@@ -1,7 +1,5 @@
 """Turns that are appended against whole lists of messages, and both against a Jinja template of the public form."""
 
-import json
-
 import jinja2
 import numpy as np
 import pytest
@@ -46,6 +44,7 @@ TEMPLATE = """
 """
 
 TOOL = {"type": "function", "function": {"name": "ipython", "parameters": {"type": "object"}}}
+DECLARED = "# Tools\n\n## functions\nnamespace functions {\ntype ipython = (_: {}) => any;\n}\n"
 
 
 def calls(*ids):
@@ -89,8 +88,7 @@ def load_media(part):
 
 def by_jinja(messages, thinking, keep, prompt=False):
     template = jinja2.Environment(undefined=jinja2.ChainableUndefined).from_string(TEMPLATE)
-    tools = json.dumps([TOOL], separators=(",", ":"), sort_keys=True)
-    return template.render(messages=messages, thinking=thinking, keep=keep, prompt=prompt, tools=tools)
+    return template.render(messages=messages, thinking=thinking, keep=keep, prompt=prompt, tools=DECLARED)
 
 
 @pytest.mark.parametrize("mode", ["thinking", "instant"])
