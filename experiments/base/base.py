@@ -9,7 +9,7 @@
 | llm | the language model | text | nothing |
 | projector | the projector alone, against `llm` | as vit | llm, vit |
 | joint | everything | text and vision | projector |
-| long | everything, context 256 to 1024 by YaRN | the same, with passkeys, longer lists and conversations | joint |
+| long | everything, context 256 to 1024 by YaRN | the same, passkeys, long lists and conversations, calls of tools | joint |
 
 Vision has half of the tokens in `joint`, not a tenth as in the paper: this language model is no near-end checkpoint of
 15T tokens, and its users want it to see. Then `joint` and `long` are asked the held-out questions of every category, and
@@ -62,6 +62,7 @@ LONG = (
     ("passkey:train:length=1024", 1.0),
     ("recall:train:most=40", 1.0),
     ("turns:train:most=8", 2.0),
+    ("lookups:train", 10.0),
 )
 # name -> (steps, rows, highest rate, sources, share of vision, trainable)
 STAGES = {
@@ -70,7 +71,7 @@ STAGES = {
     "llm": (2500, 8, 3e-3, TEXT, None, ()),
     "projector": (200, 8, 1e-3, VISION, None, ("projector",)),
     "joint": (6000, 8, 2e-3, VISION + TEXT, 0.5, ()),
-    "long": (800, 2, 5e-4, VISION + TEXT + LONG, 0.5, ()),
+    "long": (1500, 4, 7e-4, VISION + TEXT + LONG, 0.4, ()),
 }
 BEFORE = {"vit": "small", "projector": "llm", "joint": "projector", "long": "joint"}  # train.init_from
 ENCODER = {"projector": "vit"}  # train.init_vision_from

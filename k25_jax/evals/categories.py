@@ -19,7 +19,7 @@ from k25_jax.evals.protocol import Answerer, Settings, digest_of
 from k25_jax.evals.summary import Score, summarise, write_scores
 
 FILE = "evals.json"
-APART = ("library", "passkey", *PROGRAMMED)  # nothing to ask, another length, other means
+APART = ("library", "lookups", "passkey", *PROGRAMMED)  # nothing to ask, or no tool; another length; other means
 SUITE = tuple(f"{name}:test" for name in TASKS if name not in APART)
 GREEDY = Settings(temperature=0.0, score_cut=True)  # the length of an answer is set by `Rendered.longest`
 

@@ -51,6 +51,7 @@ TASKS = {
     "passkey": "passkey",
     "recall": "recall",
     "turns": "turns",
+    "lookups": "lookups",
 }
 PROGRAMMED = ("dots", "spots", "sizes", "lengths", "changes", "numerals", "glyphs", "bars", "mazes")  # for a sandbox
 CATEGORIES = (

@@ -37,7 +37,7 @@ class Recall(Endless):
 
     def compose(self, generator: np.random.Generator) -> Noted:
         number = int(generator.integers(1, self.most + 1))
-        values = {_letters(generator, 1, 4): _value(generator) for _ in range(number)}
+        values = {name_of(generator): value_of(generator) for _ in range(number)}
         return Noted(tuple(values.items()), pick(generator, BETWEEN), pick(generator, tuple(values)))
 
     def key(self, scene: Noted) -> str:
@@ -52,7 +52,13 @@ class Recall(Endless):
         return dict(scene.lines)[scene.asked]
 
 
-def _value(generator: np.random.Generator) -> str:
+def name_of(generator: np.random.Generator) -> str:
+    """One to four letters."""
+    return _letters(generator, 1, 4)
+
+
+def value_of(generator: np.random.Generator) -> str:
+    """A number, two numbers with a comma, a word, or letters and digits."""
     match pick(generator, KINDS):
         case "number":
             return _number(generator, 4)

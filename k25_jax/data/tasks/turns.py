@@ -1,4 +1,4 @@
-"""Conversations of several questions, about pictures and without: each is one of another task (interleaved data, K2.5 §3.3)."""
+"""Conversations of several questions, about pictures and without, each of another task (interleaved data, K2.5 §3.3)."""
 
 import functools
 from dataclasses import dataclass

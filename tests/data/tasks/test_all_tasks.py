@@ -12,7 +12,7 @@ from k25_jax.data.tasks import CATEGORIES, TASKS, Endless, held_out, make_task
 from k25_jax.text.chat import part_kind
 from k25_jax.text.tokenizer import load_tokenizer
 
-ASKING = [name for name in TASKS if name != "library"]
+ASKING = [name for name in TASKS if name not in ("library", "lookups")]
 SINGLE = [name for name in ASKING if name != "turns"]  # one question a record
 ENDLESS = [name for name in ASKING if isinstance(make_task(f"{name}:test"), Endless)]
 OPTIONS = [
@@ -45,7 +45,7 @@ def test_every_category_has_its_tasks():
     found = {make_task(f"{name}:test").category for name in TASKS}
     assert found == set(CATEGORIES)
     texts = {name for name in TASKS if make_task(f"{name}:test").modality == "text"}
-    assert texts == {"facts", "puzzles", "programs", "library", "passkey", "recall"}
+    assert texts == {"facts", "puzzles", "programs", "library", "passkey", "recall", "lookups"}
 
 
 @pytest.mark.parametrize("name", SINGLE)

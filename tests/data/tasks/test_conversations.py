@@ -1,5 +1,6 @@
-"""Lists to copy from, and conversations of several questions."""
+"""Lists to copy from, conversations of several questions, and conversations with calls."""
 
+import json
 import re
 
 import numpy as np
@@ -66,3 +67,36 @@ def test_every_answer_of_a_conversation_is_learnt():
         answers = [turn.task.answer(turn.index) for turn in task.turns(index)]
         assert example.loss_weights.sum() == sum(len(answer.encode()) + 1 for answer in answers)
         assert len(example.clips) == len(task.media(index))
+
+
+def test_a_lookup_is_answered_with_what_its_last_call_gave():
+    task, calls = make_task("lookups:train"), set()
+    for index in range(200):
+        record = task.record(index)
+        question, *turns, answer = record["messages"]
+        (function,) = [tool["function"] for tool in record["tools"]]
+        ((field, kind),) = function["parameters"]["properties"].items()
+        assert kind == {"type": "string"} and len(turns) % 2 == 0
+        key = next(name for name in re.findall("[a-z]+", question["content"]) if name in json.dumps(turns[0]))
+        for number, (said, back) in enumerate(zip(turns[::2], turns[1::2], strict=True)):
+            (call,) = said["tool_calls"]
+            assert call["id"] == back["tool_call_id"] == f"functions.{function['name']}:{number}"
+            arguments = json.loads(call["function"]["arguments"])
+            assert list(arguments) == [field] and (number == 0 or arguments[field] == key)
+            rows = dict(line.split(": ") for line in back["content"].split("\n") if ": " in line)
+            key = rows.get(arguments[field], back["content"])
+        assert answer == {"role": "assistant", "content": key} and key == task.answer(index)
+        calls.add(len(turns) // 2)
+    assert calls == {1, 2}
+
+
+def test_lookups_are_trained_on_and_not_asked():
+    task = make_task("lookups:test")
+    with pytest.raises(TaskError, match="cannot be asked"):
+        task.prompt(0)
+    held = {task.key(task.scene(index)) for index in range(300)}
+    train = make_task("lookups:train")
+    assert not held & {train.key(train.scene(index)) for index in range(300)}
+    data = DataConfig(seq_len=1024)
+    example = prepare(Record("lookups", train.record(0)), load_tokenizer(), data, preset("tiny"))
+    assert train.answer(0) in load_tokenizer().decode([int(t) for t in example.tokens]) and example.loss_weights.any()
