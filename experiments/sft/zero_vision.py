@@ -35,8 +35,8 @@ from k25_jax.sampling.requests import EngineConfig
 ARMS = {"zero_vision": (TEXT,), "text_vision": (TEXT, SHOWN)}  # files of chats, as many tokens of each
 SEEDS = (0, 1, 2)
 RECORDS = 2700  # chats
-STEPS, ROWS, LENGTH = 500, 8, 1024
-QUESTIONS = 48  # of a task
+STEPS, ROWS, LENGTH = 600, 8, 1024
+QUESTIONS = 32  # of a task
 WIDTH = 8  # episodes at once
 
 
