@@ -94,9 +94,12 @@ def report(workdir: pathlib.Path) -> None:
     asked["none"] = ask(load_model("base"), workdir / "none.json", "none")
     found = {arm: [asked[f"{arm}_{seed}"] for seed in SEEDS] for arm in ARMS} | {"none": [asked["none"]]}
     by_task = {
-        arm: {task: [mean(run, "shown", task) for run in runs] for task in PROGRAMMED} for arm, runs in found.items()
+        arm: {task: [mean(run, "shown", task) for run in runs] for task in PROGRAMMED}
+        | {f"all, {condition}": [mean(run, condition) for run in runs] for condition in CONDITIONS}
+        for arm, runs in found.items()
     }
-    figure = grouped_points(by_task, f"Pictures by program: {len(SEEDS)} seeds an arm", "right answers, %")
+    title = f"Pictures by program: shown to the model, by task, then all tasks by condition; {len(SEEDS)} seeds an arm"
+    figure = grouped_points(by_task, title, "right answers, %", top=100, digits=0)
     (workdir / "zero_vision.png").write_bytes(figure)
     table = as_table(found, by_task)
     (workdir / "results.md").write_text(table)
@@ -132,14 +135,13 @@ def mean(outcomes: list[Outcome], condition: str, task: str = "", field: str = "
 
 
 def as_table(found: dict, by_task: dict) -> str:
-    """Right answers by task with pictures shown; then by condition, with the share of episodes whose code ran."""
-    lines = ["| task | " + " | ".join(found) + " |", "|---|" + "---|" * len(found)]
-    lines += [f"| {task} | " + " | ".join(spread(by_task[arm][task]) for arm in found) + " |" for task in PROGRAMMED]
+    """Right answers by task with pictures shown, of all tasks by condition; then the share of questions whose code ran."""
+    lines = ["| right answers, % | " + " | ".join(found) + " |", "|---|" + "---|" * len(found)]
+    for name in next(iter(by_task.values())):
+        lines.append(f"| {name} | " + " | ".join(spread(by_task[arm][name]) for arm in found) + " |")
     for condition in CONDITIONS:
-        cells = [spread([mean(run, condition) for run in runs]) for runs in found.values()]
-        lines.append(f"| all, {condition} | " + " | ".join(cells) + " |")
-    cells = [spread([mean(run, "shown", field="ran") for run in runs]) for runs in found.values()]
-    lines.append("| code ran, shown | " + " | ".join(cells) + " |")
+        cells = [spread([mean(run, condition, field="ran") for run in runs]) for runs in found.values()]
+        lines.append(f"| code ran, {condition} | " + " | ".join(cells) + " |")
     return "\n".join(lines) + "\n"
 
 

@@ -57,20 +57,25 @@ def bar_chart(
     """Grouped bars: `groups[series][category] = height`, with the height written over each bar; `top` ends the axis."""
     bars = sum(map(len, groups.values()))
     with matplotlib.rc_context(STYLE):
-        figure, axes = new_figure(max(7.5, 0.34 * bars), 4.2)  # room for the numbers over the bars
+        figure, axes = new_figure(max(7.5, 0.42 * bars), 4.2)  # room for the numbers over the bars
         draw_bars(axes, groups, title, y_label, top, digits)
         return png_bytes(figure)
 
 
 def grouped_points(
-    groups: Mapping[str, Mapping[str, Sequence[float]]], title: str, y_label: str, top: float | None = None
+    groups: Mapping[str, Mapping[str, Sequence[float]]],
+    title: str,
+    y_label: str,
+    top: float | None = None,
+    digits: int = 1,
 ) -> bytes:
     """`groups[series][category]` are the values of repetitions: each a dot, their mean a bar with its number over it."""
+    bars = sum(map(len, groups.values()))
     with matplotlib.rc_context(STYLE):
-        figure, axes = new_figure(11.0, 4.2)
+        figure, axes = new_figure(max(11.0, 0.42 * bars), 4.2)
         means = {name: {key: float(np.mean(v)) for key, v in heights.items()} for name, heights in groups.items()}
         highest = {name: {key: max(v) for key, v in heights.items()} for name, heights in groups.items()}
-        draw_bars(axes, means, title, y_label, top, digits=1, above=highest)
+        draw_bars(axes, means, title, y_label, top, digits, above=highest)
         width, categories = 0.8 / max(1, len(groups)), list(next(iter(groups.values())))
         for index, heights in enumerate(groups.values()):
             for category, values in heights.items():
