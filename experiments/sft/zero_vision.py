@@ -27,6 +27,7 @@ from k25_jax.checkpoint.hf_config import read_config
 from k25_jax.checkpoint.load import BASE, load_model
 from k25_jax.config import argument, run_local, to_dict
 from k25_jax.data.tasks import PROGRAMMED
+from k25_jax.evals.local import identity_of
 from k25_jax.evals.tool_use import CONDITIONS, Asker, Outcome
 from k25_jax.report.plots import grouped_points
 from k25_jax.sampling.engine import Engine
@@ -90,8 +91,7 @@ def prepare(workdir: pathlib.Path) -> None:
 def report(workdir: pathlib.Path) -> None:
     """Ask all models under all conditions, write the figure and the tables."""
     runs = {f"{arm}_{seed}": workdir / f"{arm}_{seed}" for seed in SEEDS for arm in ARMS}
-    asked = {name: ask(load_model(run), workdir / f"{name}.json", name) for name, run in runs.items()}
-    asked["none"] = ask(load_model("base"), workdir / "none.json", "none")
+    asked = {name: ask(of, workdir / f"{name}.json") for name, of in (runs | {"none": "base"}).items()}
     found = {arm: [asked[f"{arm}_{seed}"] for seed in SEEDS] for arm in ARMS} | {"none": [asked["none"]]}
     by_task = {
         arm: {task: [mean(run, "shown", task) for run in runs] for task in PROGRAMMED}
@@ -107,10 +107,21 @@ def report(workdir: pathlib.Path) -> None:
     print(f"wrote {workdir / 'zero_vision.png'} and results.md")
 
 
-def ask(model, file: pathlib.Path, name: str) -> list[Outcome]:
-    """The outcomes of a model, kept in `file` and read from there the next time."""
-    if file.is_file():
-        return [Outcome(**outcome) for outcome in json.loads(file.read_text())]
+def ask(checkpoint: str | pathlib.Path, file: pathlib.Path) -> list[Outcome]:
+    """The outcomes of a model, kept in `file` and read from there as long as it is the same model."""
+    of = identity_of(checkpoint) | {"questions": QUESTIONS}
+    kept = json.loads(file.read_text()) if file.is_file() else {}
+    if kept.get("of") != of:
+        kept = {"of": of, "outcomes": [dataclasses.asdict(outcome) for outcome in ask_all(checkpoint, file.stem)]}
+        temporary = file.with_suffix(".tmp")
+        temporary.write_text(json.dumps(kept, indent=1) + "\n")
+        temporary.replace(file)
+    return [Outcome(**outcome) for outcome in kept["outcomes"]]
+
+
+def ask_all(checkpoint: str | pathlib.Path, name: str) -> list[Outcome]:
+    """The questions of all tasks under all conditions, to one model."""
+    model = load_model(checkpoint)
     settings = EngineConfig(rows=(WIDTH,), pieces=(4,), piece=64, pages=WIDTH * LENGTH // 16 * 2)
     engine = Engine(model.params, model.config, settings)
     outcomes: list[Outcome] = []
@@ -118,9 +129,6 @@ def ask(model, file: pathlib.Path, name: str) -> list[Outcome]:
         for condition in CONDITIONS:
             for task in track(PROGRAMMED, f"asking {name}, {condition}"):
                 outcomes += asker.ask(f"{task}:test", QUESTIONS, condition)
-    temporary = file.with_suffix(".tmp")
-    temporary.write_text(json.dumps([dataclasses.asdict(outcome) for outcome in outcomes], indent=1) + "\n")
-    temporary.replace(file)
     return outcomes
 
 
