@@ -7,19 +7,17 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 
 from k25_jax.checkpoint.load import BASE, Model, load_model
 from k25_jax.checkpoint.store import CheckpointError, complete_steps
-from k25_jax.config import ConfigError, K25Config
+from k25_jax.config import ConfigError
 from k25_jax.evals.protocol import Answer, Request
 from k25_jax.sampling.engine import Engine
 from k25_jax.sampling.prompt import MediaReader, from_messages
-from k25_jax.sampling.requests import Completion, EngineConfig
+from k25_jax.sampling.requests import Completion, fitting
 from k25_jax.sampling.requests import Request as Sampled
 from k25_jax.sampling.sample import SampleConfig
 from k25_jax.text.tokenizer import Tokenizer
 
 SPOT = 2**16  # bytes of a file that its fingerprint reads, twice
 SAMPLING = "engine"  # how answers are drawn; part of the identity: change it when the same seed gives another answer
-CACHE_TOKENS = 2**16  # of all answers under way; a model with a longer context gets that much
-PATCHES = (64, 256, 1024, 4096, 16384, 32776)  # as `MediaReader` bounds a chunk of video; compiled when first needed
 
 
 class Checkpoint:
@@ -42,7 +40,7 @@ class Checkpoint:
             special = model.tokenizer.special
             self._ends = (special["<|im_end|>"], model.config.eos_id)
             self._think, self._thought = special.get("<think>"), special.get("</think>")
-            self._engine = Engine(model.params, model.config, engine_config(model.config, self.batch))
+            self._engine = Engine(model.params, model.config, fitting(model.config, self.batch))
         return self._engine, self._tokenizer
 
     def answer(self, requests: Iterable[Request]) -> Iterator[tuple[int, Answer]]:
@@ -95,21 +93,6 @@ class Checkpoint:
         elif self._think in tokens:
             tokens = []
         return self._tokenizer.decode(tokens, skip_special=True)
-
-
-def engine_config(config: K25Config, batch: int) -> EngineConfig:
-    """Few programs, for `batch` answers at once of all the length that the model has, and room for one of them at least."""
-    length = config.text.max_length
-    page = EngineConfig.page_size
-    return EngineConfig(
-        rows=(batch,),
-        pieces=(max(1, batch // 4),),
-        piece=32 if length <= 8192 else 128,
-        pages=-(-max(length, min(batch * length, CACHE_TOKENS)) // page),
-        queue=batch,
-        vision_patches=PATCHES,
-        vision_tokens=max(length, 4096),
-    )
 
 
 def open_checkpoint(directory: str | pathlib.Path, batch: int = 32) -> Checkpoint:

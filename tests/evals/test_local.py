@@ -15,9 +15,10 @@ from k25_jax.config import ConfigError, preset
 from k25_jax.data.tasks import Task
 from k25_jax.evals.categories import GREEDY, Rendered
 from k25_jax.evals.core import evaluate
-from k25_jax.evals.local import Checkpoint, engine_config, identity_of
+from k25_jax.evals.local import Checkpoint, identity_of
 from k25_jax.evals.protocol import Request, Settings
 from k25_jax.sampling.prompt import MediaReader, from_messages
+from k25_jax.sampling.requests import fitting
 from k25_jax.sampling.sample import SampleConfig, Sampler
 
 SIXTEEN = dataclasses.replace(GREEDY, max_tokens=16)
@@ -157,7 +158,7 @@ def test_results_of_another_way_of_sampling_are_not_mixed_in(answerer, task, tmp
 
 
 def test_sizes_of_the_engine_follow_the_model():
-    tiny, large = (engine_config(preset(name), 32) for name in ("tiny", "k25_1t"))
+    tiny, large = (fitting(preset(name), 32) for name in ("tiny", "k25_1t"))
     assert tiny.pages * tiny.page_size == 32 * preset("tiny").text.max_length and tiny.rows == (32,)
     assert large.pages * large.page_size == preset("k25_1t").text.max_length == large.vision_tokens
     with pytest.raises(ConfigError, match="batch=0"):
