@@ -19,7 +19,8 @@ a multiple of N. When one was lost, start all again, or another number: they go 
 CHECKPOINT_HELP = "a run of ours or a public checkpoint; default: the tiny model that comes with the package"
 EVAL_HELP = """benchmarks: aime, hmmt, gpqa, mmlu_pro, mmmu, mmmu_pro, mmmu_pro_vision, mathvista, ocrbench, docvqa, infovqa,
 charxiv_reasoning, charxiv_descriptive, videomme. Every answer is kept as it comes: the same command goes on where it was
-ended, and more --questions or samples add to what is there."""
+ended, and more --questions or samples add to what is there. Tasks of tool_use need
+bubblewrap."""
 COMMANDS = "train a model, ask it questions, count its parameters, convert its weights"
 
 

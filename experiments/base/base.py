@@ -24,7 +24,7 @@ import ml_collections
 from k25_jax.checkpoint.huggingface import save_params
 from k25_jax.checkpoint.load import load_model
 from k25_jax.config import argument, preset, run_local, to_dict
-from k25_jax.evals.categories import SUITE, evaluate_run
+from k25_jax.evals.categories import evaluate_run
 from k25_jax.evals.summary import by_category, write_scores
 from k25_jax.report.metrics import read_metrics
 from k25_jax.report.plots import bar_chart, loss_curves
@@ -120,7 +120,7 @@ def get_hyper():
 
 def report(workdir: pathlib.Path) -> None:
     """Ask the models of the last two stages, draw scores and losses, write the last one in the public format."""
-    asked = {stage: evaluate_run(workdir / stage, SUITE, QUESTIONS) for stage in ("joint", "long")}
+    asked = {stage: evaluate_run(workdir / stage, None, QUESTIONS) for stage in ("joint", "long")}
     series = {stage: by_category(scores) for stage, scores in asked.items()}
     series["commonest answer"] = by_category(asked["long"], "guessing")
     chart = bar_chart(series, "The base model: held-out questions by category", "mean score", top=1.0)

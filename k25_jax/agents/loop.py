@@ -30,6 +30,7 @@ class Episode:
     observations: list[Observation] = dataclasses.field(default_factory=list)
     sampled: int = 0  # tokens
     ending: str = ""
+    problem: str = ""  # what the tool said that failed
 
     @property
     def answer(self) -> str:
@@ -37,14 +38,27 @@ class Episode:
         return self.said[-1].content if self.ending == "answer" else ""
 
 
-def play(engine: Engine, episodes: Sequence[Episode], sampling: SampleConfig, turns: int) -> None:
+def play(
+    engine: Engine,
+    episodes: Sequence[Episode],
+    sampling: SampleConfig,
+    turns: int,
+    seeds: Sequence[int] = (),
+    context: int | None = None,
+) -> None:
     """Play episodes to their end, at most `turns` turns of the model each; `sampling` is of each turn.
 
     In rounds: all that are open are sampled together, then the calls of all are made side by side. `sampling.stop_ids`
-    must have the end of a turn. Episode i draws from seed + i.
+    must have the end of a turn. Episode i draws from seeds[i], or from seed + i. `context` is the most tokens of an
+    episode, if the engine takes more.
     """
+    room = min(engine.max_length, context or engine.max_length)
+    seeds = seeds or [(sampling.seed + i) % 2**32 for i in range(len(episodes))]
+    how = [dataclasses.replace(sampling, seed=seed) for seed in seeds]
     for turn in range(turns):
-        asked = [(e, r) for i, e in enumerate(episodes) if not e.ending and (r := _request(engine, e, i, sampling))]
+        asked = [
+            (e, r) for e, h in zip(episodes, how, strict=True) if not e.ending and (r := _request(engine, e, h, room))
+        ]
         completions = engine.generate([request for _, request in asked])
         for (episode, _), (completion,) in zip(asked, completions, strict=True):
             _speak(episode, completion.tokens, last=turn == turns - 1)
@@ -55,14 +69,13 @@ def play(engine: Engine, episodes: Sequence[Episode], sampling: SampleConfig, tu
             list(pool.map(_call, calling))
 
 
-def _request(engine: Engine, episode: Episode, number: int, sampling: SampleConfig) -> Request | None:
+def _request(engine: Engine, episode: Episode, sampling: SampleConfig, room: int) -> Request | None:
     """The next turn to sample; None when there is no room for it."""
     prompt = from_ids(episode.conversation.prompt(), episode.conversation.rendered.clips, engine.config)
-    if len(prompt.tokens) + sampling.max_tokens > engine.max_length:
+    if len(prompt.tokens) + sampling.max_tokens > room:
         episode.ending = "context"
         return None
-    own = dataclasses.replace(sampling, seed=(sampling.seed + number) % 2**32)
-    return Request(prompt.tokens, prompt.clips, own)
+    return Request(prompt.tokens, prompt.clips, sampling)
 
 
 def _speak(episode: Episode, tokens: Sequence[int], last: bool) -> None:
@@ -84,5 +97,5 @@ def _call(episode: Episode) -> None:
             message, observation = answer(call, episode.tools)
             episode.conversation.add(message)
             episode.observations.append(observation)
-    except InfrastructureError:
-        episode.ending = "infrastructure"
+    except InfrastructureError as problem:
+        episode.ending, episode.problem = "infrastructure", str(problem)

@@ -4,7 +4,9 @@ A suite is a list of task specs. Each task is asked the same evenly spaced quest
 a category's score is the mean over its tasks.
 """
 
+import contextlib
 import dataclasses
+import logging
 import pathlib
 from collections.abc import Callable, Sequence
 
@@ -14,12 +16,15 @@ from k25_jax.checkpoint.store import complete_steps
 from k25_jax.config import ConfigError
 from k25_jax.data.tasks import PROGRAMMED, TASKS, Task, make_task
 from k25_jax.evals.core import evaluate, spaced
+from k25_jax.evals.episodes import TURN_TOKENS, Player, check_playable, why_not
 from k25_jax.evals.local import open_checkpoint
 from k25_jax.evals.protocol import Answerer, Settings, digest_of
 from k25_jax.evals.summary import Score, summarise, write_scores
 
+logger = logging.getLogger(__name__)
+
 FILE = "evals.json"
-APART = ("library", "lookups", "passkey", *PROGRAMMED)  # nothing to ask, or no tool; another length; other means
+APART = ("library", "lookups", "passkey")  # nothing to ask, or no tool; another length
 SUITE = tuple(f"{name}:test" for name in TASKS if name not in APART)
 GREEDY = Settings(temperature=0.0, score_cut=True)  # the length of an answer is set by `Rendered.longest`
 
@@ -29,7 +34,8 @@ class Rendered:
 
     def __init__(self, task: Task, spec: str = ""):
         self.task, self.name, self.category = task, spec or f"{task.name}:{task.split}", task.category
-        self.max_tokens = task.longest + 4
+        self.played = task.name in PROGRAMMED  # with the tool `ipython`: see evals/episodes.py
+        self.max_tokens = TURN_TOKENS if self.played else task.longest + 4
 
     def __len__(self) -> int:
         return len(self.task)
@@ -82,20 +88,32 @@ def evaluate_suite(
     folder: pathlib.Path | None = None,
     on_progress: Callable[[str, int], None] | None = None,
 ) -> list[Score]:
-    """Ask `questions` of each task; `folder` keeps every answer, a file a task.
+    """Ask `questions` of each task; `folder` keeps every answer, a file a task. Tasks PROGRAMMED are played in a sandbox.
 
     `on_progress(spec, number)` hears of answers. The settings' `max_tokens` is replaced by what the task's answers need.
     """
     check_suite(specs)
+    tasks = [Rendered(make_task(spec), spec) for spec in specs]
+    check_playable(answerer, (task.name for task in tasks if task.played))
     scores = []
-    for spec in specs:
-        task = Rendered(make_task(spec), spec)
-        report = (lambda number, spec=spec: on_progress(spec, number)) if on_progress else None
-        file = folder / f"{result_name(spec)}.jsonl" if folder else None
-        asked = dataclasses.replace(settings, max_tokens=task.max_tokens)
-        results = evaluate(answerer, task, asked, spaced(task, questions), file, report)
-        scores.append(summarise(task, results, spec))
+    with contextlib.ExitStack() as stack:
+        player = stack.enter_context(Player(answerer)) if any(task.played for task in tasks) else None
+        for task in tasks:
+            report = (lambda number, spec=task.name: on_progress(spec, number)) if on_progress else None
+            file = folder / f"{result_name(task.name)}.jsonl" if folder else None
+            asked = dataclasses.replace(settings, max_tokens=task.max_tokens)
+            who = player if task.played else answerer
+            results = evaluate(who, task, asked, spaced(task, questions), file, report)
+            scores.append(summarise(task, results, task.name))
     return scores
+
+
+def default_suite(answerer: Answerer) -> tuple[tuple[str, ...], str]:
+    """SUITE, as far as it can be asked here; and what is left out, with the reason."""
+    played = tuple(f"{name}:test" for name in PROGRAMMED)
+    if problem := why_not(answerer):
+        return tuple(spec for spec in SUITE if spec not in played), f"tool_use is left out: {problem}"
+    return SUITE, ""
 
 
 def result_name(spec: str) -> str:
@@ -103,9 +121,14 @@ def result_name(spec: str) -> str:
     return "".join(c if c.isalnum() or c in "-_.=" else "_" for c in spec)
 
 
-def evaluate_run(run: pathlib.Path, specs: Sequence[str], questions: int, on_progress=None) -> list[Score]:
-    """`evaluate_suite` of a run's last checkpoint; the answers are kept beside it, and only asked for once."""
+def evaluate_run(run: pathlib.Path, specs: Sequence[str] | None, questions: int, on_progress=None) -> list[Score]:
+    """`evaluate_suite` of a run's last checkpoint, None: the default suite. Answers are kept, and only asked for once."""
+    answerer = open_checkpoint(run)
+    if specs is None:
+        specs, note = default_suite(answerer)
+        if note:
+            logger.warning(note)
     step = max(complete_steps(run / "checkpoints"), default=0)
-    scores = evaluate_suite(open_checkpoint(run), specs, questions, GREEDY, run / "evals" / str(step), on_progress)
+    scores = evaluate_suite(answerer, specs, questions, GREEDY, run / "evals" / str(step), on_progress)
     write_scores(run / FILE, scores, {"step": step, "questions": questions})
     return scores

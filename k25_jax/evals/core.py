@@ -34,7 +34,7 @@ def evaluate(
     With a `file`, every sample is a line of it as soon as it is scored, and is not asked again; samples that ended in an
     error are. `on_progress(number)` hears of finished samples, of those in the file at once.
     """
-    wanted = [(index, sample) for sample in range(settings.k) for index in indices]
+    wanted = [(index, sample) for index in indices for sample in range(settings.k)]  # samples share their prompt
     of = {"answerer": dict(answerer.identity), "task": {"name": task.name, "digest": task.digest()}}
     asked = asdict(settings)
     asked.pop("k")  # more samples, or more questions, go on from those that are there
@@ -57,7 +57,7 @@ def evaluate(
             results[index, sample] = result
             if on_progress:
                 on_progress(1)
-    return [results[index, sample] for index in indices for sample in range(settings.k)]
+    return [results[place] for place in wanted]
 
 
 def _scored(task: TaskSet, settings: Settings, index: int, sample: int, seed: int, answer: Answer) -> Result:

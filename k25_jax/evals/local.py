@@ -1,68 +1,90 @@
-"""A checkpoint as an answerer: batches through the sampler (K2.5 §4)."""
+"""A checkpoint as an answerer: many requests at once in the sampling engine (K2.5 §4)."""
 
 import functools
 import hashlib
-import itertools
 import pathlib
 from collections.abc import Callable, Iterable, Iterator, Mapping
 
 from k25_jax.checkpoint.load import BASE, Model, load_model
 from k25_jax.checkpoint.store import CheckpointError, complete_steps
-from k25_jax.evals.protocol import Answer, Request, digest_of
-from k25_jax.sampling.prompt import MediaReader, Prompt, from_messages
-from k25_jax.sampling.sample import SampleConfig, Sampler
+from k25_jax.config import ConfigError
+from k25_jax.evals.protocol import Answer, Request
+from k25_jax.sampling.engine import Engine
+from k25_jax.sampling.prompt import MediaReader, from_messages
+from k25_jax.sampling.requests import Completion, fitting
+from k25_jax.sampling.requests import Request as Sampled
+from k25_jax.sampling.sample import SampleConfig
+from k25_jax.text.tokenizer import Tokenizer
 
 SPOT = 2**16  # bytes of a file that its fingerprint reads, twice
+SAMPLING = "engine"  # how answers are drawn; part of the identity: change it when the same seed gives another answer
 
 
 class Checkpoint:
-    """Answers by a model, up to `batch` requests at a time; `load` gives it when it is first asked.
+    """Answers by a model, up to `batch` requests at once; `load` gives it when it is first asked.
 
-    The rows of a batch share one stream of random numbers: what a sample is depends on its neighbours, too.
+    A request draws from its own seed: its answer does not depend on the others, but for the engine's rounding.
     """
 
     def __init__(self, load: Callable[[], Model], identity: Mapping, batch: int = 32):
-        self.identity, self.batch, self._load = dict(identity), batch, load
+        if batch < 1:
+            raise ConfigError(f"batch={batch} requests at once: at least 1")
+        self.identity, self.batch, self._load = {**identity, "sampling": SAMPLING}, batch, load
+        self._engine: Engine | None = None
 
-    def _start(self):
-        model = self._load()
-        self._tokenizer, self._config = model.tokenizer, model.config
-        self._sampler, self._reader = Sampler(model.params, model.config), MediaReader(model.config)
-        special = model.tokenizer.special
-        self._ends = (special["<|im_end|>"], model.config.eos_id)
-        self._think, self._thought = special.get("<think>"), special.get("</think>")
+    def open(self) -> tuple[Engine, Tokenizer]:
+        """The model, ready to answer; read when this is first asked for."""
+        if self._engine is None:
+            model = self._load()
+            self._tokenizer, self._reader = model.tokenizer, MediaReader(model.config)
+            special = model.tokenizer.special
+            self._ends = (special["<|im_end|>"], model.config.eos_id)
+            self._think, self._thought = special.get("<think>"), special.get("</think>")
+            self._engine = Engine(model.params, model.config, fitting(model.config, self.batch))
+        return self._engine, self._tokenizer
 
     def answer(self, requests: Iterable[Request]) -> Iterator[tuple[int, Answer]]:
         """See `Answerer`."""
-        if not hasattr(self, "_sampler"):
-            self._start()
+        engine, _ = self.open()
         numbered = enumerate(requests)
-        while part := list(itertools.islice(numbered, self.batch)):
-            ready: dict[int, list[tuple[int, Request, Prompt]]] = {}  # by the tokens that there is room for
-            for number, request in part:
-                prompt = from_messages(request.messages, self._tokenizer, self._reader)
-                room = min(request.settings.context, self._config.text.max_length) - len(prompt.tokens)
-                if room < 1:
-                    yield number, Answer("", 0, "overflow")
-                else:
-                    ready.setdefault(min(room, request.settings.max_tokens), []).append((number, request, prompt))
-            for room, rows in ready.items():
-                yield from self._generate(rows, room)
+        under_way: dict[int, tuple[int, Request, Completion]] = {}  # by the engine's number
+        try:
+            while True:
+                while len(under_way) < self.batch and (item := next(numbered, None)):
+                    asked = self._asked(item[1])
+                    if asked is None:
+                        yield item[0], Answer("", 0, "overflow")
+                    else:
+                        under_way[engine.submit(asked)] = (*item, Completion())
+                if not under_way:
+                    return
+                for event in engine.step():
+                    number, request, completion = under_way[event.request]
+                    completion.add(event)
+                    if completion.reason:
+                        del under_way[event.request]
+                        yield number, self._answer(request, completion)
+        finally:
+            for number in under_way:
+                engine.abort(number)
+            while engine.busy:
+                engine.step()
 
-    def _generate(self, rows: list[tuple[int, Request, Prompt]], max_tokens: int) -> Iterator[tuple[int, Answer]]:
-        settings = rows[0][1].settings
-        seed = int(digest_of([request.seed for _, request, _ in rows])[:8], 16) >> 1
-        how = SampleConfig(max_tokens, settings.temperature, settings.top_p, seed, self._ends)
-        prompts = [prompt for _, _, prompt in rows]
-        drawn: list[list[int]] = [[] for _ in rows]
-        for step in self._sampler.generate([p.tokens for p in prompts], [p.clips for p in prompts], how):
-            for row, token in zip(drawn, step, strict=True):
-                if token:
-                    row.append(token[0])
-        for (number, request, _), tokens in zip(rows, drawn, strict=True):
-            ended = tokens[-1] in self._ends
-            cut = "length" if max_tokens == request.settings.max_tokens else "overflow"
-            yield number, Answer(self._text(tokens), len(tokens), "stop" if ended else cut)
+    def _asked(self, request: Request) -> Sampled | None:
+        """The request as the engine takes it; None when its prompt leaves no room for an answer."""
+        settings, prompt = request.settings, from_messages(request.messages, self._tokenizer, self._reader)
+        room = min(settings.context, self._engine.max_length) - len(prompt.tokens)
+        if room < 1:
+            return None
+        tokens = min(room, settings.max_tokens)
+        how = SampleConfig(tokens, settings.temperature, settings.top_p, request.seed, self._ends)
+        return Sampled(prompt.tokens, prompt.clips, how)
+
+    def _answer(self, request: Request, completion: Completion) -> Answer:
+        tokens, reason = completion.tokens, completion.reason
+        if reason == "length" and len(tokens) < request.settings.max_tokens:
+            reason = "overflow"
+        return Answer(self._text(tokens), len(tokens), reason, error=completion.error)
 
     def _text(self, tokens: list[int]) -> str:
         """What was said after the reasoning; nothing when it did not come to an end."""

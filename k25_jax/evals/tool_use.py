@@ -89,12 +89,19 @@ class Asker:
         pictures = list(task.media(index))
         if condition == "blank":
             pictures = [np.full_like(picture, 255) for picture in pictures]
-        tool = Pictures(sandbox, SECONDS)
-        tool.show(pictures)
-        conversation = Conversation(self._tokenizer, [declaration(tool)], MODE, self._reader.load)
         parts = [{"type": "image", "image": picture} for picture in pictures] if condition != "hidden" else []
-        conversation.add({"role": "user", "content": [*parts, {"type": "text", "text": task.question(index)}]})
-        return Episode(conversation, [tool])
+        message = {"role": "user", "content": [*parts, {"type": "text", "text": task.question(index)}]}
+        return begin(self._tokenizer, self._reader, sandbox, pictures, [message])
+
+
+def begin(tokenizer: Tokenizer, reader: MediaReader, sandbox: Sandbox, pictures, messages: Sequence[dict]) -> Episode:
+    """An episode of an instant mode with the tool `ipython` and these pictures in it, up to the model's first turn."""
+    tool = Pictures(sandbox, SECONDS)
+    tool.lay_out(pictures)
+    conversation = Conversation(tokenizer, [declaration(tool)], MODE, reader.load)
+    for message in messages:
+        conversation.add(message)
+    return Episode(conversation, [tool])
 
 
 def _parts(items: Sequence[int], size: int) -> list[Sequence[int]]:

@@ -14,7 +14,7 @@ from rich.table import Table
 from k25_jax.config import ConfigError
 from k25_jax.data.tasks import make_task
 from k25_jax.evals.benchmarks import BENCHMARKS, benchmark_class, load_benchmark
-from k25_jax.evals.categories import FILE, GREEDY, SUITE, check_suite, evaluate_suite, result_name
+from k25_jax.evals.categories import FILE, GREEDY, check_suite, default_suite, evaluate_suite, result_name
 from k25_jax.evals.core import evaluate, spaced
 from k25_jax.evals.local import open_checkpoint
 from k25_jax.evals.protocol import Answerer, Settings, digest_of
@@ -82,7 +82,11 @@ def default_folder(args, answerer: Answerer, settings: Settings) -> pathlib.Path
 
 def ask_suite(args, answerer: Answerer, settings: Settings, folder: pathlib.Path) -> list[Score]:
     """Rendered tasks."""
-    specs, questions = list(args.task) or list(SUITE), args.questions or QUESTIONS
+    specs, questions = list(args.task), args.questions or QUESTIONS
+    if not specs:
+        specs, note = default_suite(answerer)
+        if note:
+            print(note, file=sys.stderr)
     check_suite(specs)
     with Progress(console=Console(stderr=True)) as progress:
         totals = {spec: min(questions, len(make_task(spec))) * settings.k for spec in specs}

@@ -2,26 +2,28 @@
 
 import json
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import jax.numpy as jnp
 
 from k25_jax.checkpoint.load import Model, load_model
+from k25_jax.sampling.engine import Engine
 from k25_jax.sampling.prompt import MediaReader, Prompt, from_ids, from_messages
-from k25_jax.sampling.sample import PromptError, SampleConfig, Sampler
+from k25_jax.sampling.requests import EngineError, Request, TokenEvent, fitting
+from k25_jax.sampling.sample import PromptError, SampleConfig
 from k25_jax.text.tokenizer import StreamDecoder
 
+LEAST_ROOM = 4096  # tokens of a conversation that an engine is built for, where the model has as many
 HELP = "/image FILE and /video FILE attach media to your next message, /reset forgets the conversation, /quit ends."
 
 
 class Console:
-    """A loaded model with the flags of the command line."""
+    """A loaded model with the flags of the command line. Its engine keeps what it has read of a conversation."""
 
     def __init__(self, args):
         self.args = args
-        self.dtype = jnp.dtype(args.dtype)
-        self.model: Model = load_model(args.checkpoint, self.dtype)
-        self.sampler = Sampler(self.model.params, self.model.config, self.dtype)
+        self.model: Model = load_model(args.checkpoint, jnp.dtype(args.dtype))
+        self.engine: Engine | None = None
         self.reader = MediaReader(self.model.config, args.max_image_patches, args.max_frame_patches, args.fps)
 
     def prompt(self) -> Prompt:
@@ -69,13 +71,13 @@ class Console:
         stream, text, tokens, logprobs = StreamDecoder(tokenizer, skip_special=True), "", [], []
         held = max(map(len, args.stop), default=1) - 1  # characters that may turn out to begin a stop text
         shown = 0
-        for ((token, logprob),) in self.sampler.generate([prompt.tokens], [prompt.clips], how):
-            tokens.append(token)
-            logprobs.append(logprob)
-            if token in ends:
+        for event in self.events(Request(prompt.tokens, prompt.clips, how)):
+            tokens.append(event.token)
+            logprobs.append(event.logprob)
+            if event.token in ends:
                 text += stream.flush()
                 break
-            text += stream.push(token)
+            text += stream.push(event.token)
             cut = min((text.find(stop) for stop in args.stop if stop in text), default=-1)
             if cut >= 0:
                 text = text[:cut]
@@ -86,6 +88,33 @@ class Console:
             text += stream.flush()
         show(text[shown:])
         return {"tokens": tokens, "logprobs": logprobs, "text": text}
+
+    def events(self, request: Request) -> Iterator[TokenEvent]:
+        """The tokens of one answer as they are drawn; whoever stops listening ends it."""
+        engine = self.engine = self.engine_for(len(request.tokens) + request.sampling.max_tokens)
+        number = engine.submit(request)
+        try:
+            while engine.busy:
+                for event in engine.step():
+                    if isinstance(event, TokenEvent):
+                        yield event
+                    elif event.error:
+                        raise EngineError(event.error)
+        finally:
+            engine.abort(number)
+            while engine.busy:
+                engine.step()
+
+    def engine_for(self, length: int) -> Engine:
+        """The engine, or a larger one when `length` tokens are more than it takes."""
+        args, config = self.args, self.model.config
+        most = config.text.max_length
+        if self.engine is not None and min(length, most) <= self.engine.max_length:
+            return self.engine
+        self.engine = None  # its memory first
+        room = min(most, max(LEAST_ROOM, 1 << (length - 1).bit_length()))
+        patches = max(args.max_image_patches, 4 * args.max_frame_patches)
+        return Engine(self.model.params, config, fitting(config, 1, room, patches, args.dtype))
 
 
 def user(parts: list[dict], text: str) -> dict:

@@ -9,6 +9,8 @@ from k25_jax.config import K25Config
 from k25_jax.sampling.sample import PromptError, SampleConfig, check_prompts
 from k25_jax.vision.patchpack import Clip
 
+CACHE_TOKENS = 2**16  # of all answers under way, as `fitting` has it
+
 
 class EngineError(RuntimeError):
     """The engine cannot do what was asked of it; the message says why and what to do."""
@@ -50,6 +52,30 @@ class EngineConfig:
                 f"engine.alternatives={self.alternatives} must not be negative, max_length={self.max_length} at least 2"
             )
         jnp.dtype(self.dtype)
+
+
+def fitting(
+    config: K25Config, batch: int, length: int | None = None, patches: int = 16384, dtype: str = "float32"
+) -> EngineConfig:
+    """Sizes for `batch` answers at once, up to `length` tokens each with its prompt; None: all that the model has.
+
+    The cache has room for all of them up to CACHE_TOKENS, and for one in any case. An image, or a chunk of video, has up to
+    `patches` patches. There are few programs, and those for images are compiled when one of that size comes.
+    """
+    most = config.text.max_length
+    length = min(length or most, most)
+    largest = 2 * patches + 8  # whole groups can double the patches of a long image
+    return EngineConfig(
+        rows=(batch,),
+        pieces=(max(8, batch // 4),),
+        piece=32 if most <= 8192 else 128,
+        pages=-(-max(length, min(batch * length, CACHE_TOKENS)) // EngineConfig.page_size),
+        max_length=length,
+        queue=batch,
+        vision_patches=(*(64 * 4**i for i in range(16) if 64 * 4**i < largest), largest),
+        vision_tokens=max(length, 4096),
+        dtype=dtype,
+    )
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

@@ -1,7 +1,8 @@
-"""A checkpoint as an answerer, against the sampler asked one prompt at a time."""
+"""A checkpoint as an answerer: against plain sampling of one prompt at a time, and against itself in other company."""
 
 import dataclasses
 import itertools
+import json
 import shutil
 
 import numpy as np
@@ -10,12 +11,14 @@ from PIL import Image
 
 from k25_jax.checkpoint.load import load_model
 from k25_jax.checkpoint.store import CheckpointError
+from k25_jax.config import ConfigError, preset
 from k25_jax.data.tasks import Task
 from k25_jax.evals.categories import GREEDY, Rendered
 from k25_jax.evals.core import evaluate
 from k25_jax.evals.local import Checkpoint, identity_of
 from k25_jax.evals.protocol import Request, Settings
 from k25_jax.sampling.prompt import MediaReader, from_messages
+from k25_jax.sampling.requests import fitting
 from k25_jax.sampling.sample import SampleConfig, Sampler
 
 SIXTEEN = dataclasses.replace(GREEDY, max_tokens=16)
@@ -96,25 +99,75 @@ def _finish(answerer, request, context):
     return answer.finish, answer.tokens
 
 
-def test_requests_are_read_a_batch_at_a_time(answerer, task):
-    read = []
-    requests = (read.append(i) or Request(task.prompt(i, 0), 0, SIXTEEN) for i in itertools.count())
-    stream = answerer.answer(requests)
-    assert [next(stream)[0] for _ in range(3)] == [0, 1, 2] and read == [0, 1, 2, 3]
+def test_requests_are_read_as_others_end(answerer, task):
+    """Two at once: never more than two are read and unanswered. What is left when nobody listens any more is given up."""
+    read, answered = [], []
+    stream = answerer.answer(read.append(i) or Request(task.prompt(i % 5, 0), 0, SIXTEEN) for i in itertools.count())
+    for _ in range(7):
+        answered.append(next(stream)[0])
+        assert len(read) <= len(answered) + 2
+    assert len(set(answered)) == 7 and set(answered) < set(read)
     stream.close()
+    assert not answerer.open()[0].busy and [number for number, _ in answerer.answer([])] == []
 
 
-def test_samples_differ_by_seed_and_are_the_same_again(answerer, task):
-    hot = Settings(temperature=8.0, top_p=1.0, max_tokens=12, score_cut=True)
-    first, again, other = (
-        [answer.text for _, answer in answerer.answer([Request(task.prompt(0, 0), seed, hot)])] for seed in (1, 1, 2)
-    )
-    assert first == again != other
+HOT = Settings(k=3, temperature=3.0, top_p=1.0, max_tokens=24, score_cut=True)
+
+
+def test_an_answer_depends_on_its_request_alone(answerer, task):
+    """At a high temperature, in any order, alone and in company; the seeds of a question's samples differ."""
+    requests = [Request(task.prompt(i, 0), seed, HOT) for i in range(5) for seed in (7, 8, 2**31 - 1)]
+    together = dict(answerer.answer(requests))
+    backwards = {14 - number: answer for number, answer in answerer.answer(requests[::-1])}
+    assert together == backwards and len({answer.text for answer in together.values()}) > 5
+    for number in (0, 7, 14):
+        assert dict(answerer.answer([requests[number]])) == {0: together[number]}
+
+
+def test_a_killed_evaluation_goes_on_to_the_same_results(answerer, task, tmp_path):
+    whole = evaluate(answerer, task, HOT, range(5))
+    for killed_after in (1, 6, 13):
+        file, left = tmp_path / f"{killed_after}.jsonl", iter(range(killed_after))
+        with pytest.raises(StopIteration):
+            evaluate(answerer, task, HOT, range(5), file, lambda _, left=left: next(left))
+        done = file.read_text().splitlines()
+        assert evaluate(answerer, task, HOT, range(5), file) == whole
+        lines = file.read_text().splitlines()
+        assert lines[: len(done)] == done and len(lines) == 1 + 15
+
+
+def test_samples_of_a_question_read_it_once(answerer, task):
+    """Of the prompt's 17 tokens a page is full; its picture is encoded once, and not again while it is kept."""
+    engine, _ = answerer.open()
+    before = engine.stats()
+    evaluate(answerer, task, dataclasses.replace(HOT, k=6, seed=3), [2])
+    after = engine.stats()
+    assert after["reused"] - before["reused"] >= 5 * engine.settings.page_size
+    assert after["encoded"] - before["encoded"] <= 1
+    assert after["compilations"] == before["compilations"] <= 3
+
+
+def test_results_of_another_way_of_sampling_are_not_mixed_in(answerer, task, tmp_path):
+    evaluate(answerer, task, HOT, [0], tmp_path / "results.jsonl")
+    head, *lines = (tmp_path / "results.jsonl").read_text().splitlines()
+    old = json.loads(head)
+    del old["of"]["answerer"]["sampling"]
+    (tmp_path / "results.jsonl").write_text("\n".join([json.dumps(old), *lines]) + "\n")
+    with pytest.raises(ConfigError, match="answerer.sampling was None and is now 'engine'"):
+        evaluate(answerer, task, HOT, [0], tmp_path / "results.jsonl")
+
+
+def test_sizes_of_the_engine_follow_the_model():
+    tiny, large = (fitting(preset(name), 32) for name in ("tiny", "k25_1t"))
+    assert tiny.pages * tiny.page_size == 32 * preset("tiny").text.max_length and tiny.rows == (32,)
+    assert large.pages * large.page_size == preset("k25_1t").text.max_length == large.vision_tokens
+    with pytest.raises(ConfigError, match="batch=0"):
+        Checkpoint(lambda: None, {}, batch=0)
 
 
 def test_only_what_follows_the_reasoning_is_the_answer(model):
     answerer = Checkpoint(lambda: model, {})
-    answerer._start()
+    answerer.open()
     think, thought = (model.tokenizer.special[name] for name in ("<think>", "</think>"))
     a, b = model.tokenizer.encode("a"), model.tokenizer.encode("b")
     assert answerer._text([think, *a, thought, *b]) == "b"

@@ -4,12 +4,13 @@ import argparse
 import copy
 import io
 
+import numpy as np
 import pytest
 
 from k25_jax.cli import build_parser
 from k25_jax.sampling.console import Console, chat, generate
 from k25_jax.sampling.prompt import from_messages
-from k25_jax.sampling.sample import PromptError, SampleConfig
+from k25_jax.sampling.sample import PromptError, SampleConfig, Sampler
 
 
 def arguments(finished, command: str, *more: str) -> argparse.Namespace:
@@ -69,9 +70,11 @@ def test_an_answer_is_what_the_sampler_draws(finished, flagged, ask):
     answer, shown = ask()
     console = flagged(f"--image={picture(finished)}", "--prompt=which?")
     prompt, end = console.prompt(), console.model.tokenizer.special["<|im_end|>"]
-    drawn = [row for (row,) in console.sampler.generate([prompt.tokens], [prompt.clips], SampleConfig(16, 0.0))]
+    sampler = Sampler(console.model.params, console.model.config)
+    drawn = [row for (row,) in sampler.generate([prompt.tokens], [prompt.clips], SampleConfig(16, 0.0))]
     length = [token for token, _ in drawn].index(end) + 1
-    assert list(zip(answer["tokens"], answer["logprobs"], strict=True)) == drawn[:length]
+    assert answer["tokens"] == [token for token, _ in drawn[:length]]
+    np.testing.assert_allclose(answer["logprobs"], [logprob for _, logprob in drawn[:length]], atol=1e-4)
     assert answer["text"] == console.model.tokenizer.decode(answer["tokens"][:-1]) == "".join(shown)
     assert answer["text"].startswith("no. ")  # it has learned the form
     assert len([piece for piece in shown if piece]) > 1  # piece by piece
@@ -145,6 +148,51 @@ def test_a_conversation_is_remembered_until_reset(finished, flagged, conversatio
     ):
         prompt = from_messages(messages, console.model.tokenizer, console.reader)
         assert console.answer(prompt, console.ends(True), lambda _: None)["text"].strip() == text
+
+
+def test_a_later_turn_reads_only_what_is_new(flagged):
+    """The pages of the turns before are found again, their picture is not encoded again, and nothing is compiled."""
+    console = flagged("--max_tokens=8", "--ignore_eos")
+    question = {"role": "user", "content": "which one of them?"}
+
+    def ask(messages):
+        prompt = from_messages(messages, console.model.tokenizer, console.reader)
+        return console.answer(prompt, (), lambda _: None), len(prompt.tokens)
+
+    first, length = ask([question])
+    before = console.engine.stats()
+    messages = [question, {"role": "assistant", "content": first["text"]}, {"role": "user", "content": "b"}]
+    second, longer = ask(messages)
+    after = console.engine.stats()
+    size = console.engine.settings.page_size
+    assert after["reused"] - before["reused"] >= length // size * size > 0
+    assert after["read"] - before["read"] == longer - (after["reused"] - before["reused"])
+    assert after["compilations"] == before["compilations"] == 2
+    console.engine = None
+    assert ask(messages)[0]["tokens"] == second["tokens"]
+
+
+def test_an_answer_that_is_broken_off_leaves_the_engine_free(flagged, ask):
+    console = flagged("--prompt=which?", "--ignore_eos", "--max_tokens=60")
+    prompt = console.prompt()
+
+    def interrupt(text):
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        console.answer(prompt, (), interrupt)
+    assert not console.engine.busy
+    assert len(console.answer(prompt, (), lambda _: None)["tokens"]) == 60
+
+
+def test_an_engine_is_built_for_what_is_asked(flagged, monkeypatch):
+    """One for all of a small model; of a larger one for a part, and again when a conversation outgrows it."""
+    console = flagged()
+    assert console.engine_for(5).max_length == console.engine_for(500).max_length == 128
+    monkeypatch.setattr("k25_jax.sampling.console.LEAST_ROOM", 32)
+    console.engine = console.engine_for(20)
+    assert console.engine.max_length == 32 and console.engine_for(30) is console.engine
+    assert console.engine_for(33).max_length == 64
 
 
 def test_mistakes_do_not_end_the_conversation(finished, ask, conversation):
