@@ -45,11 +45,13 @@ VISION = VisionConfig(layers=1, width=16, heads=2, mlp_dim=16, pos_height=4, pos
 IDS = {"media_begin_id": 261, "media_end_id": 263, "media_pad_id": 264, "bos_id": 256, "eos_id": 258, "pad_id": 276}
 CONFIG = K25Config(text=TEXT, vision=VISION, **IDS)
 SETTINGS = EngineConfig(
-    rows=(16,), pieces=(4,), piece=16, pages=320, page_size=8, queue=512, vision_patches=(64,), vision_tokens=32,
+    rows=(16,), pieces=(4,), piece=16, pages=320, page_size=8, queue=4096, vision_patches=(64,), vision_tokens=32,
     alternatives=20,
 )  # fmt: skip
 PATCHES = 24  # of an image, before whole groups are filled up
-LIMITS = ServerConfig(port=0, stall_seconds=1.0, unread_bytes=4096, grace_seconds=5.0, body_bytes=2**18)
+LIMITS = ServerConfig(
+    port=0, concurrency=2048, stall_seconds=1.0, unread_bytes=4096, grace_seconds=5.0, body_bytes=2**18
+)
 CHAT, COMPLETE = "/v1/chat/completions", "/v1/completions"
 KINDS = {
     "whole": 0.4,
@@ -338,10 +340,11 @@ def run(loop: EngineLoop, weights, requests: int, sockets: int, rounds: int, dif
 def main():
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--requests", type=int, default=1000, help="of a round")
-    parser.add_argument("--sockets", type=int, default=200, help="at once")
+    parser.add_argument("--sockets", type=int, default=1000, help="at once")
     parser.add_argument("--rounds", type=int, default=4)
     parser.add_argument("--json", action="store_true", help="one JSON line instead of text")
     args = parser.parse_args()
+    resource.setrlimit(resource.RLIMIT_NOFILE, [resource.getrlimit(resource.RLIMIT_NOFILE)[1]] * 2)  # for the sockets
     weights = random_weights(1), random_weights(2)
     with EngineLoop(minute_engine(weights[0])) as loop:
         found = run(loop, weights, args.requests, args.sockets, args.rounds)
