@@ -15,11 +15,12 @@
 
 Required fields come first, and both kinds go by name. `$defs` become interfaces in front of the function. The strings are
 those of the public tokenizer, and so are the gaps: words and limits are written for fields and items only, and keywords like
-`oneOf`, `const`, `format` or `nullable` are passed over beside a `type`. For a schema of nothing but them the public
-tokenizer falls back to JSON; here an error says what to write instead.
+`oneOf`, `const`, `format` or `nullable` are passed over beside a `type`. With a schema of nothing but them there is no such
+form, and all tools are declared as JSON, as the public tokenizer does; a warning says what to write instead.
 """
 
 import json
+import logging
 from collections.abc import Mapping, Sequence
 
 from k25_jax.text.tool_calls import TOOL_NAME
@@ -32,16 +33,32 @@ LIMITS = {"number": RANGE, "integer": RANGE, "string": LENGTH, "array": COUNT}
 VALUES = {"string": str, "number": (int, float), "integer": int, "boolean": bool}
 
 
+logger = logging.getLogger(__name__)
+
+
 class DeclarationError(ValueError):
     """A tool that cannot be declared; the text begins with the place, tools[i].., and says what to do."""
+
+
+class SchemaError(DeclarationError):
+    """A schema that may be right and has no form in TypeScript."""
 
 
 def declare(tools: Sequence[Mapping]) -> str:
     """Declarations of `{"type": "function", "function": {"name", "description", "parameters"}}`; raises DeclarationError.
 
-    `parameters` are a JSON Schema.
+    `parameters` are a JSON Schema. If one of them has no form in TypeScript, all are written as JSON.
     """
-    functions = []
+    try:
+        return typescript(tools)
+    except SchemaError as problem:
+        logger.warning("%s (so the tools are declared as JSON)", problem)
+        return json.dumps(tools, ensure_ascii=False, separators=(",", ":"), sort_keys=True)
+
+
+def typescript(tools: Sequence[Mapping]) -> str:
+    """What `declare` gives where all schemas have that form; raises DeclarationError, SchemaError where one has not."""
+    functions, formless = [], None
     for number, tool in enumerate(tools):
         where = f"tools[{number}]"
         try:
@@ -50,8 +67,12 @@ def declare(tools: Sequence[Mapping]) -> str:
             raise DeclarationError(f"{where} cannot be written as JSON: {problem}") from None
         try:
             functions.append(_function(plain, where))
+        except SchemaError as problem:
+            formless = formless or problem  # the tools behind it may be wrong
         except RecursionError:
             raise DeclarationError(f"{where} is nested too deeply; put the parts into $defs") from None
+    if formless:
+        raise formless
     return "# Tools\n\n## functions\nnamespace functions {\n" + "\n".join(functions) + "\n}\n"
 
 
@@ -102,7 +123,7 @@ class _Types:
             return _union(schema, where)
         if not kind or not isinstance(kind, str):
             remedy = "give it a `type`, `enum`, `anyOf` or `$ref`; `oneOf`, `allOf` and `const` are not understood"
-            raise DeclarationError(f"{where} has no type that can be declared: {remedy}")
+            raise SchemaError(f"{where} has no type that can be declared: {remedy}")
         if kind == "object":
             return self.object(schema, indent, where)
         return self._array(schema, indent, where) if kind == "array" else SCALARS.get(kind, kind)
@@ -144,7 +165,7 @@ class _Types:
 
     def _define(self, definitions, where: str) -> None:
         if not isinstance(definitions, dict) or not all(isinstance(schema, dict) for schema in definitions.values()):
-            raise DeclarationError(f"{where} must map names to schemas that are objects")
+            raise SchemaError(f"{where} must map names to schemas that are objects")
         self.definitions |= definitions
 
     def _reference(self, to, where: str) -> str:
@@ -154,7 +175,7 @@ class _Types:
         name = to.split("/")[-1] if isinstance(to, str) and to.startswith("#/$defs/") else None
         if name not in self.definitions:
             remedy = "write '#', or '#/$defs/NAME' with NAME in the $defs of parameters"
-            raise DeclarationError(f"{where} refers to {to!r:.60}, which is not known: {remedy}")
+            raise SchemaError(f"{where} refers to {to!r:.60}, which is not known: {remedy}")
         return name
 
 
@@ -164,7 +185,7 @@ def _enum(schema: dict, where: str) -> str:
     if isinstance(kind, list):
         others = [name for name in kind if name != "null"]
         if len(kind) > 2 or len(others) > 1:
-            raise DeclarationError(f"{where}.type beside enum may list one type, and null; leave it out")
+            raise SchemaError(f"{where}.type beside enum may list one type, and null; leave it out")
         kind = others[0] if others else None
     wanted = VALUES.get(kind, object) if isinstance(kind, str) else object
     for value in values:

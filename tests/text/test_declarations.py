@@ -5,7 +5,7 @@ import random
 
 import pytest
 
-from k25_jax.text.declarations import DeclarationError, declare
+from k25_jax.text.declarations import DeclarationError, SchemaError, declare, typescript
 
 
 def tool(parameters=None, name="f", **more):
@@ -200,7 +200,7 @@ BAD_FIELDS = [
 @pytest.mark.parametrize("bad, error", BAD)
 def test_bad_tools_are_named(bad, error):
     with pytest.raises(DeclarationError, match=error):
-        declare([bad])
+        typescript([bad])
 
 
 @pytest.mark.parametrize("field, error", BAD_FIELDS)
@@ -209,7 +209,28 @@ def test_bad_schemas_are_named(field, error):
     with pytest.raises(
         DeclarationError, match=rf"^tools\[1\]\.function\.parameters\.properties\.a\.items\.properties\.{error}"
     ):
-        declare([tool(), tool(nested)])
+        typescript([tool(), tool(nested)])
+
+
+FORMLESS = {"properties": {"x": {"const": 1}, "y": {"oneOf": [{"type": "string"}]}}}
+
+
+def test_what_has_no_form_is_declared_as_json_as_the_public_tokenizer_does(caplog):
+    tools = [tool(), tool(FORMLESS, name="é")]
+    with pytest.raises(SchemaError):
+        typescript(tools)
+    text = declare(tools)
+    assert (
+        text == json.dumps(tools, ensure_ascii=False, separators=(",", ":"), sort_keys=True)
+        and json.loads(text) == tools
+    )
+    assert "tools[1].function.parameters.properties.x has no type that can be declared: give it" in caplog.text
+    assert declare(tools[:1]).startswith("# Tools")
+
+
+def test_a_wrong_tool_behind_one_without_a_form_is_still_refused():
+    with pytest.raises(DeclarationError, match=r"tools\[1\]\.function\.name"):
+        declare([tool(FORMLESS), tool(name="two words")])
 
 
 @pytest.mark.parametrize("depth", [700, 100_000])
