@@ -19,8 +19,9 @@ a multiple of N. When one was lost, start all again, or another number: they go 
 CHECKPOINT_HELP = "a run of ours or a public checkpoint; default: the tiny model that comes with the package"
 EVAL_HELP = """benchmarks: aime, hmmt, gpqa, mmlu_pro, mmmu, mmmu_pro, mmmu_pro_vision, mathvista, ocrbench, docvqa, infovqa,
 charxiv_reasoning, charxiv_descriptive, videomme. Every answer is kept as it comes: the same command goes on where it was
-ended, and more --questions or samples add to what is there. Tasks of tool_use need
-bubblewrap."""
+ended, and more --questions or samples add to what is there. Tasks of tool_use need bubblewrap."""
+MODES = ("plain", "thinking", "instant")
+MODE_HELP = "how answers begin; default: thinking for public weights, else plain"
 COMMANDS = "train a model, ask it questions, count its parameters, convert its weights"
 
 
@@ -193,6 +194,7 @@ def add_sampling(parser: argparse.ArgumentParser) -> None:
     """Flags shared by generate and chat."""
     parser.add_argument("--checkpoint", default="base", help=CHECKPOINT_HELP)
     parser.add_argument("--system", default="", help="system message")
+    parser.add_argument("--mode", default="", choices=MODES, help=MODE_HELP)
     parser.add_argument("--max_tokens", "--max-tokens", "--max_new_tokens", type=int, default=256)
     parser.add_argument("--temperature", type=float, default=1.0, help="0 is greedy; default 1.0")
     parser.add_argument("--top_p", "--top-p", type=float, default=0.95)
@@ -215,8 +217,7 @@ def add_serve(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--model_name", default="", help="what requests call the model; default: the checkpoint's folder"
     )
-    modes = "how answers begin where a request does not say; default: thinking for public weights, else plain"
-    parser.add_argument("--mode", default="", choices=("plain", "thinking", "instant"), help=modes)
+    parser.add_argument("--mode", default="", choices=MODES, help=f"where a request does not say: {MODE_HELP}")
     parser.add_argument("--slots", type=int, default=32, help="answers that are drawn at once; default 32")
     parser.add_argument("--pages", type=int, default=1024, help="pages of 16 tokens in the cache; default 1024")
     parser.add_argument(

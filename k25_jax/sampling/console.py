@@ -2,15 +2,17 @@
 
 import json
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 
 import jax.numpy as jnp
 
 from k25_jax.checkpoint.load import Model, load_model
 from k25_jax.sampling.engine import Engine
-from k25_jax.sampling.prompt import MediaReader, Prompt, from_ids, from_messages
+from k25_jax.sampling.prompt import MediaReader, Prompt, default_mode, from_ids, from_messages
 from k25_jax.sampling.requests import EngineError, Request, TokenEvent, fitting
 from k25_jax.sampling.sample import PromptError, SampleConfig
+from k25_jax.text.chat import THINK
+from k25_jax.text.conversation import Conversation
 from k25_jax.text.tokenizer import StreamDecoder
 
 LEAST_ROOM = 4096  # tokens of a conversation that an engine is built for, where the model has as many
@@ -34,7 +36,8 @@ class Console:
             if args.raw:
                 return from_ids(self.model.tokenizer.encode(text, allow_special=True), self.clips(), config)
             parts = [{"image": path} for path in args.image] + [{"video": path} for path in args.video]
-            return from_messages(self.with_system([user(parts, text)]), self.model.tokenizer, self.reader)
+            messages = [*self.system(), user(parts, text)]
+            return from_messages(messages, self.model.tokenizer, self.reader, self.mode)
         try:
             tokens = [int(item) for item in args.prompt_ids.split(",")]
         except ValueError:
@@ -46,9 +49,25 @@ class Console:
         videos = [clip for path in self.args.video for _, clip in self.reader.video(path)]
         return [self.reader.image(path) for path in self.args.image] + videos
 
-    def with_system(self, messages: list[dict]) -> list[dict]:
-        """The conversation behind --system."""
-        return [{"role": "system", "content": self.args.system}] * bool(self.args.system) + messages
+    @property
+    def mode(self) -> str:
+        """Of the chat template."""
+        return self.args.mode or default_mode(self.args.checkpoint, self.model)
+
+    def system(self) -> list[dict]:
+        """The message of --system, if there is one."""
+        return [{"role": "system", "content": self.args.system}] * bool(self.args.system)
+
+    def conversation(self, turns: Sequence[dict | list[int]] = ()) -> Conversation:
+        """A conversation behind --system, of messages and of tokens that were sampled."""
+        conversation = Conversation(self.model.tokenizer, mode=self.mode, load_media=self.reader.load)
+        for turn in [*self.system(), *turns]:
+            if isinstance(turn, dict):
+                conversation.add(turn)
+            else:
+                conversation.prompt()
+                conversation.say(turn)
+        return conversation
 
     def ends(self, templated: bool) -> tuple[int, ...]:
         """Token ids that end an answer: the model's, and behind the chat template the end of a turn."""
@@ -69,6 +88,7 @@ class Console:
         except ValueError as error:
             raise PromptError(str(error)) from None
         stream, text, tokens, logprobs = StreamDecoder(tokenizer, skip_special=True), "", [], []
+        marks = {tokenizer.special[name]: name for name in THINK if name in tokenizer.special}  # the others are no text
         held = max(map(len, args.stop), default=1) - 1  # characters that may turn out to begin a stop text
         shown = 0
         for event in self.events(Request(prompt.tokens, prompt.clips, how)):
@@ -77,7 +97,7 @@ class Console:
             if event.token in ends:
                 text += stream.flush()
                 break
-            text += stream.push(event.token)
+            text += marks.get(event.token) or stream.push(event.token)
             cut = min((text.find(stop) for stop in args.stop if stop in text), default=-1)
             if cut >= 0:
                 text = text[:cut]
@@ -132,9 +152,9 @@ def generate(args) -> int:
 
 
 def chat(args) -> int:
-    """A conversation, line by line."""
+    """A conversation, line by line. What was sampled stays in it as it is, and is never tokenised again."""
     console = Console(args)
-    messages, parts = [], []
+    conversation, turns, parts = console.conversation(), [], []
     print(HELP)
     while True:
         try:
@@ -145,23 +165,34 @@ def chat(args) -> int:
         if command == "/quit":
             return 0
         if command == "/reset":
-            messages, parts = [], []
+            conversation, turns, parts = console.conversation(), [], []
         elif command in ("/image", "/video"):
             parts.append({command[1:]: rest.strip()})
         elif line.startswith("/"):
             print(HELP)
         elif line:
-            turn = user(parts, line)
+            turn, parts = user(parts, line), []
             try:
-                prompt = from_messages(console.with_system([*messages, turn]), console.model.tokenizer, console.reader)
-                text = console.answer(prompt, console.ends(templated=True), show)["text"]
+                turns += [turn, reply(console, conversation, turn)]
             except ValueError as error:  # a bad file or a full context must not end the conversation
                 print(f"error: {error}")
-                parts = []
-                continue
-            print()
-            messages += [turn, {"role": "assistant", "content": text}]
-            parts = []
+                conversation = console.conversation(turns)  # as it was
+            else:
+                print()
+
+
+def reply(console: Console, conversation: Conversation, turn: dict) -> list[int]:
+    """Add a message and the model's answer to it, which is shown; returns the answer's tokens, up to the turn's end."""
+    conversation.add(turn)
+    prompt = from_ids(conversation.prompt(), conversation.rendered.clips, console.model.config)
+    tokens = console.answer(prompt, console.ends(templated=True), show)["tokens"]
+    end, eos = console.model.tokenizer.special["<|im_end|>"], console.model.config.eos_id
+    if end in tokens:
+        tokens = tokens[: tokens.index(end) + 1]
+    elif tokens[-1:] == [eos]:
+        tokens = tokens[:-1]
+    conversation.say(tokens)
+    return tokens
 
 
 def show(text: str) -> None:

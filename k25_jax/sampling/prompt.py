@@ -5,6 +5,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from k25_jax.checkpoint.load import Model
 from k25_jax.config import K25Config
 from k25_jax.data.packing import expand_media
 from k25_jax.sampling.sample import PromptError
@@ -55,6 +56,11 @@ class MediaReader:
         """A part of a message, for `text.chat.render`; it may have a `name` for errors."""
         name = part.get("name", "")
         return self.video(part["video"], name) if "video" in part else [(None, self.image(part["image"], name))]
+
+
+def default_mode(checkpoint: str, model: Model) -> str:
+    """How answers of a model begin where nobody says: the public one thinks first."""
+    return "thinking" if model.experiment is None and checkpoint != "base" else "plain"
 
 
 def from_messages(

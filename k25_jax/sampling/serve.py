@@ -13,7 +13,7 @@ from k25_jax.checkpoint.load import Model, load_model
 from k25_jax.sampling.engine import Engine
 from k25_jax.sampling.loop import EngineLoop
 from k25_jax.sampling.openai_requests import Served
-from k25_jax.sampling.prompt import MediaReader
+from k25_jax.sampling.prompt import MediaReader, default_mode
 from k25_jax.sampling.requests import EngineConfig
 from k25_jax.sampling.server import Server
 from k25_jax.sampling.server_config import ServerConfig, ServerError, check_reach
@@ -56,7 +56,6 @@ def engine_config(args) -> EngineConfig:
 
 
 def _served(args, model: Model, engine: Engine, root: pathlib.Path | None) -> Served:
-    public = model.experiment is None and args.checkpoint != "base"
     reader = MediaReader(
         model.config, args.max_image_patches, args.max_frame_patches, args.fps, max_pixels=args.max_pixels
     )
@@ -65,7 +64,7 @@ def _served(args, model: Model, engine: Engine, root: pathlib.Path | None) -> Se
         model.tokenizer,
         reader,
         engine.max_length,
-        args.mode or ("thinking" if public else "plain"),
+        args.mode or default_mode(args.checkpoint, model),
         args.max_tokens or None,
         TOP_LOGPROBS,
         media_root=root,

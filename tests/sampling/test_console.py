@@ -2,14 +2,16 @@
 
 import argparse
 import copy
+import dataclasses
 import io
 
 import numpy as np
 import pytest
 
 from k25_jax.cli import build_parser
-from k25_jax.sampling.console import Console, chat, generate
-from k25_jax.sampling.prompt import from_messages
+from k25_jax.sampling.console import Console, chat, generate, reply
+from k25_jax.sampling.prompt import default_mode, from_messages
+from k25_jax.sampling.requests import TokenEvent
 from k25_jax.sampling.sample import PromptError, SampleConfig, Sampler
 
 
@@ -148,6 +150,43 @@ def test_a_conversation_is_remembered_until_reset(finished, flagged, conversatio
     ):
         prompt = from_messages(messages, console.model.tokenizer, console.reader)
         assert console.answer(prompt, console.ends(True), lambda _: None)["text"].strip() == text
+
+
+def test_a_conversation_keeps_the_tokens_that_were_sampled(flagged):
+    """An answer that is cut off in mid-character, which text could not give back, stays as it is."""
+    console, end = flagged("--mode=instant"), 258
+    first = {"role": "user", "content": "which?"}
+    sampled = [0xC3, 120, 0xE2]
+    tokens = console.conversation([first, sampled, first]).prompt()
+    assert console.model.tokenizer.special["<|im_end|>"] == end
+    begun = console.conversation([first]).prompt()
+    assert tokens[: len(begun) + 4] == [*begun, *sampled, end]
+    assert reply(console, console.conversation([first, sampled]), first)
+
+
+@pytest.mark.parametrize(
+    "mode, ending", [("plain", []), ("thinking", ["<think>"]), ("instant", ["<think>", "</think>"])]
+)
+def test_the_mode_begins_the_answer(flagged, mode, ending):
+    console = flagged(f"--mode={mode}", "--prompt=which?")
+    special = console.model.tokenizer.special
+    for tokens in (console.prompt().tokens, console.conversation([{"role": "user", "content": "which?"}]).prompt()):
+        begun = [*map(special.get, ("<|im_middle|>", *ending))]
+        assert tokens[-len(begun) :] == begun
+
+
+def test_thinking_is_shown_between_its_marks(flagged, monkeypatch):
+    console = flagged("--prompt=x")
+    special = console.model.tokenizer.special
+    drawn = [104, 109, special["</think>"], 53, special["<|im_end|>"]]
+    events = [TokenEvent(0, 0, token, -1.0, 0) for token in drawn]
+    monkeypatch.setattr(Console, "events", lambda self, request: iter(events))
+    assert console.answer(console.prompt(), console.ends(True), lambda _: None)["text"] == "hm</think>5"
+
+
+def test_public_weights_think_first(loaded):
+    assert loaded.mode == "plain" == default_mode("base", dataclasses.replace(loaded.model, experiment=None))
+    assert default_mode("runs/public", dataclasses.replace(loaded.model, experiment=None)) == "thinking"
 
 
 def test_a_later_turn_reads_only_what_is_new(flagged):
