@@ -65,7 +65,7 @@ class Lookups(Endless):
         """The whole conversation, and the tool."""
         scene = self.scene(index)
         name, field, told = scene.tool
-        messages = [{"role": "user", "content": self.question(index)}]
+        messages = [{"role": "user", "content": [{"type": "text", "text": self.question(index)}]}]
         for number, (asked, found) in enumerate(zip(scene.names, (*scene.names[1:], scene.value), strict=True)):
             call = {"id": f"functions.{name}:{number}", "type": "function"}
             call["function"] = {"name": name, "arguments": json.dumps({field: asked})}

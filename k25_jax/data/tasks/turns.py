@@ -30,7 +30,7 @@ class Turns(Task):
     """
 
     category: ClassVar[str] = "interleaved"
-    longest: ClassVar[int] = 64
+    longest: ClassVar[int] = 96
 
     most: int = 2
     records: int = 0  # 0: a million to train on, 500 to test on

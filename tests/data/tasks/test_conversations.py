@@ -77,7 +77,9 @@ def test_a_lookup_is_answered_with_what_its_last_call_gave():
         (function,) = [tool["function"] for tool in record["tools"]]
         ((field, kind),) = function["parameters"]["properties"].items()
         assert kind == {"type": "string"} and len(turns) % 2 == 0
-        key = next(name for name in re.findall("[a-z]+", question["content"]) if name in json.dumps(turns[0]))
+        key = next(
+            name for name in re.findall("[a-z]+", question["content"][0]["text"]) if name in json.dumps(turns[0])
+        )
         for number, (said, back) in enumerate(zip(turns[::2], turns[1::2], strict=True)):
             (call,) = said["tool_calls"]
             assert call["id"] == back["tool_call_id"] == f"functions.{function['name']}:{number}"
