@@ -67,7 +67,7 @@ CATEGORIES = (
     "text_knowledge",
     "text_reasoning",
     "code",
-    "tool_use",  # by a program over the pixels
+    "tool_use",  # programs over pixels, tables that are looked up in
     "long_context",
     "interleaved",  # conversations of questions of other tasks
     "text",  # to read on: no questions
