@@ -21,7 +21,7 @@ EVAL_HELP = """benchmarks: aime, hmmt, gpqa, mmlu_pro, mmmu, mmmu_pro, mmmu_pro_
 charxiv_reasoning, charxiv_descriptive, videomme. Every answer is kept as it comes: the same command goes on where it was
 ended, and more --questions or samples add to what is there. Tasks of tool_use need bubblewrap."""
 MODES = ("plain", "thinking", "instant")
-MODE_HELP = "how answers begin; default: thinking for public weights, else plain"
+MODE_HELP = "how answers begin; default: thinking for the public Kimi weights, else plain"
 COMMANDS = "train a model, ask it questions, count its parameters, convert its weights"
 
 

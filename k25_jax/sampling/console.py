@@ -52,7 +52,7 @@ class Console:
     @property
     def mode(self) -> str:
         """Of the chat template."""
-        return self.args.mode or default_mode(self.args.checkpoint, self.model)
+        return self.args.mode or default_mode(self.model)
 
     def system(self) -> list[dict]:
         """The message of --system, if there is one."""

@@ -10,7 +10,7 @@ from k25_jax.config import K25Config
 from k25_jax.data.packing import expand_media
 from k25_jax.sampling.sample import PromptError
 from k25_jax.text.chat import render
-from k25_jax.text.tokenizer import Tokenizer
+from k25_jax.text.tokenizer import PUBLIC_SPECIAL, Tokenizer
 from k25_jax.vision.image import MAX_PIXELS, load_image, preprocess
 from k25_jax.vision.patchpack import Clip
 from k25_jax.vision.video import chunks, format_timestamp, load_video
@@ -58,9 +58,10 @@ class MediaReader:
         return self.video(part["video"], name) if "video" in part else [(None, self.image(part["image"], name))]
 
 
-def default_mode(checkpoint: str, model: Model) -> str:
-    """How answers of a model begin where nobody says: the public one thinks first."""
-    return "thinking" if model.experiment is None and checkpoint != "base" else "plain"
+def default_mode(model: Model) -> str:
+    """How answers of a model begin where nobody says: weights from elsewhere with Kimi's vocabulary think first."""
+    kimi = model.tokenizer.special["<|im_end|>"] == PUBLIC_SPECIAL["<|im_end|>"]
+    return "thinking" if kimi and model.experiment is None else "plain"
 
 
 def from_messages(

@@ -64,7 +64,7 @@ def _served(args, model: Model, engine: Engine, root: pathlib.Path | None) -> Se
         model.tokenizer,
         reader,
         engine.max_length,
-        args.mode or default_mode(args.checkpoint, model),
+        args.mode or default_mode(model),
         args.max_tokens or None,
         TOP_LOGPROBS,
         media_root=root,

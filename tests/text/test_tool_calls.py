@@ -190,10 +190,10 @@ def test_bad_messages_are_named(bad, where):
 
 
 def test_bad_tools_and_modes_are_named():
-    unknown = {"type": "function", "function": {"name": "f", "parameters": {"properties": {"x": {"oneOf": []}}}}}
+    unknown = {"type": "function", "function": {"name": "f", "parameters": {"properties": {"x": {"type": []}}}}}
     places = (
         ([{"name": "f"}], r"^tools\[0\] must be"),
-        ([WEATHER, unknown], r"^tools\[1\].*parameters.properties.x has"),
+        ([WEATHER, unknown], r"^tools\[1\].*parameters.properties.x.type must be"),
     )
     for tools, error in places:
         with pytest.raises(ChatError, match=error):
