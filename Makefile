@@ -65,7 +65,7 @@ clean: ## remove .venv, caches and build outputs
 	$(PIP) -e ".[demo]"
 	touch $@
 
-# What a model writes runs in bubblewrap. Without it the package works, but for code in agents/, whose tests are skipped.
+# What a model writes runs in bubblewrap. Without it the package works, but for code in sandbox/, whose tests are skipped.
 .venv/.sandbox: | .venv/.made
 	@if ! command -v bwrap >/dev/null && [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null; then \
 	  { apt-get update -qq && DEBIAN_FRONTEND=noninteractive apt-get install -y -qq bubblewrap; } >/dev/null 2>&1 || true; fi

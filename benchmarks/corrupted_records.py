@@ -31,7 +31,7 @@ from PIL import Image
 from k25_jax.config import DataConfig, SourceConfig, preset
 from k25_jax.data.build import build
 from k25_jax.data.sources import open_source
-from k25_jax.data.survey import Reader
+from k25_jax.data.statistics import Reader
 
 CLEAN = 0.05  # share of records that nothing is wrong with
 DEADLINE = 10.0

@@ -48,7 +48,7 @@ from k25_jax.parallel import hosts
 from k25_jax.parallel.pipeline import bubble
 from k25_jax.preflight.cost import model_flops
 from k25_jax.sharding import processes
-from k25_jax.train.loop import mesh_of
+from k25_jax.train.layout import mesh_of
 from k25_jax.train.pretrain import loss_fn
 from k25_jax.train.state import init_state
 from k25_jax.train.step import make_step

@@ -25,8 +25,8 @@ from k25_jax.checkpoint.huggingface import save_params
 from k25_jax.config import DataConfig, preset
 from k25_jax.data.packing import make_example, pack_examples
 from k25_jax.models.k25 import forward, init_params
-from k25_jax.sampling.cache import cache_bytes
 from k25_jax.sampling.engine import Engine
+from k25_jax.sampling.latent_cache import cache_bytes
 from k25_jax.sampling.requests import EngineConfig, Request
 from k25_jax.sampling.sample import SampleConfig, Sampler
 

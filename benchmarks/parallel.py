@@ -25,7 +25,7 @@ import numpy as np
 from k25_jax.config import DataConfig, Experiment, K25Config, MeshConfig, OptimConfig, TrainConfig, preset
 from k25_jax.data.packing import Batch, make_example, pack_examples
 from k25_jax.parallel import dep
-from k25_jax.train.loop import mesh_of
+from k25_jax.train.layout import mesh_of
 from k25_jax.train.pretrain import loss_fn
 from k25_jax.train.state import TrainState, init_state, state_shardings
 from k25_jax.train.step import make_step

@@ -29,13 +29,13 @@ import numpy as np
 
 from k25_jax.config import K25Config, MoEConfig, TextConfig, VisionConfig
 from k25_jax.models.k25 import abstract_params
+from k25_jax.sampling.async_engine import AsyncEngine
 from k25_jax.sampling.engine import Engine
-from k25_jax.sampling.loop import EngineLoop
-from k25_jax.sampling.openai_requests import Served, chat_ask, completion_ask
 from k25_jax.sampling.prompt import MediaReader
 from k25_jax.sampling.requests import Completion, EngineConfig
-from k25_jax.sampling.server import Server
-from k25_jax.sampling.server_config import ServerConfig
+from k25_jax.serving.limits import ServerConfig
+from k25_jax.serving.requests import Served, chat_ask, completion_ask
+from k25_jax.serving.server import Server
 from k25_jax.text.tokenizer import load_tokenizer
 
 TEXT = TextConfig(
@@ -98,7 +98,7 @@ def minute_model(media_root: pathlib.Path | None = None) -> Served:
 
 @contextlib.contextmanager
 def serving(
-    loop: EngineLoop, served: Served, config: ServerConfig = LIMITS, key: str = ""
+    loop: AsyncEngine, served: Served, config: ServerConfig = LIMITS, key: str = ""
 ) -> Iterator[tuple[Server, str]]:
     """A server with an event loop of its own in a thread: (server, address). Afterwards no task of it may be left."""
     ready, left = Future(), []
@@ -159,7 +159,7 @@ def bodies(count: int) -> list[tuple[str, dict]]:
     return out
 
 
-def alone(loop: EngineLoop, served: Served, good: list[tuple[str, dict]]) -> list[list[list[int]]]:
+def alone(loop: AsyncEngine, served: Served, good: list[tuple[str, dict]]) -> list[list[list[int]]]:
     """The tokens of every sample of each body, asked one after the other of an engine that has nothing else to do."""
     out = []
     for path, body in good:
@@ -299,7 +299,7 @@ async def storm(url: str, requests: list[Asked], expected: dict, sockets: int, c
     return {"answered": done, "across": across, "wrong": wrong, "kinds": kinds}
 
 
-def until_idle(loop: EngineLoop, seconds: float = 60) -> dict[str, int]:
+def until_idle(loop: AsyncEngine, seconds: float = 60) -> dict[str, int]:
     """The engine's counts when nothing runs any more."""
     deadline = time.monotonic() + seconds
     while (stats := loop.stats())["running"] + stats["waiting"] and time.monotonic() < deadline:
@@ -324,7 +324,7 @@ def memory() -> dict[str, float]:
     return {"memory_mb": pages * resource.getpagesize() / 2**20, "objects": least}
 
 
-def run(loop: EngineLoop, weights, requests: int, sockets: int, rounds: int, different: int = 40) -> dict:
+def run(loop: AsyncEngine, weights, requests: int, sockets: int, rounds: int, different: int = 40) -> dict:
     """Rounds of the storm on a server of their own; version v has weights[v % 2]."""
     served, good, single, reports = minute_model(), bodies(different), {}, []
     first = loop.stats()["version"] + 1
@@ -357,7 +357,7 @@ def main():
     args = parser.parse_args()
     resource.setrlimit(resource.RLIMIT_NOFILE, [resource.getrlimit(resource.RLIMIT_NOFILE)[1]] * 2)  # for the sockets
     weights = random_weights(1), random_weights(2)
-    with EngineLoop(minute_engine(weights[0])) as loop:
+    with AsyncEngine(minute_engine(weights[0])) as loop:
         found = run(loop, weights, args.requests, args.sockets, args.rounds)
     rounds = found["rounds"]
     wrong = sum(len(one["wrong"]) for one in rounds) + sum(args.requests - one["answered"] for one in rounds)

@@ -63,7 +63,7 @@ def user_errors() -> tuple[type[Exception], ...]:
     from k25_jax.evals.protocol import AnswererError
     from k25_jax.report.metrics import MetricsError
     from k25_jax.sampling.sample import PromptError
-    from k25_jax.sampling.server_config import ServerError
+    from k25_jax.serving.limits import ServerError
     from k25_jax.text.chat import ChatError
     from k25_jax.text.tokenizer import TokenizerError
     from k25_jax.train.loop import BadSteps
@@ -313,7 +313,7 @@ def run_chat(args) -> int:
 
 def run_serve(args) -> int:
     """Answer requests until a signal comes."""
-    from k25_jax.sampling.serve import serve
+    from k25_jax.serving.serve import serve
 
     return serve(args)
 

@@ -52,3 +52,21 @@ def bwrap():
     result = subprocess.run(PROBE, capture_output=True, text=True)
     if result.returncode:
         pytest.skip(f"bubblewrap does not work on this machine: {result.stderr.strip()}")
+
+
+@pytest.fixture(scope="module")
+def pool(bwrap):
+    """Kernels in bubblewrap with small limits, for the tests of a file."""
+    from k25_jax.sandbox.kernel import Limits
+    from k25_jax.sandbox.pool import KernelPool
+
+    limits = Limits(memory_mb=768, disk_mb=16, processes=40, stop_seconds=60.0, output_chars=2000, images=3)
+    with KernelPool(2, limits) as pool:
+        yield pool
+
+
+@pytest.fixture(scope="module")
+def sandbox(pool):
+    """One sandbox for all tests of a file; its kernels come from the pool."""
+    with pool.sandbox() as sandbox:
+        yield sandbox

@@ -14,11 +14,11 @@ from collections.abc import Callable, Sequence
 from PIL import Image
 
 from k25_jax.agents.pictures import Pictures
-from k25_jax.agents.sandbox import Sandbox
 from k25_jax.agents.tools import declaration
 from k25_jax.config import ConfigError
 from k25_jax.data.tasks import PROGRAMMED, make_task
 from k25_jax.data.tasks.programmed import Programmed
+from k25_jax.sandbox.sandbox import Sandbox
 
 MODE = "instant"  # these programs take no thought
 TEXT, SHOWN = "text.jsonl", "shown.jsonl"

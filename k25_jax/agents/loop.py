@@ -4,12 +4,12 @@ import concurrent.futures
 import dataclasses
 from collections.abc import Sequence
 
-from k25_jax.agents.observation import InfrastructureError, Observation
 from k25_jax.agents.tools import Tool, answer
 from k25_jax.sampling.engine import Engine
 from k25_jax.sampling.prompt import from_ids
 from k25_jax.sampling.requests import Request
 from k25_jax.sampling.sample import SampleConfig
+from k25_jax.sandbox.observation import InfrastructureError, Observation
 from k25_jax.text.conversation import Conversation
 from k25_jax.text.tool_calls import Said
 

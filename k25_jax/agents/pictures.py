@@ -5,9 +5,9 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
-from k25_jax.agents.observation import InfrastructureError, Observation
 from k25_jax.agents.tools import IPython
 from k25_jax.data.tasks.programmed import PREAMBLE
+from k25_jax.sandbox.observation import InfrastructureError, Observation
 
 
 class Pictures(IPython):

@@ -11,8 +11,8 @@ for call in said.calls:
 from collections.abc import Mapping, Sequence
 from typing import Protocol
 
-from k25_jax.agents.observation import Observation
-from k25_jax.agents.sandbox import Sandbox
+from k25_jax.sandbox.observation import Observation
+from k25_jax.sandbox.sandbox import Sandbox
 from k25_jax.text.tool_calls import BadCall, Call
 
 TYPES = {"string": str, "integer": int, "number": (int, float), "boolean": bool, "array": list, "object": dict}

@@ -24,7 +24,7 @@ from k25_jax.config import to_dict
 from k25_jax.data.forms import MEDIA, form_of, resolve_media
 from k25_jax.data.records import MAX_RECORD_BYTES, DataError, Record, RecordError, parse_record, read_bytes
 from k25_jax.data.sources import MANIFEST
-from k25_jax.data.survey import Counts, Joined, Reader
+from k25_jax.data.statistics import Counts, Joined, Reader
 from k25_jax.data.workers import DEADLINE, Lost, Unit, run
 from k25_jax.text.tokenizer import load_tokenizer
 

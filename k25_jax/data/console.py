@@ -61,12 +61,12 @@ def run_build(args) -> int:
 def run_inspect(args) -> int:
     """Statistics as a table, statistics.json and samples.png."""
     from k25_jax.data.build import write_json
-    from k25_jax.data.sheet import write_sheet
-    from k25_jax.data.survey import survey
+    from k25_jax.data.contact_sheet import write_sheet
+    from k25_jax.data.statistics import collect
 
     reader, output = _reader(args), Path(args.output)
     with _progress("inspect") as report:
-        counts = survey(reader, args.records, args.workers, args.deadline, report)
+        counts = collect(reader, args.records, args.workers, args.deadline, report)
     output.mkdir(parents=True, exist_ok=True)
     summary = counts.summary()
     write_json(output / "statistics.json", summary | {"bad_records": [bad._asdict() for bad in counts.bad[:1000]]})
@@ -82,11 +82,11 @@ def run_inspect(args) -> int:
 
 def run_check(args) -> int:
     """Status 1 when more than the allowed share of records is bad."""
-    from k25_jax.data.survey import survey
+    from k25_jax.data.statistics import collect
 
     reader = _reader(args)
     with _progress("check") as report:
-        counts = survey(reader, 0, args.workers, args.deadline, report)
+        counts = collect(reader, 0, args.workers, args.deadline, report)
     summary = counts.summary()
     share = len(counts.bad) / max(1, summary["records"])
     named = [bad for reason in counts.reasons for bad in _first(counts.bad, reason)]
@@ -108,7 +108,7 @@ def _first(bad, reason: str):
 def _reader(args):
     """How to read: as the experiment does, or with room for everything."""
     from k25_jax.config import DataConfig, SourceConfig, load_experiment, preset
-    from k25_jax.data.survey import Reader
+    from k25_jax.data.statistics import Reader
 
     if args.config:
         experiment = load_experiment(args.config, args.overrides)

@@ -56,7 +56,7 @@ def run(
     """
     waiting: collections.deque[tuple[Unit, Lost]] = collections.deque((unit, {}) for unit in units)
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["k25_jax.data.survey"])
+    context.set_forkserver_preload(["k25_jax.data.statistics"])
     count = min(workers or len(os.sched_getaffinity(0)), len(units))
     crew = [_Worker(context, job) for _ in range(count)]
     done = 0

@@ -7,15 +7,15 @@ import contextlib
 import itertools
 from collections.abc import Iterable, Iterator
 
-from k25_jax.agents.bubblewrap import SandboxError
 from k25_jax.agents.loop import Episode, play
-from k25_jax.agents.sandbox import Sandbox
 from k25_jax.config import ConfigError
 from k25_jax.evals.local import Checkpoint
 from k25_jax.evals.protocol import Answer, Answerer, Request
 from k25_jax.evals.tool_use import SECONDS, TURNS, begin
 from k25_jax.sampling.prompt import MediaReader
 from k25_jax.sampling.sample import SampleConfig
+from k25_jax.sandbox.bubblewrap import SandboxError
+from k25_jax.sandbox.sandbox import Sandbox
 
 TURN_TOKENS = 256  # of one turn of the model
 FINISH = {"answer": "stop", "turns": "length", "length": "length", "context": "overflow", "infrastructure": "error"}

@@ -10,15 +10,15 @@ from collections.abc import Callable, Sequence
 import numpy as np
 
 from k25_jax.agents.demonstrations import MODE
-from k25_jax.agents.kernel import Limits
 from k25_jax.agents.loop import Episode, play
 from k25_jax.agents.pictures import Pictures
-from k25_jax.agents.sandbox import Sandbox
 from k25_jax.agents.tools import declaration
 from k25_jax.data.tasks import make_task
 from k25_jax.sampling.engine import Engine
 from k25_jax.sampling.prompt import MediaReader
 from k25_jax.sampling.sample import SampleConfig
+from k25_jax.sandbox.kernel import Limits
+from k25_jax.sandbox.sandbox import Sandbox
 from k25_jax.text.conversation import Conversation
 from k25_jax.text.tokenizer import Tokenizer
 

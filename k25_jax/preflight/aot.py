@@ -20,7 +20,7 @@ from k25_jax.preflight import hlo
 from k25_jax.preflight.cost import arrays_made, jaxpr_flops, model_flops, roofline, temporaries
 from k25_jax.preflight.topology import Topology, devices_of
 from k25_jax.sharding.mesh import platform, slice_shape
-from k25_jax.train.loop import mesh_of
+from k25_jax.train.layout import mesh_of
 from k25_jax.train.stages import loss_of
 from k25_jax.train.state import HOST, abstract_state
 from k25_jax.train.step import make_step

@@ -16,9 +16,9 @@ from typing import NamedTuple
 import numpy as np
 
 from k25_jax.config import K25Config
-from k25_jax.sampling.features import FeatureRows, packs
-from k25_jax.sampling.pages import Pages
-from k25_jax.sampling.programs import Drawn, Plan, Programs, empty_plan
+from k25_jax.sampling.encoder_cache import EncoderCache, packs
+from k25_jax.sampling.model_runner import Drawn, ModelRunner, Plan, empty_plan
+from k25_jax.sampling.paged_cache import PagedCache
 from k25_jax.sampling.requests import (
     Completion,
     EngineConfig,
@@ -43,7 +43,7 @@ class Flight(NamedTuple):
 
 
 class Engine:
-    """A model that answers many requests at once. Not thread-safe: see sampling/loop.py.
+    """A model that answers many requests at once. Not thread-safe: see sampling/async_engine.py.
 
     `params` may lie in a mesh. `tokenizer` is needed for stop texts only.
     """
@@ -60,8 +60,8 @@ class Engine:
         s = self.settings
         self.max_length = min(s.max_length or config.text.max_length, config.text.max_length, s.pages * s.page_size)
         width = -(-self.max_length // s.page_size)
-        self._programs = Programs(params, config, s, width)
-        self._pages, self._features = Pages(s.pages), FeatureRows(s.vision_tokens)
+        self._runner = ModelRunner(params, config, s, width)
+        self._pages, self._features = PagedCache(s.pages), EncoderCache(s.vision_tokens)
         self._tables = np.zeros((s.rows[-1], width), np.int32)
         self._slots = list(range(s.rows[-1] - 1, -1, -1))
         self._waiting: list[Sequence] = []  # both by arrival
@@ -75,7 +75,7 @@ class Engine:
     # ------------------------------------------------------------------------------------------------- what callers do
     def warm_up(self) -> None:
         """Compile all programs, so that no request waits for the compiler."""
-        self._programs.warm_up()
+        self._runner.warm_up()
 
     def submit(self, request: Request) -> int:
         """Queue a request and return its id.
@@ -98,7 +98,7 @@ class Engine:
 
     def check(self, request: Request) -> None:
         """Raise PromptError for a request that this engine can never answer."""
-        finds_texts, sees = self.tokenizer is not None, self._programs.sees
+        finds_texts, sees = self.tokenizer is not None, self._runner.sees
         check_request(request, self.config, self.settings, self.max_length, finds_texts, sees)
 
     def abort(self, number: int) -> bool:
@@ -114,7 +114,7 @@ class Engine:
         Their further tokens carry the new version, but their latents stay as the old weights made them. No later request
         gets to see those: what is kept of prompts and images is forgotten.
         """
-        self._programs.replace_params(params)
+        self._runner.replace_params(params)
         self._version, self._epoch = version, self._epoch + 1
         self._pages.forget()
         self._features.forget()
@@ -133,8 +133,8 @@ class Engine:
             "pages": self.settings.pages,
             "pages_used": self.settings.pages - pages.available,
             "pages_kept": pages.idle,
-            "cache_bytes": self._programs.cache_bytes,
-            "compilations": self._programs.compilations,
+            "cache_bytes": self._runner.cache_bytes,
+            "compilations": self._runner.compilations,
             "version": self._version,
         }
 
@@ -171,7 +171,7 @@ class Engine:
             return None
         plan, sequences = self._plan(rows, pieces)
         self._counts["steps"] += 1
-        return Flight(self._programs.step(plan), sequences, self._version)
+        return Flight(self._runner.step(plan), sequences, self._version)
 
     def _rows(self) -> list[Sequence]:
         """The answers that decode a token in this step, each with room for it."""
@@ -247,7 +247,7 @@ class Engine:
             return False
         given, fresh = claimed
         for pack, rows_M, images in packs(fresh, self.settings.vision_patches, self.config.vision):
-            self._programs.encode(pack, rows_M)
+            self._runner.encode(pack, rows_M)
             self._counts["encoded"] += images
         self._waiting.remove(sequence)
         bisect.insort(self._running, sequence, key=lambda s: s.order)

@@ -15,7 +15,7 @@ import numpy as np
 from k25_jax.config import K25Config
 from k25_jax.models import decoder
 from k25_jax.models.k25 import cast, embed, splice, vision_features
-from k25_jax.sampling.cache import grow
+from k25_jax.sampling.latent_cache import grow
 from k25_jax.vision.patchpack import Clip, pack_clips
 
 

@@ -7,8 +7,8 @@ from collections.abc import Sequence as Items
 
 import numpy as np
 
-from k25_jax.sampling.features import Encoded
-from k25_jax.sampling.pages import clip_digest, page_keys
+from k25_jax.sampling.encoder_cache import Encoded
+from k25_jax.sampling.paged_cache import clip_digest, page_keys
 from k25_jax.sampling.requests import Request
 from k25_jax.text.tokenizer import StreamDecoder
 from k25_jax.vision.patchpack import Clip

@@ -5,9 +5,9 @@ import json
 import pytest
 
 from k25_jax.agents.loop import Episode, play
-from k25_jax.agents.observation import InfrastructureError
 from k25_jax.agents.tools import IPython, declaration
 from k25_jax.sampling.sample import SampleConfig
+from k25_jax.sandbox.observation import InfrastructureError
 from k25_jax.text.conversation import Conversation
 from scripted import END, TOKENIZER, Scripted, call
 

@@ -1,8 +1,8 @@
 import numpy as np
 import pytest
 
-from k25_jax.agents.observation import InfrastructureError, Observation
 from k25_jax.agents.tools import IPython, answer, check_arguments, declaration
+from k25_jax.sandbox.observation import InfrastructureError, Observation
 from k25_jax.text.conversation import Conversation
 from k25_jax.text.tokenizer import BYTE_SPECIAL, load_tokenizer
 from k25_jax.text.tool_calls import BadCall, Call

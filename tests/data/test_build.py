@@ -22,7 +22,7 @@ from k25_jax.data.build import build
 from k25_jax.data.forms import prepare
 from k25_jax.data.records import DataError
 from k25_jax.data.sources import open_source
-from k25_jax.data.survey import Reader
+from k25_jax.data.statistics import Reader
 from k25_jax.text.tokenizer import load_tokenizer
 
 MODEL, TOKENIZER = preset("tiny"), load_tokenizer()

@@ -4,8 +4,6 @@ import json
 
 import pytest
 
-from k25_jax.agents.observation import InfrastructureError
-from k25_jax.agents.sandbox import Sandbox
 from k25_jax.cli import main
 from k25_jax.data.tasks import PROGRAMMED, make_task
 from k25_jax.evals.categories import SUITE, Rendered, default_suite
@@ -14,6 +12,8 @@ from k25_jax.evals.episodes import Player
 from k25_jax.evals.local import Checkpoint
 from k25_jax.evals.protocol import Settings, sample_seed
 from k25_jax.evals.tool_use import Asker
+from k25_jax.sandbox.observation import InfrastructureError
+from k25_jax.sandbox.sandbox import Sandbox
 from scripted import END, TOKENIZER, Scripted, call
 
 TASK = make_task("lengths:test")

@@ -11,7 +11,7 @@ from k25_jax.config import K25Config, MoEConfig, RopeConfig, TextConfig, VisionC
 from k25_jax.models import decoder
 from k25_jax.models.mla import latents, mla, mla_decode
 from k25_jax.models.rope import rope_tables
-from k25_jax.sampling.cache import cache_bytes, grow
+from k25_jax.sampling.latent_cache import cache_bytes, grow
 
 TEXT = TextConfig(
     vocab_size=53, d_model=22, layers=2, ffn_dim=18, heads=3, q_lora_rank=7, kv_lora_rank=9, qk_nope_dim=5,

@@ -120,7 +120,7 @@ import sys; sys.path[:0] = ["tests", "tests/parallel"]
 import json, jax, numpy as np
 from k25_jax.parallel import hosts
 from k25_jax.sharding.processes import gathered, joined, own_reader, owners_of, readers
-from k25_jax.train.loop import mesh_of
+from k25_jax.train.layout import mesh_of
 from k25_jax.train.pretrain import loss_fn
 from k25_jax.train.state import init_state
 from k25_jax.train.step import make_step

@@ -10,7 +10,7 @@ import runs
 from k25_jax.config import ConfigError, DataConfig, Experiment, MeshConfig, preset
 from k25_jax.parallel.pipeline import bubble, exchange_tables
 from k25_jax.sharding.mesh import AXES
-from k25_jax.train.loop import check_mesh
+from k25_jax.train.layout import check_mesh
 
 EQUAL = """
     from benchmarks.parallel import BOUND, compare, make_batch, worst_of

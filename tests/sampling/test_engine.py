@@ -9,8 +9,8 @@ from scipy.stats import chisquare
 
 import runs
 from engines import CONFIG, PAD, PARAMS, SETTINGS, TEXT, clip, drain, greedy, logprobs, prompts
-from k25_jax.sampling.cache import cache_bytes
 from k25_jax.sampling.engine import Engine
+from k25_jax.sampling.latent_cache import cache_bytes
 from k25_jax.sampling.requests import Completion, EngineConfig, EngineError, Overloaded, Request
 from k25_jax.sampling.sample import PromptError, SampleConfig
 from k25_jax.text.tokenizer import load_tokenizer

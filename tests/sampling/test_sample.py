@@ -12,7 +12,7 @@ import reference
 from k25_jax.config import preset
 from k25_jax.data.packing import Batch
 from k25_jax.models.k25 import embed, forward
-from k25_jax.sampling.cache import cache_bytes
+from k25_jax.sampling.latent_cache import cache_bytes
 from k25_jax.sampling.sample import PromptError, SampleConfig, Sampler, keep_top_p, lay_out, sample_token
 from k25_jax.vision.patchpack import Clip, pack_clips
 

@@ -8,7 +8,7 @@ import pytest
 
 from k25_jax.config import ConfigError, MeshConfig, load_experiment
 from k25_jax.sharding.mesh import AXES, make_mesh, slice_shape
-from k25_jax.train.loop import mesh_of
+from k25_jax.train.layout import mesh_of
 
 
 class Device:

@@ -16,7 +16,9 @@ from k25_jax.config import ConfigError, RopeConfig, load_experiment
 from k25_jax.data.packing import Batch
 from k25_jax.models.k25 import forward
 from k25_jax.train.handover import load_initial
-from k25_jax.train.loop import mesh_of, restore_or_init, save_run, train
+from k25_jax.train.layout import mesh_of
+from k25_jax.train.loop import train
+from k25_jax.train.run import restore_or_init, save_run
 from k25_jax.train.state import init_state
 from k25_jax.vision.patchpack import pack_clips
 

@@ -17,7 +17,7 @@ import pytest
 import runs
 from k25_jax.checkpoint.store import Store
 from k25_jax.config import ConfigError, load_experiment
-from k25_jax.train.loop import revision, save_run
+from k25_jax.train.run import revision, save_run
 from k25_jax.train.state import abstract_state
 
 GOLDEN = (5.828100204467773, 5.375868320465088)
@@ -215,7 +215,7 @@ def test_experiment_json_survives_a_write_that_fails(tmp_path, finished):
     script = """
         import resource, sys, pathlib
         from k25_jax.config import load_experiment
-        from k25_jax.train.loop import save_run
+        from k25_jax.train.run import save_run
         experiment, run = load_experiment(sys.argv[1]), pathlib.Path(sys.argv[2])
         resource.setrlimit(resource.RLIMIT_FSIZE, (100, 100))
         try:
@@ -249,7 +249,7 @@ POISONED = """
     import contextlib, sys
     import numpy as np
     from k25_jax.config import load_experiment
-    from k25_jax.train import loop
+    from k25_jax.train import layout, loop
 
     class Poisoned:
         def __init__(self, pipeline):
@@ -262,8 +262,8 @@ POISONED = """
                 return batch.replace(loss_weights_BL=np.full_like(batch.loss_weights_BL, np.inf))
             return batch
 
-    bad, make_pipeline = eval(sys.argv[3]), loop.make_pipeline
-    loop.make_pipeline = lambda *arguments: Poisoned(make_pipeline(*arguments))
+    bad, make_pipeline = eval(sys.argv[3]), layout.make_pipeline
+    layout.make_pipeline = lambda *arguments: Poisoned(make_pipeline(*arguments))
     try:
         loop.train(load_experiment(sys.argv[1]), sys.argv[2])
     except loop.BadSteps as error:

@@ -12,7 +12,7 @@ import runs
 from k25_jax.config import ConfigError, load_experiment
 from k25_jax.models.k25 import abstract_params
 from k25_jax.sharding.mesh import make_mesh
-from k25_jax.train.loop import check_mesh
+from k25_jax.train.layout import check_mesh
 from k25_jax.train.state import abstract_state
 
 
@@ -33,7 +33,8 @@ import pathlib, shutil
 import jax, numpy as np
 from k25_jax.checkpoint.store import Store
 from k25_jax.config import load_experiment
-from k25_jax.train.loop import mesh_of, train
+from k25_jax.train.layout import mesh_of
+from k25_jax.train.loop import train
 from k25_jax.train.state import abstract_state
 
 folder = pathlib.Path({folder!r})

@@ -174,7 +174,8 @@ import jax, numpy as np
 from k25_jax.checkpoint.store import Store
 from k25_jax.config import load_experiment
 from k25_jax.data.pipeline import make_pipeline
-from k25_jax.train.loop import mesh_of, train
+from k25_jax.train.layout import mesh_of
+from k25_jax.train.loop import train
 from k25_jax.train.pretrain import loss_fn
 from k25_jax.train.state import abstract_state, init_state
 from k25_jax.train.step import make_step

@@ -17,7 +17,7 @@ from typing import Any, ClassVar
 import numpy as np
 
 from k25_jax.config import ConfigError, from_dict
-from k25_jax.data import scores
+from k25_jax.scoring import scores
 
 # Name of the task -> its module. The class has the name of the task, with a capital.
 TASKS = {

@@ -5,9 +5,9 @@ from typing import ClassVar
 
 import numpy as np
 
-from k25_jax.data import scores
 from k25_jax.data.tasks import Endless
 from k25_jax.data.tasks.drawing import COLOURS, Canvas, pick, pick_some
+from k25_jax.scoring import scores
 
 KINDS = ("value", "largest", "smallest", "difference")
 TOP = 9  # of the axis

@@ -5,9 +5,9 @@ from typing import ClassVar
 
 import numpy as np
 
-from k25_jax.data import scores
 from k25_jax.data.tasks import Endless
 from k25_jax.data.tasks.drawing import Canvas, pick, pick_some
+from k25_jax.scoring import scores
 
 KINDS = ("form", "invoice", "receipt")
 WIDTH, ROW, SIZE = 112, 17, 13  # pixels: of the page, of a row, of the font

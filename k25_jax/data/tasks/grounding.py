@@ -5,9 +5,9 @@ from typing import ClassVar
 
 import numpy as np
 
-from k25_jax.data import scores
 from k25_jax.data.tasks import Endless, TaskError
 from k25_jax.data.tasks.drawing import COLOURS, PAPERS, SHAPES, Canvas, coarse, outline, pick, pick_some, spread
+from k25_jax.scoring import scores
 
 
 @dataclass(frozen=True)

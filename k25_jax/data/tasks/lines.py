@@ -5,10 +5,10 @@ from typing import ClassVar
 
 import numpy as np
 
-from k25_jax.data import scores
 from k25_jax.data.tasks import Endless
 from k25_jax.data.tasks.drawing import Canvas, font, paper_and_ink, pick
 from k25_jax.data.tasks.words import vocabulary
+from k25_jax.scoring import scores
 
 LINE = 22  # pixels from line to line
 WIDTH = 112

@@ -6,9 +6,9 @@ from typing import ClassVar
 
 import numpy as np
 
-from k25_jax.data import scores
 from k25_jax.data.tasks import Endless
 from k25_jax.data.tasks.drawing import COLOURS, PAPERS, Canvas, pick, pick_some
+from k25_jax.scoring import scores
 
 STEP = 20  # corners lie on a lattice of so many thousandths
 

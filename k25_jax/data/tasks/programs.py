@@ -5,9 +5,9 @@ from typing import ClassVar
 
 import numpy as np
 
-from k25_jax.data.interpreter import ProgramError, Value, parse, run_parsed
 from k25_jax.data.tasks import Endless
 from k25_jax.data.tasks.drawing import pick
+from k25_jax.scoring.interpreter import ProgramError, Value, parse, run_parsed
 
 RUNS = 12  # hidden inputs
 
@@ -48,10 +48,10 @@ class Problem:
 
 
 @dataclass(frozen=True)
-class Programs(Endless):
+class ModelRunner(Endless):
     """`inputs` is x (numbers), s (strings), a (lists) or any; numbers in the questions are 2 to `limit`.
 
-    An answer scores 1 when it returns what is expected for every hidden input (`data.interpreter` runs it), else 0.
+    An answer scores 1 when it returns what is expected for every hidden input (`scoring.interpreter` runs it), else 0.
     Held out: the program with its numbers.
     """
 

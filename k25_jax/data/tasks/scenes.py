@@ -5,9 +5,9 @@ from typing import ClassVar
 
 import numpy as np
 
-from k25_jax.data import scores
 from k25_jax.data.tasks import Endless
 from k25_jax.data.tasks.drawing import COLOURS, SHAPES, Canvas, pick, pick_some
+from k25_jax.scoring import scores
 
 KINDS = ("count", "more", "next", "biggest", "change")
 SIDE = 3  # cells of the grid on a side

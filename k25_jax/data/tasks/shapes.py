@@ -6,9 +6,9 @@ from typing import ClassVar
 import numpy as np
 from PIL import Image, ImageDraw
 
-from k25_jax.data import scores
 from k25_jax.data.tasks import Endless
 from k25_jax.data.tasks.drawing import COLOURS, FINE, PAPERS, SHAPES, coarse, outline, spread
+from k25_jax.scoring import scores
 
 QUESTIONS = {"shape": "shape?", "colour": "colour?", "count": "how many?"}
 MOST = 5  # shapes in a picture to count

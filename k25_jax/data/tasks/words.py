@@ -10,9 +10,9 @@ from typing import ClassVar
 import numpy as np
 from PIL import Image, ImageDraw
 
-from k25_jax.data import scores
 from k25_jax.data.tasks import Task, TaskError
 from k25_jax.data.tasks.drawing import font, paper_and_ink
+from k25_jax.scoring import scores
 
 
 @dataclass(frozen=True)

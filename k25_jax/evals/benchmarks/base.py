@@ -12,10 +12,10 @@ from typing import ClassVar
 import numpy as np
 
 from k25_jax.data.records import DataError
-from k25_jax.evals.answers import LETTERS, choice, plain, short_answer
 from k25_jax.evals.benchmarks.rows import Rows
 from k25_jax.evals.local import fingerprint
 from k25_jax.evals.protocol import digest_of
+from k25_jax.scoring.answers import LETTERS, choice, plain, short_answer
 
 REASONING, VISION = 98304, 65536  # completion tokens (K2.5 §4)
 

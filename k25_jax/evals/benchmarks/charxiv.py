@@ -7,8 +7,8 @@ lie somewhat below those of a judge, and are comparable only with each other.
 import pathlib
 
 from k25_jax.data.records import DataError
-from k25_jax.evals.answers import final_part, plain, short_answer
 from k25_jax.evals.benchmarks.base import VISION, Benchmark
+from k25_jax.scoring.answers import final_part, plain, short_answer
 
 NOWHERE = "Not Applicable"
 # What the numbers in descriptive_q1 to q4 ask, by the list in the paper; in our own words.

@@ -1,8 +1,8 @@
 """AIME and HMMT: problems with one exact answer, compared by math-verify (K2.5 §4)."""
 
-from k25_jax.data.mathcheck import same_answer
-from k25_jax.evals.answers import final_part
 from k25_jax.evals.benchmarks.base import Benchmark
+from k25_jax.scoring.answers import final_part
+from k25_jax.scoring.mathcheck import same_answer
 
 
 class Hmmt(Benchmark):

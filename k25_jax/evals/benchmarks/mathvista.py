@@ -3,8 +3,8 @@
 import math
 
 from k25_jax.data.records import DataError
-from k25_jax.evals.answers import number, number_list, same_number, short_answer
 from k25_jax.evals.benchmarks.base import PICK, VISION, Benchmark
+from k25_jax.scoring.answers import number, number_list, same_number, short_answer
 
 TYPES = ("integer", "float", "list", "text")
 

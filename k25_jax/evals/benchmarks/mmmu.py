@@ -4,8 +4,8 @@ import ast
 import re
 
 from k25_jax.data.records import DataError
-from k25_jax.evals.answers import number, same_number, short_answer
 from k25_jax.evals.benchmarks.base import VISION, Benchmark
+from k25_jax.scoring.answers import number, same_number, short_answer
 
 _MARK = re.compile(r"<image (\d)>")
 MOST_IMAGES = 7

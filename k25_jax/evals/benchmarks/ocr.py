@@ -1,7 +1,7 @@
 """OCRBench by its rule of containment; DocVQA and InfoVQA by ANLS (K2.5 §4)."""
 
-from k25_jax.evals.answers import anls, contains
 from k25_jax.evals.benchmarks.base import VISION, Benchmark
+from k25_jax.scoring.answers import anls, contains
 
 FORMULAS = ("Handwritten Mathematical Expression Recognition", "HME100k")
 

@@ -4,10 +4,10 @@ import numpy as np
 import pytest
 from scipy import ndimage
 
-from k25_jax.data import scores
 from k25_jax.data.tasks import documents, make_task, motion, scenes, screens
 from k25_jax.data.tasks.drawing import COLOURS, font
 from k25_jax.data.tasks.words import vocabulary
+from k25_jax.scoring import scores
 
 
 def _mask(picture, colour):

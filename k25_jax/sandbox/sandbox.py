@@ -1,0 +1,192 @@
+"""Code that a model writes, run in IPython in a sandbox: text and images in, an observation out (K2.5 §4.4).
+
+Nothing that the code does raises here: a deadline, a crash, too much memory are observations. What raises SandboxError
+is this machine's doing.
+"""
+
+import base64
+import binascii
+import functools
+import io
+import re
+from collections.abc import Callable, Mapping
+
+import numpy as np
+from PIL import Image
+
+from k25_jax.sandbox.bubblewrap import SandboxError
+from k25_jax.sandbox.kernel import Kernel, Limits
+from k25_jax.sandbox.observation import Excerpt, Observation
+from k25_jax.vision.image import ImageError, load_image
+
+MOST_PIXELS = 2**24  # of an image that the code shows
+_FILE = "application/x-k25-file"
+_COLOURS = re.compile(r"\x1b\[[0-9;]*m")
+_NAME = re.compile(r"\w[\w .-]{0,99}")
+_PUT = (
+    "__import__('pathlib').Path({name!r}).write_bytes("
+    "__import__('IPython').get_ipython().kernel.get_parent()['buffers'][0]); None"
+)
+_GET = (
+    "__import__('IPython').display.publish_display_data({{{mime!r}: "
+    "__import__('base64').b64encode(__import__('pathlib').Path({name!r}).read_bytes()).decode()}})"
+)
+
+
+class Sandbox:
+    """An interpreter that keeps its state between calls, and starts anew after its death.
+
+    Without bubblewrap it raises SandboxError, unless `unconfined`: then code has all rights of this user. `start` gives
+    it a kernel in another way: `sandbox.pool`.
+    """
+
+    def __init__(
+        self, limits: Limits | None = None, unconfined: bool = False, start: Callable[[], Kernel] | None = None
+    ):
+        self._limits = limits or Limits()
+        self._start = start or functools.partial(Kernel, self._limits, unconfined)
+        self._files: dict[str, bytes] = {}
+        self._kernel: Kernel | None = self._start()
+        self._closed = False
+
+    def __enter__(self) -> "Sandbox":
+        return self
+
+    def __exit__(self, *_):
+        self.close()
+
+    def close(self):
+        """End all its processes; nothing is left of it."""
+        if self._kernel is not None:
+            self._kernel.close()
+        self._kernel, self._closed = None, True
+
+    def put(self, name: str, data: bytes | np.ndarray, seconds: float = 60.0):
+        """Write a file into the working folder; an array [height, width, 3] of uint8 becomes a PNG.
+
+        It is written again when the interpreter starts anew.
+        """
+        if not _NAME.fullmatch(name):
+            raise ValueError(f"{name!r} cannot be the name of a file: letters, digits, '_', '-', '.' and spaces can")
+        if isinstance(data, np.ndarray):
+            file = io.BytesIO()
+            Image.fromarray(data).save(file, "PNG")
+            data = file.getvalue()
+        self._ready()
+        self._write(name, data, seconds)
+        self._files[name] = data
+
+    def get(self, name: str, seconds: float = 60.0) -> bytes | None:
+        """The bytes of a file, by its path in the working folder; None if there is none, or if it cannot be had."""
+        found: list[bytes] = []
+
+        def heard(kind: str, content: Mapping):
+            data = content["data"].get(_FILE) if kind == "display_data" else None
+            if isinstance(data, str):
+                found.append(base64.b64decode(data, validate=True))
+
+        if self._kernel is None:
+            return None
+        self._kernel.wait()
+        self._kernel.execute(_GET.format(mime=_FILE, name=name), seconds, heard, data=b"")
+        return found[0] if found else None
+
+    def run(self, code: str, seconds: float = 60.0) -> Observation:
+        """Run code: what it prints and shows, the value of its last line, its error; and what became of it."""
+        try:
+            code.encode()
+        except UnicodeEncodeError as problem:
+            return Observation(f"[This code was not run: {problem}]", status="error")
+        if self._kernel is not None and self._kernel.ready and not self._kernel.alive():
+            ending = self._kernel.ending()
+            self._restart()
+            text = f"[The interpreter had ended since the last call ({ending}). This code was not run. {_ANEW}]"
+            return Observation(text, status="died")
+        self._ready()
+        heard = _Outputs(self._limits)
+        end = self._kernel.execute(code, seconds, heard.add)
+        if not end:
+            return heard.observation("error" if heard.failed else "ok", "")
+        if end == "interrupted":
+            note = (
+                f"[Stopped: the call took longer than {seconds:g} seconds. The interpreter and its variables are kept.]"
+            )
+            return heard.observation("deadline", note)
+        self._restart()
+        status = "deadline" if "deadline" in end else "died"
+        return heard.observation(status, f"[The interpreter was lost: {end}. {_ANEW}]")
+
+    def _ready(self):
+        """A kernel that can be spoken to."""
+        if self._closed:
+            raise SandboxError("the sandbox was closed")
+        if self._kernel is None:
+            self._kernel = self._start()
+            self._kernel.wait()
+            for name, data in self._files.items():
+                self._write(name, data, self._limits.start_seconds)
+        self._kernel.wait()
+
+    def _restart(self):
+        self._kernel.close()
+        self._kernel = None
+
+    def _write(self, name: str, data: bytes, seconds: float):
+        problems = []
+
+        def heard(kind: str, content: Mapping):
+            if kind == "error":
+                problems.append(content)
+
+        end = self._kernel.execute(_PUT.format(name=name), seconds, heard, data)
+        if end or problems:
+            self._restart()
+            problem = end or f"{problems[0].get('ename')}: {problems[0].get('evalue')}"[:300]
+            raise SandboxError(f"{name} ({len(data)} bytes) cannot be written into the sandbox: {problem}")
+
+
+_ANEW = "A new one has no variables and only the files that were given at the start."
+
+
+class _Outputs:
+    """What one call prints and shows, cut to the limits."""
+
+    def __init__(self, limits: Limits):
+        self._text, self._images, self._most = Excerpt(limits.output_chars), [], limits.images
+        self.failed = False
+
+    def add(self, kind: str, content: Mapping):
+        """One message of the kernel; raises an exception of any kind if it is not as it should be."""
+        if kind == "stream":
+            self._text.add(content["text"])
+        elif kind in ("display_data", "execute_result"):
+            self._show(content["data"])
+        elif kind == "error":
+            self.failed = True
+            self._line(_COLOURS.sub("", "\n".join(content["traceback"])))
+
+    def observation(self, status: str, note: str) -> Observation:
+        text = str(self._text).rstrip("\n")
+        return Observation("\n".join(part for part in (text, note) if part), tuple(self._images), status)
+
+    def _line(self, text: str):
+        self._text.add(text if text.endswith("\n") else f"{text}\n")
+
+    def _show(self, data: Mapping):
+        for kind in ("image/png", "image/jpeg"):
+            if kind in data:
+                return self._line(self._image(data[kind]))
+        if "text/plain" in data:
+            self._line(data["text/plain"])
+
+    def _image(self, encoded: str) -> str:
+        """Keep an image; the text that stands for it."""
+        if len(self._images) == self._most:
+            return f"[an image is left out: {self._most} are the most]"
+        try:
+            image = base64.b64decode(encoded)
+            load_image(image, MOST_PIXELS)
+        except (ImageError, binascii.Error) as problem:
+            return f"[an image cannot be shown: {problem}]"
+        self._images.append(image)
+        return f"[image {len(self._images)}]"

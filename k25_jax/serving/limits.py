@@ -1,0 +1,38 @@
+"""Where a server listens, and its limits."""
+
+import dataclasses
+
+from k25_jax.serving.access import is_loopback
+
+
+class ServerError(ValueError):
+    """A server that cannot be set up like this; the message says what to change."""
+
+
+@dataclasses.dataclass(frozen=True)
+class ServerConfig:
+    """Where a server listens, and its limits."""
+
+    host: str = "127.0.0.1"
+    port: int = 8000  # 0: any that is free
+    concurrency: int = 256  # requests that are answered at once; others get 429
+    body_bytes: int = 2**25
+    held_bytes: int = 2**28  # of all bodies that are being read
+    body_seconds: float = 60.0  # in which a body must have arrived
+    stall_seconds: float = 60.0  # a client that takes nothing for so long is left
+    unread_bytes: int = 2**18  # of an answer that the system holds for a client
+    grace_seconds: float = 30.0  # for requests under way when the server stops
+    readers: int = 2  # threads that read bodies
+    callers: int = 16  # threads that wait for the engine
+
+    def __post_init__(self):
+        seconds = ("body_seconds", "stall_seconds")
+        for name in ("concurrency", "body_bytes", "held_bytes", *seconds, "unread_bytes", "readers", "callers"):
+            if getattr(self, name) <= 0:
+                raise ServerError(f"{name}={getattr(self, name)} must be positive")
+
+
+def check_reach(host: str, key: str) -> None:
+    """Raise ServerError for a server without a key that other machines can reach."""
+    if not key and not is_loopback(host):
+        raise ServerError(f"host={host} can be reached from other machines: that needs an API key")

@@ -1,0 +1,250 @@
+"""Bodies of OpenAI's chat and completions API to what the engine is asked. All that is wrong is an ApiError.
+
+Beyond OpenAI's fields: `thinking` {"type": "enabled" | "disabled"} or `chat_template_kwargs` {"thinking": bool}, and there
+`keep_thinking`, which leaves the thinking of earlier answers in the prompt; `reasoning_content` in messages; `ignore_eos`;
+`return_token_ids`. What cannot be kept is refused: penalties, JSON on demand, strict tools, echo.
+"""
+
+import dataclasses
+import pathlib
+import secrets
+from collections.abc import Sequence
+
+from k25_jax.sampling.prompt import MediaReader, Prompt, from_ids, from_messages
+from k25_jax.sampling.requests import Request
+from k25_jax.sampling.sample import PromptError, SampleConfig
+from k25_jax.serving.errors import ApiError, from_text, show
+from k25_jax.serving.fields import Fields, read_json
+from k25_jax.serving.media import MediaOpener
+from k25_jax.serving.messages import ToolUse, convert_messages, read_tools
+from k25_jax.text.chat import ChatError
+from k25_jax.text.tokenizer import Tokenizer
+from k25_jax.vision.image import ImageError
+from k25_jax.vision.patchpack import PackError
+from k25_jax.vision.video import VideoError
+
+IGNORED = (
+    "user",
+    "metadata",
+    "service_tier",
+    "store",
+    "safety_identifier",
+    "prompt_cache_key",
+    "prompt_cache_retention",
+)
+NEUTRAL = {"frequency_penalty": 0, "presence_penalty": 0, "logit_bias": {}}
+CHAT_NEUTRAL = {"response_format": {"type": "text"}, "modalities": ["text"], "functions": [], "function_call": "none"}
+COMPLETION_NEUTRAL = {"echo": False, "best_of": 1, "suffix": ""}
+STOPS, STOP_LENGTH = 16, 1000  # texts that may end an answer, and their characters
+PROMPT_ERRORS = (PromptError, ChatError, ImageError, VideoError, PackError)
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Served:
+    """The model that is served and what a request may ask of it."""
+
+    name: str
+    tokenizer: Tokenizer
+    reader: MediaReader
+    max_length: int  # tokens of a prompt and its answer
+    mode: str = "plain"  # of the chat template, where a request does not say
+    max_tokens: int | None = None  # of an answer; None: up to max_length
+    top_logprobs: int = 20
+    choices: int = 64  # answers of a request
+    media_root: pathlib.Path | None = None
+    media_bytes: int = 2**26  # of the files of a request
+
+    @property
+    def turn_end(self) -> int:
+        return self.tokenizer.special["<|im_end|>"]
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Ask:
+    """What a body asks for: one engine request a prompt, and the form of the answer."""
+
+    chat: bool
+    requests: Sequence[Request]
+    stream: bool
+    include_usage: bool
+    top_logprobs: int | None  # None: no log-probabilities
+    return_token_ids: bool
+    mode: str
+    reads_calls: bool = False
+    call_id: str | None = None  # of the call that the prompt has begun
+
+
+def chat_ask(raw: bytes, served: Served) -> Ask:
+    """A body of /v1/chat/completions."""
+    fields = Fields(read_json(raw))
+    _check_model(fields, served)
+    mode, keep_thinking = _thinking(fields, served)
+    messages = fields.take("messages", list, required=True)
+    use = read_tools(fields, mode)
+    several = fields.take("parallel_tool_calls", bool, default=True)
+    one_call = use.read and (use.forced is not None or not several)
+    wanted = fields.take("logprobs", bool, default=False)
+    top = fields.number("top_logprobs", int, None, 0, served.top_logprobs)
+    if top is not None and not wanted:
+        raise fields.error("top_logprobs", "needs logprobs=true", "invalid_value")
+    most = [fields.number(name, int, None, 1, 2**31) for name in ("max_completion_tokens", "max_tokens")]
+    if None not in most and most[0] != most[1]:
+        raise fields.error("max_tokens", "and max_completion_tokens differ; send one of them", "invalid_value")
+    ends = (served.turn_end, served.tokenizer.special["<|tool_call_end|>"])[: 1 + one_call]
+    how = _how(fields, served, (top or 0) if wanted else None, ends)
+    fields.neutral(**CHAT_NEUTRAL)
+    fields.end()
+    opener = MediaOpener(served.media_root, served.media_bytes)
+    messages, call_id = convert_messages(messages, opener, mode), None
+    try:
+        prompt = from_messages(messages, served.tokenizer, served.reader, mode, use.tools, keep_thinking)
+    except PROMPT_ERRORS as problem:
+        raise from_text(problem, "messages") from None
+    if use.forced is not None:
+        call_id = f"functions.{use.forced}:{sum(len(message.get('tool_calls', ())) for message in messages)}"
+        prompt = dataclasses.replace(prompt, tokens=prompt.tokens + _begun_call(served.tokenizer, call_id))
+    request = how.request(prompt, most[0] or most[1], "messages", served)
+    return how.ask(True, [request], mode, use, call_id)
+
+
+def completion_ask(raw: bytes, served: Served) -> Ask:
+    """A body of /v1/completions: texts, in which special tokens count as such, or token ids."""
+    fields = Fields(read_json(raw))
+    _check_model(fields, served)
+    prompts = _prompts(fields, served)
+    top = fields.number("logprobs", int, None, 0, min(5, served.top_logprobs))
+    most = fields.number("max_tokens", int, 16, 1, 2**31)
+    how = _how(fields, served, top, (), len(prompts))
+    fields.neutral(**COMPLETION_NEUTRAL)
+    fields.end()
+    requests = [how.request(prompt, most, "prompt", served) for prompt in prompts]
+    return how.ask(False, requests, "plain", ToolUse([], False, None), None)
+
+
+@dataclasses.dataclass(frozen=True)
+class _How:
+    """What both kinds of bodies say in the same way."""
+
+    n: int
+    stop: tuple[str, ...]
+    stop_ids: tuple[int, ...]
+    temperature: float
+    top_p: float
+    seed: int
+    stream: bool
+    include_usage: bool
+    return_token_ids: bool
+    top_logprobs: int | None
+
+    def request(self, prompt: Prompt, max_tokens: int | None, param: str, served: Served) -> Request:
+        """What the engine is asked for one prompt; without max_tokens as much as there is room for."""
+        room, length = served.max_length - len(prompt.tokens), len(prompt.tokens)
+        allowed = min(room, served.max_tokens or room)
+        if room < 1 or (max_tokens or 1) > room:
+            raise ApiError(
+                f"{param}: {length} tokens and max_tokens={max_tokens or 1} exceed the context of {served.max_length}; "
+                "shorten the prompt, use smaller images or lower max_tokens", param, "context_length_exceeded",
+            )  # fmt: skip
+        if (max_tokens or 1) > allowed:
+            raise ApiError(f"max_tokens={max_tokens} must be at most {allowed} here", "max_tokens", "invalid_value")
+        sampling = SampleConfig(max_tokens or allowed, self.temperature, self.top_p, self.seed, self.stop_ids)
+        return Request(prompt.tokens, prompt.clips, sampling, self.n, self.stop, self.top_logprobs or 0)
+
+    def ask(self, chat: bool, requests: list[Request], mode: str, use: ToolUse, call_id: str | None) -> Ask:
+        """Everything together."""
+        form = (self.stream, self.include_usage, self.top_logprobs, self.return_token_ids)
+        return Ask(chat, requests, *form, mode, use.read, call_id)
+
+
+def _how(fields: Fields, served: Served, top_logprobs: int | None, ends: tuple[int, ...], prompts: int = 1) -> _How:
+    """The fields of both kinds of bodies."""
+    n = fields.number("n", int, 1, 1, max(1, served.choices // prompts))
+    stream, options = fields.take("stream", bool, default=False), fields.take("stream_options", dict)
+    if options is not None and not stream:
+        raise fields.error("stream_options", "needs stream=true", "invalid_value")
+    inner = Fields(options or {}, "stream_options")
+    include_usage = inner.take("include_usage", bool, default=False)
+    inner.neutral(include_obfuscation=False)
+    inner.end()
+    stop_ids = () if fields.take("ignore_eos", bool, default=False) else (served.reader.config.eos_id, *ends)
+    seed = fields.number("seed", int, None, 0, 2**32 - 1)
+    top_p = fields.number("top_p", float, 1.0, 0, 1)
+    if top_p == 0:
+        raise fields.error("top_p", "must be above 0; for the likeliest tokens send temperature=0", "invalid_value")
+    fields.ignored(*IGNORED)
+    fields.neutral(**NEUTRAL)
+    return _How(
+        n,
+        _stops(fields),
+        tuple(dict.fromkeys(stop_ids)),
+        fields.number("temperature", float, 1.0, 0, 2),
+        top_p,
+        secrets.randbits(32) if seed is None else seed,
+        stream,
+        include_usage,
+        fields.take("return_token_ids", bool, default=False),
+        top_logprobs,
+    )
+
+
+def _check_model(fields: Fields, served: Served):
+    name = fields.take("model", str, required=True)
+    if name != served.name:
+        raise ApiError(f"there is no model {show(name)} here, only {served.name!r}", "model", "model_not_found", 404)
+
+
+def _stops(fields: Fields) -> tuple[str, ...]:
+    stops = fields.take("stop", str, list, default=[])
+    stops = [stops] if isinstance(stops, str) else stops
+    if len(stops) > STOPS or not all(isinstance(stop, str) and 0 < len(stop) <= STOP_LENGTH for stop in stops):
+        problem = f"must be up to {STOPS} texts of 1 to {STOP_LENGTH} characters"
+        raise fields.error("stop", problem, "invalid_value")
+    return tuple(dict.fromkeys(stops))
+
+
+def _thinking(fields: Fields, served: Served) -> tuple[str, bool]:
+    """The mode of the chat template, and whether the thinking of earlier answers stays in the prompt."""
+    extra = Fields(fields.take("chat_template_kwargs", dict, default={}), "chat_template_kwargs")
+    wanted, keep = extra.take("thinking", bool), extra.take("keep_thinking", bool, default=False)
+    extra.end()
+    switch = Fields(fields.take("thinking", dict, default={}), "thinking")
+    kind = switch.take("type", str)
+    switch.end()
+    if kind not in (None, "enabled", "disabled"):
+        raise switch.error("type", f"must be 'enabled' or 'disabled', not {show(kind)}", "invalid_value")
+    if kind is not None and wanted not in (None, kind == "enabled"):
+        raise fields.error("thinking", "and chat_template_kwargs.thinking contradict each other", "invalid_value")
+    wanted = kind == "enabled" if kind is not None else wanted
+    return served.mode if wanted is None else ("thinking" if wanted else "instant"), keep
+
+
+def _prompts(fields: Fields, served: Served) -> list[Prompt]:
+    """`prompt`: a text, token ids, or a list of texts or of lists of token ids."""
+    value = fields.take("prompt", str, list, required=True)
+    items = [value] if isinstance(value, str) or (value and all(_is_id(token) for token in value)) else value
+    if not 1 <= len(items) <= served.choices:
+        raise fields.error("prompt", f"must hold 1 to {served.choices} prompts, not {len(items)}", "invalid_value")
+    prompts = []
+    for number, item in enumerate(items):
+        where = "prompt" if items is not value else f"prompt[{number}]"
+        if not isinstance(item, str) and not (isinstance(item, list) and all(_is_id(token) for token in item)):
+            raise ApiError(f"{where} must be a string or a list of token ids, not {show(item)}", where, "invalid_type")
+        tokens = served.tokenizer.encode(item, allow_special=True) if isinstance(item, str) else item
+        try:
+            prompts.append(from_ids(tokens, [], served.reader.config))
+        except PromptError as problem:
+            raise ApiError(f"{where}: {problem}", where, "invalid_value") from None
+        if not tokens:
+            raise ApiError(f"{where} is empty", where, "invalid_value")
+    return prompts
+
+
+def _is_id(token) -> bool:
+    return isinstance(token, int) and not isinstance(token, bool)
+
+
+def _begun_call(tokenizer: Tokenizer, call_id: str) -> list[int]:
+    """The tokens up to where a call's arguments begin."""
+    special = tokenizer.special
+    begin = [special["<|tool_calls_section_begin|>"], special["<|tool_call_begin|>"]]
+    return [*begin, *tokenizer.encode(call_id), special["<|tool_call_argument_begin|>"]]

@@ -1,0 +1,75 @@
+"""What a run is on disk: its configuration and what it ran on, and the state that it goes on from (K2.5 §3.8)."""
+
+import importlib.metadata
+import json
+import pathlib
+import subprocess
+
+import jax
+from jax.sharding import Mesh
+
+from k25_jax.checkpoint.load import read_experiment
+from k25_jax.checkpoint.store import CheckpointError, Store
+from k25_jax.config import ConfigError, Experiment, to_dict
+from k25_jax.parallel.pipeline import bubble
+from k25_jax.sharding import processes
+from k25_jax.train.handover import load_initial
+from k25_jax.train.layout import own_lanes
+from k25_jax.train.state import abstract_state, init_state, state_shardings
+
+
+def restore_or_init(experiment: Experiment, store: Store, pipeline, mesh: Mesh):
+    """(state, step, bad steps just before it) from the newest checkpoint, else as handover.py says."""
+    if store.steps():
+        state, data = store.restore(abstract_state(experiment, mesh))
+        lanes = data["pipelines"]
+        if len(lanes) != experiment.data.lanes:
+            raise CheckpointError(
+                f"{store.directory}: the data was read in data.lanes={len(lanes)}, now in {experiment.data.lanes}; set "
+                "as many, or take only the weights into a new run by train.init_from"
+            )
+        pipeline.set_state({"lanes": [lanes[lane] for lane in own_lanes(experiment.data, mesh)]})
+        return state, int(state.step), data["bad_in_a_row"]
+    state = init_state(experiment, mesh)
+    layout = state_shardings(experiment, mesh).params
+    params = jax.tree.map(processes.spread, load_initial(experiment, state.params, mesh), layout)
+    return state.replace(params=params), 0, 0
+
+
+def save_run(experiment: Experiment, directory: pathlib.Path) -> None:
+    """Write `experiment.json` (the configuration) and `run.json` (revision, versions, devices), in process 0."""
+    directory.mkdir(parents=True, exist_ok=True)
+    if (directory / "experiment.json").exists() and read_experiment(directory).model != experiment.model:
+        raise ConfigError(f"{directory} holds a run of another model; choose another --workdir or delete it")
+    if jax.process_index() == 0:
+        _write_run(experiment, directory)
+    processes.gathered(None)  # all wait for process 0
+    blind = [p for p, sees in enumerate(processes.gathered((directory / "run.json").exists())) if not sees]
+    if blind:
+        raise ConfigError(f"--workdir={directory} is another folder in processes {blind}; choose one that all share")
+
+
+def _write_run(experiment: Experiment, directory: pathlib.Path) -> None:
+    mesh = experiment.mesh
+    packages = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy")
+    info = {
+        "revision": revision(),
+        "versions": {name: importlib.metadata.version(name) for name in packages},
+        "devices": [str(d) for d in jax.devices()],
+        "processes": jax.process_count(),
+        "pipeline_bubble": bubble(mesh.pipe, mesh.repeats, mesh.microbatches or mesh.pipe),
+    }
+    for name, values in (("experiment.json", to_dict(experiment)), ("run.json", info)):
+        temporary = directory / f"{name}.tmp"  # a kill or a full disk must not leave half a file
+        temporary.write_text(json.dumps(values, indent=1) + "\n")
+        temporary.replace(directory / name)
+
+
+def revision() -> str:
+    """What git calls the code that runs."""
+    try:
+        command = ["git", "describe", "--always", "--dirty"]
+        git = subprocess.run(command, capture_output=True, text=True, cwd=pathlib.Path(__file__).parent)
+    except OSError:  # git is not installed
+        return "unknown"
+    return git.stdout.strip() or "unknown"
