@@ -8,6 +8,7 @@ takes it for the output of a later call. Code that reads the memory of its own p
 same and forge what it likes in there: only a process of one's own for each call would prevent that.
 """
 
+import _thread
 import codecs
 import concurrent.futures
 import contextvars
@@ -21,13 +22,12 @@ import select
 import sys
 import tempfile
 import threading
-import _thread
 
 import zmq
-from IPython.core import page
-from IPython.display import display
 from ipykernel.iostream import OutStream
 from ipykernel.kernelapp import IPKernelApp
+from IPython.core import page
+from IPython.display import display
 from jupyter_client.jsonutil import json_clean, json_default
 
 PIECE = 2**20  # characters

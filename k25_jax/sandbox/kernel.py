@@ -17,7 +17,6 @@ import shutil
 import signal
 import stat
 import subprocess
-import sys
 import tempfile
 import threading
 import time
@@ -216,7 +215,8 @@ class Kernel:
         """Run code and give its outputs (Jupyter's message type, content and size) to `heard`.
 
         With `data` the code is ours, not counted, and finds the data in the buffers of its message.
-        Returns "" when it came to its end, "interrupted" when the deadline stopped it, or why the kernel is dead.
+        Returns "" when it came to its end, "interrupted" when the deadline stopped it, or why the kernel is dead: it is
+        being killed then, and has to be closed.
         """
         if self._watcher is None:
             self._watcher = threading.Thread(target=self._watch, name="k25-kernel-watch", daemon=True)
@@ -234,7 +234,7 @@ class Kernel:
         except Exception as problem:  # whatever a forged message can bring about
             logger.warning("a kernel sent what no kernel sends: %s: %.200s", type(problem).__name__, problem)
             reason = "it sent damaged messages"
-        self.close()
+        self._kill()  # whoever closes it may wait for that
         return reason
 
     def _execute(self, code: str, until: float, heard: Callable, buffers: list[bytes]) -> str:
@@ -281,7 +281,7 @@ class Kernel:
                     self._reason = f"its processes together took more than {self._limits.memory_mb} MB of memory"
                     self._kill()
                     return
-                pause = max(self._usage.pause(used), time.monotonic() - began)
+                pause = max(self._usage.pause(used), (time.monotonic() - began) / 4)
         except OSError:
             return  # it has ended
         finally:

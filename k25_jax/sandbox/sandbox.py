@@ -8,6 +8,7 @@ import base64
 import functools
 import io
 import re
+import threading
 import time
 from collections.abc import Callable, Mapping
 
@@ -15,8 +16,8 @@ import numpy as np
 from PIL import Image
 
 from k25_jax.sandbox.bubblewrap import SandboxError
-from k25_jax.sandbox.kernel import Kernel, Limits
 from k25_jax.sandbox.images import ImageCheck
+from k25_jax.sandbox.kernel import Kernel, Limits
 from k25_jax.sandbox.observation import Observation
 from k25_jax.sandbox.outputs import Outputs
 from k25_jax.vision.cost import too_costly
@@ -51,7 +52,7 @@ class Sandbox:
         self._limits = limits or Limits()
         self._start = start or functools.partial(Kernel, self._limits, unconfined)
         self._files: dict[str, bytes] = {}
-        self._images = ImageCheck()
+        self._images, self._closing = ImageCheck(), None
         self._kernel: Kernel | None = self._start()
         self._closed = False
 
@@ -65,6 +66,7 @@ class Sandbox:
         """End all its processes; nothing is left of it."""
         if self._kernel is not None:
             self._kernel.close()
+        self._join()
         self._images.close()
         self._kernel, self._closed = None, True
 
@@ -135,6 +137,7 @@ class Sandbox:
         if self._closed:
             raise SandboxError("the sandbox was closed")
         if self._kernel is None:
+            self._join()
             self._kernel = self._start()
             self._kernel.wait()
             for name, data in self._files.items():
@@ -142,8 +145,15 @@ class Sandbox:
         self._kernel.wait()
 
     def _restart(self):
-        self._kernel.close()
+        """Close the kernel, which may take a second, and start another one when it is needed."""
+        self._closing = threading.Thread(target=self._kernel.close, name="k25-kernel-close")
+        self._closing.start()
         self._kernel = None
+
+    def _join(self):
+        if self._closing is not None:
+            self._closing.join()
+            self._closing = None
 
     def _write(self, name: str, data: bytes, seconds: float):
         problems = []

@@ -78,7 +78,7 @@ class Connection:
     def send(self, kind: str, content: dict, until: float, buffers: Sequence[bytes] = ()) -> str:
         """Send a request; its id, which nobody else knows before."""
         name = uuid.uuid4().hex
-        now = datetime.datetime.now(datetime.timezone.utc).isoformat()
+        now = datetime.datetime.now(datetime.UTC).isoformat()
         header = {"msg_id": name, "msg_type": kind, "session": "k25", "username": "k25", "date": now, "version": "5.3"}
         parts = [_DELIMITER, b"", *(json.dumps(part).encode() for part in (header, {}, {}, content)), *buffers]
         for i, part in enumerate(parts):
