@@ -49,12 +49,13 @@ class Stream(OutStream):
     What is written to the descriptor, by a child process as a rule, comes over a pipe; each call has one of its own.
     """
 
-    last = None  # the stream that was written to: the other one is sent first, so that the order stays
+    every, last = [], None  # both; and the one that was written to, which is sent before the other: the order stays
 
     def __init__(self, session, pub_thread, name, **settings):
         super().__init__(session, pub_thread, name, **settings)
         self._descriptor, self._pipe, self._unsent = {"stdout": 1, "stderr": 2}[name], None, 0
         self._reading = threading.Lock()
+        Stream.every.append(self)
 
     def fileno(self) -> int:
         """The descriptor that children write to."""
@@ -68,16 +69,14 @@ class Stream(OutStream):
         os.close(writing)
         self._pipe = (reading, self.parent_header, codecs.getincrementaldecoder("utf-8")("replace"))
         loop, take = self.pub_thread.io_loop, functools.partial(self._take, self._pipe)
-        loop.add_callback(loop.add_handler, reading, lambda *_: take(), loop.READ)
+        loop.add_callback(loop.add_handler, reading, lambda *_: take(False), loop.READ)
 
     def write(self, string: str) -> int:
         """As a file's."""
         if not isinstance(string, str):
             return super().write(string)  # which says what is wrong with it
         self._drain()
-        before, Stream.last = Stream.last, self
-        if before is not None and before is not self:
-            before.flush()
+        self._take_turn()
         for begin in range(0, len(string), PIECE):
             piece = string[begin : begin + PIECE]
             super().write(piece)
@@ -93,18 +92,30 @@ class Stream(OutStream):
         super().flush()
 
     def _drain(self):
-        if self._pipe is not None and self._is_master_process():
-            while select.select([self._pipe[0]], [], [], 0)[0] and self._take(self._pipe):
+        """What children have written comes before what is written now."""
+        for stream in Stream.every if self._is_master_process() else ():
+            while stream._pipe and select.select([stream._pipe[0]], [], [], 0)[0] and stream._take(stream._pipe):
                 pass
 
-    def _take(self, pipe: tuple) -> bool:
-        """Pass on what is in the pipe, as printed by the call that the pipe is of."""
+    def _take_turn(self):
+        before, Stream.last = Stream.last, self
+        if before is not None and before is not self:
+            OutStream.flush(before)
+
+    def _take(self, pipe: tuple, wait: bool = True) -> bool:
+        """Pass on what is in the pipe, as printed by the call that the pipe is of.
+
+        Who holds the lock may wait for the thread that sends: that one never waits for the lock.
+        """
         descriptor, parent, decoder = pipe
-        with self._reading:
+        if not self._reading.acquire(blocking=wait):
+            return False
+        try:
             try:
                 data = os.read(descriptor, 2**16)
             except OSError:  # another thread has read it
                 return False
+            self._take_turn()
             token = self._parent_header.set(parent)
             try:
                 super().write(decoder.decode(data, final=not data))
@@ -113,7 +124,9 @@ class Stream(OutStream):
             if not data:
                 loop = self.pub_thread.io_loop
                 loop.add_callback(self._end, loop, pipe)
-        return bool(data)
+            return bool(data)
+        finally:
+            self._reading.release()
 
     def _end(self, loop, pipe: tuple):
         loop.remove_handler(pipe[0])

@@ -13,7 +13,7 @@ IMAGES = ("image/png", "image/jpeg", "image/webp", "image/gif", "image/bmp", "im
 TEXTS = ("text/markdown", "text/latex", "text/html", "image/svg+xml", "application/json", "application/javascript")
 MOST_PARTS = 200  # with displays that can be updated
 MOST_IMAGE_BYTES = 16 * 2**20  # of all images of a call
-_BARE = re.compile(r"<[\w.]+ object(?: at 0x[0-9a-f]+)?>")
+_BARE = re.compile(r"<[\w.]+ (?:object|(?:object )?at 0x[0-9a-f]+)>")
 
 
 class Outputs:
