@@ -40,7 +40,8 @@ _NOUN = r"(?:options?|choices?|letter|alternative|answer)"
 _OPEN = r"[\s:=>,(\[<|'‘#\\.…→–—-]{0,12}"
 _FILLER = (
     r"(?:(?:(?:therefore|thus|hence|then|indeed|clearly|definitely|certainly|probably|most likely|likely|simply|just|"
-    rf"only|of course|actually|still|also|the|it is|it's|i think|i believe|number|{_NOUN})(?=[\s:,_#(\[])[\s:,_#]?|(?:选项|選項|选|選)\s?)"
+    rf"only|of course|actually|still|also|the|it is|it's|i think|i believe|number|{_NOUN})(?=[\s:,_#(\[])[\s:,_#]?"
+    r"|(?:选项|選項|选|選)\s?)"
     r"\s?){0,5}"
 )
 _WRONG = r"(?![)}\]]?\s(?:isn't|cannot|can't|(?:is|was|are|can) (?:clearly |also )?(?:not|wrong|incorrect|false|impossible)))"

@@ -157,8 +157,8 @@ def test_anls_against_brute_force():
 
 
 PIECES = (
-    "Answer|answer is|: |A|B|(C)|\\boxed{|}|{|\\text{|$|**|\n| or |<answer>|1|9,9|\\frac{1}{2}|^|10^|e9|e999|/|0|[|]|,|答案|是|：|yes| a |"
-    "−|½|²|=|-|.|#### |\ud800|\x00|İ|ı|ſ|option |(|because|</think>|_|`|'|\\|٤|inf|nan|🙂|Ａ"
+    "Answer|answer is|: |A|B|(C)|\\boxed{|}|{|\\text{|$|**|\n| or |<answer>|1|9,9|\\frac{1}{2}|^|10^|e9|e999|/|0|[|]|,|答案|"
+    "是|：|yes| a |−|½|²|=|-|.|#### |\ud800|\x00|İ|ı|ſ|option |(|because|</think>|_|`|'|\\|٤|inf|nan|🙂|Ａ"
 ).split("|")
 STRANGE = ["a red bus", "", "A", "\\frac{1}{2}", "(B)", "7"]
 
