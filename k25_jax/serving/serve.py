@@ -9,6 +9,7 @@ import contextlib
 import functools
 import itertools
 import json
+import os
 import pathlib
 import signal
 import sys
