@@ -42,6 +42,9 @@ def run(words: list[str]) -> int:
         args.parser.error(f"unknown argument {rest[0]}")
     args.overrides = override(rest, args.parser)
     set_up_logging()
+    from k25_jax.runtime.environment import prepare
+
+    prepare(getattr(args, "no_cache", False))
     try:
         if args.check:
             args.check(args)
@@ -92,6 +95,14 @@ class Stderr(logging.StreamHandler):
         pass
 
 
+class OneLine(logging.Formatter):
+    """What is told for information stands alone; warnings say what they are, and whose."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        """The line, and a traceback where there is one."""
+        return super().format(record) if record.levelno > logging.INFO else record.getMessage()
+
+
 class Once(logging.Filter):
     """Lets each message through once."""
 
@@ -113,9 +124,10 @@ def set_up_logging() -> None:
     if not root.handlers:
         handler = Stderr()
         handler.addFilter(Once())
-        handler.setFormatter(logging.Formatter("%(levelname)s %(name)s: %(message)s"))
+        handler.setFormatter(OneLine("%(levelname)s %(name)s: %(message)s"))
         root.addHandler(handler)
         root.setLevel(logging.WARNING)
+        logging.getLogger("k25_jax.runtime.waiting").setLevel(logging.INFO)
         warnings.showwarning = show_warning
     logging.getLogger("absl").setLevel(logging.CRITICAL)  # Orbax logs tracebacks of what it raises later
 

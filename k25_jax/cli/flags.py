@@ -17,6 +17,7 @@ charxiv_reasoning, charxiv_descriptive, videomme. Every answer is kept as it com
 ended, and more --questions or samples add to what is there. Tasks of tool_use need bubblewrap."""
 MODES = ("plain", "thinking", "instant")
 MODE_HELP = "how answers begin; default: thinking for the public Kimi weights, else plain"
+CACHE_HELP = "compile anew, keep nothing; as does the environment variable K25_NO_CACHE=1"
 CONFIG_HELP = "experiment file with get_config(arg), or one of `k25 experiments`"
 COMMANDS = "train a model, ask it questions, count its parameters, convert its weights"
 
@@ -135,6 +136,7 @@ def build_parser() -> Parser:
     demo = command("demo", commands.run_demo, "train a tiny K2.5, kill and resume it, evaluate it, write a report")
     demo.add_argument("--workdir", default="runs/demo")
     demo.add_argument("--steps", type=int, default=0, help="training steps; default: those of the experiment")
+    demo.add_argument("--no_cache", action="store_true", help=CACHE_HELP)
 
     text = command("help", None, "what a command does, and its flags")
     text.add_argument("topic", nargs="*", metavar="command", help="such as: data build")
@@ -147,6 +149,7 @@ def add_train(parser: Parser) -> None:
     parser.add_argument("--config", required=True, metavar="FILE[:ARG]", help=CONFIG_HELP)
     parser.add_argument("--workdir", default="", help="where the run lives; default runs/<name>")
     parser.add_argument("--json", action="store_true", help="print the last metrics as JSON")
+    parser.add_argument("--no_cache", action="store_true", help=CACHE_HELP)
 
 
 def add_generate(parser: Parser) -> None:
@@ -185,6 +188,7 @@ def add_sweep(parser: Parser) -> None:
     parser.add_argument("--workdir", required=True, help="where the runs live, a folder each")
     parser.add_argument("--jobs", type=int, default=1, help="runs at once, each on its share of the cores; default 1")
     parser.add_argument("--only", default="", metavar="TEXT", help="only runs with this in their names, and no report")
+    parser.add_argument("--no_cache", action="store_true", help=CACHE_HELP)
 
 
 def add_eval(parser: Parser) -> None:
@@ -211,6 +215,7 @@ def add_eval(parser: Parser) -> None:
     parser.add_argument("--retries", type=int, default=5, help="more tries of a failed request; default 5")
     parser.add_argument("--workdir", default="", help="where answers and scores are kept; default below runs/evals")
     parser.add_argument("--json", action="store_true", help="print JSON")
+    parser.add_argument("--no_cache", action="store_true", help=CACHE_HELP)
 
 
 def add_sampling(parser: Parser) -> None:
@@ -228,6 +233,7 @@ def add_sampling(parser: Parser) -> None:
     parser.add_argument("--max_image_patches", type=int, default=16384, help="larger images are scaled down")
     parser.add_argument("--max_frame_patches", type=int, default=4096, help="the same for frames of a video")
     parser.add_argument("--fps", type=float, default=2.0, help="frames a second taken from a video")
+    parser.add_argument("--no_cache", action="store_true", help=CACHE_HELP)
 
 
 def add_serve(parser: Parser) -> None:
@@ -257,3 +263,4 @@ def add_serve(parser: Parser) -> None:
     parser.add_argument("--max_frame_patches", type=int, default=256, help="the same for frames of a video")
     parser.add_argument("--fps", type=float, default=2.0, help="frames a second taken from a video")
     parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16"))
+    parser.add_argument("--no_cache", action="store_true", help=CACHE_HELP)
