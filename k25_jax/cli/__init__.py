@@ -42,12 +42,12 @@ def run(words: list[str]) -> int:
         args.parser.error(f"unknown argument {rest[0]}")
     args.overrides = override(rest, args.parser)
     set_up_logging()
-    from k25_jax.runtime.environment import prepare
-
-    prepare(getattr(args, "no_cache", False))
     try:
         if args.check:
             args.check(args)
+        from k25_jax.runtime.environment import prepare
+
+        prepare(getattr(args, "no_cache", False))
         return args.run(args) or 0
     except Interrupted as stop:
         if str(stop):

@@ -40,7 +40,7 @@ def titles() -> dict[str, str]:
     found = {}
     for name in names():
         text = ast.get_docstring(ast.parse((FOLDER / f"{name}.py").read_text())) or ""
-        found[name] = re.split(r"(?<=[.:])\s|\n\n", text, maxsplit=1)[0].replace("\n", " ")
+        found[name] = re.split(r"(?<=\.)\s|\n\n", text, maxsplit=1)[0].replace("\n", " ")
     return found
 
 
