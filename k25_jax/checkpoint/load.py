@@ -6,14 +6,13 @@ from dataclasses import dataclass
 
 import jax.numpy as jnp
 
+from k25_jax.checkpoint.folders import find, read_experiment
 from k25_jax.checkpoint.hf_config import read_config
 from k25_jax.checkpoint.huggingface import load_params
-from k25_jax.checkpoint.store import CheckpointError, restore_params
-from k25_jax.config import Experiment, K25Config, from_dict
+from k25_jax.checkpoint.store import restore_params
+from k25_jax.config import Experiment, K25Config
 from k25_jax.models.k25 import abstract_params
 from k25_jax.text.tokenizer import Tokenizer, load_tokenizer
-
-BASE = pathlib.Path(__file__).parent / "base"
 
 
 @dataclass(frozen=True, eq=False)
@@ -31,26 +30,12 @@ def load_model(directory: str | pathlib.Path, dtype=jnp.float32, progress=None) 
 
     The word "base" is the tiny model that comes with the package, trained by `make base`.
     """
-    directory = BASE if str(directory) == "base" else pathlib.Path(directory)
-    if (directory / "experiment.json").is_file():
+    directory, is_run = find(directory)
+    if is_run:
         experiment = read_experiment(directory)
         params = restore_params(directory / "checkpoints", abstract_params(experiment.model))
         return Model(params, experiment.model, load_tokenizer(experiment.data.tokenizer), experiment)
-    if (directory / "config.json").is_file():
-        config = read_config(directory)
-        text_only = "vision_config" not in json.loads((directory / "config.json").read_text())
-        params = load_params(directory, config, dtype=dtype, progress=progress, text_only=text_only)
-        return Model(params, config, load_tokenizer(str(directory)))
-    raise CheckpointError(
-        f"{directory} is neither a run (experiment.json) nor a public checkpoint (config.json); name the folder that "
-        "holds one of these"
-    )
-
-
-def read_experiment(directory: pathlib.Path) -> Experiment:
-    """The configuration that a run was started with."""
-    file = directory / "experiment.json"
-    try:
-        return from_dict(Experiment, json.loads(file.read_text()))
-    except (OSError, json.JSONDecodeError) as error:
-        raise CheckpointError(f"{file} cannot be read ({error}); restore it from the experiment file") from error
+    config = read_config(directory)
+    text_only = "vision_config" not in json.loads((directory / "config.json").read_text())
+    params = load_params(directory, config, dtype=dtype, progress=progress, text_only=text_only)
+    return Model(params, config, load_tokenizer(str(directory)))
