@@ -6,12 +6,15 @@ was killed goes on with the shards that are missing and ends with the same bytes
 """
 
 import base64
+import datetime
+import decimal
 import fcntl
 import hashlib
 import io
 import json
 import os
 import shutil
+import uuid
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,7 +24,9 @@ from array_record.python.array_record_module import ArrayRecordWriter
 from PIL import Image
 
 from k25_jax.config import to_dict
-from k25_jax.data.forms import MEDIA, form_of, resolve_media
+from k25_jax.data.attach import as_list
+from k25_jax.data.media import MEDIA, resolve_media
+from k25_jax.data.normalise import canonical
 from k25_jax.data.records import MAX_RECORD_BYTES, DataError, Record, RecordError, parse_record, read_bytes
 from k25_jax.data.sources import MANIFEST
 from k25_jax.data.statistics import Counts, Joined, Reader
@@ -29,14 +34,6 @@ from k25_jax.data.workers import DEADLINE, Lost, Unit, run
 from k25_jax.text.tokenizer import load_tokenizer
 
 SHARD_RECORDS = 2048  # in a shard, unless the number of shards is given
-FIELDS = {
-    "text": ("text",),
-    "pair": ("text", "caption"),
-    "video-text": ("text", "caption"),
-    "ocr": ("ocr",),
-    "grounding": ("boxes", "caption"),
-    "screen": ("elements", "caption"),
-}
 
 
 @dataclass(frozen=True)
@@ -75,16 +72,16 @@ def shard_name(number: int, count: int) -> str:
 
 
 def contained(record: Record) -> Record:
-    """The record with its media inside, in base64, and nothing that its form does not need; raises RecordError."""
-    form, data, root = form_of(record.data), record.data, record.root
-    out: dict = {"from": record.name}
-    if form == "conversation":
-        out["messages"] = [_contain_message(message, root) for message in _list(data["messages"], "messages")]
-    elif form == "interleaved":
-        out["parts"] = [_contain(part, root) for part in _list(data["parts"], "parts")]
-    else:
-        keys = (*FIELDS[form], *MEDIA, *(f"{kind}_base64" for kind in MEDIA))
-        out |= _contain({key: data[key] for key in keys if data.get(key) is not None}, root)
+    """The record in our spelling with its media inside, in base64; raises RecordError.
+
+    All fields stay, so that whatever reads the one reads the other the same.
+    """
+    data, root = canonical(record).data, record.root
+    out = {"from": record.name} | _contain(data, root)
+    if "messages" in data:
+        out["messages"] = [_contain_message(message, root) for message in as_list(data, "messages")]
+    if "parts" in data:
+        out["parts"] = [_contain(part, root) for part in as_list(data, "parts")]
     try:
         line = json.dumps(out, default=_plain).encode()
     except (TypeError, ValueError, RecursionError) as problem:
@@ -92,12 +89,6 @@ def contained(record: Record) -> Record:
     if len(line) > MAX_RECORD_BYTES:
         raise RecordError("too large", f"{len(line)} bytes with its media exceed {MAX_RECORD_BYTES}")
     return Record(record.name, parse_record(line))
-
-
-def _list(value, name: str):
-    if not isinstance(value, (list, tuple)):
-        raise RecordError("form", f"{name} must be a list, not {type(value).__name__}")
-    return value
 
 
 def _contain_message(message, root):
@@ -133,9 +124,11 @@ def _png(pixels: np.ndarray) -> bytes:
 
 
 def _plain(value):
-    """Numbers and lists of NumPy, for JSON."""
+    """Numbers and lists of NumPy, dates and decimals, for JSON."""
     if isinstance(value, (np.ndarray, np.generic)):
         return value.tolist()
+    if isinstance(value, (datetime.date, datetime.time, datetime.timedelta, decimal.Decimal, uuid.UUID)):
+        return str(value)
     raise TypeError(f"{type(value).__name__} is no JSON")
 
 
@@ -212,8 +205,8 @@ def _check_plan(file: Path, plan: dict, output: Path):
     if before != plan:
         changed = [key for key in plan if before.get(key) != plan[key]]
         raise DataError(
-            f"{output} holds an unfinished build with other {' and '.join(changed)}; give another --output, or remove "
-            f"{file.parent}"
+            f"{output} holds an unfinished build with other {' and '.join(changed)}; give another --output, or begin "
+            f"anew: what was built so far is in {file.parent}"
         )
 
 
