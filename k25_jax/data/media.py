@@ -1,8 +1,6 @@
 """Media of records: from a path, bytes or base64 to pixels and clips that are small enough for the packs (K2.5 §3.2)."""
 
-import base64
 import re
-import urllib.parse
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
@@ -11,6 +9,7 @@ import numpy as np
 from k25_jax.config import DataConfig, K25Config
 from k25_jax.data.records import RecordError
 from k25_jax.text.chat import part_kind
+from k25_jax.vision.base64 import decode_base64, is_data_url, read_data_url
 from k25_jax.vision.image import load_image, preprocess
 from k25_jax.vision.patchpack import Clip
 from k25_jax.vision.video import chunks, format_timestamp, load_video
@@ -26,7 +25,7 @@ def resolve_media(part: Mapping, root: Path | Mapping | None) -> dict:
     for kind in MEDIA:
         coded, value = part.pop(f"{kind}_base64", None), part.get(kind)
         if coded is not None:
-            part[kind] = decode_base64(coded, f"{kind}_base64")
+            part[kind] = _decode(coded, f"{kind}_base64")
         elif isinstance(value, Mapping) and isinstance(value.get("bytes"), bytes):
             part[kind] = value["bytes"]
         elif isinstance(value, Mapping) and isinstance(value.get("path"), str):
@@ -36,21 +35,13 @@ def resolve_media(part: Mapping, root: Path | Mapping | None) -> dict:
     return part
 
 
-def decode_base64(coded, name: str) -> bytes:
-    """Base64 as browsers take it: with line breaks, without padding, as a data URL or safe for URLs; raises RecordError."""
-    if not isinstance(coded, (str, bytes)):
+def _decode(coded, name: str) -> bytes:
+    if not isinstance(coded, str):
         raise RecordError("base64", f"{name} must be a string of base64, not {type(coded).__name__}")
-    text = coded if isinstance(coded, str) else coded.decode("latin-1")
-    if text.lstrip()[:5].lower() == "data:":
-        head, comma, text = text.partition(",")
-        if not comma or not head.rstrip().lower().endswith("base64"):
-            raise RecordError("base64", f"{name} is a data URL, but not of base64: {head[:60]!r}")
-        text = urllib.parse.unquote(text)
-    text = re.sub(r"[ \t\n\r\f]", "", text).translate(str.maketrans("-_", "+/"))
-    bare = text[:-2] + text[-2:].rstrip("=") if len(text) % 4 == 0 else text
-    if len(bare) % 4 == 1 or not re.fullmatch(r"[A-Za-z0-9+/]*", bare):
-        raise RecordError("base64", f"{name} is not base64: {text[:40]!r} of {len(text)} characters")
-    return base64.b64decode(bare + "=" * (-len(bare) % 4))
+    try:
+        return read_data_url(coded) if is_data_url(coded) else decode_base64(coded)
+    except ValueError as problem:
+        raise RecordError("base64", f"{name} {problem}") from None
 
 
 def _find(root: Path | Mapping | None, path: str) -> Path | bytes:
