@@ -71,7 +71,9 @@ def kind_of_name(name: str, value=None) -> tuple[str, bool] | None:
 
 
 def as_part(kind: str, value, coded: bool = False) -> dict:
-    """A medium in any of its spellings as a part: {kind: path, bytes or pixels} or {kind_base64: ..}."""
+    """A medium in any of its spellings as a part: {kind: path, bytes or pixels} or {kind_base64: ..}; raises RecordError."""
+    if isinstance(value, (list, tuple)):
+        raise RecordError("form", f"a list stands where one {kind} should; give a path, bytes or base64")
     if isinstance(value, Mapping):
         for name in ("bytes", *CODED):
             if isinstance(value.get(name), str):
@@ -115,7 +117,7 @@ def read_part(given, where: str):
 def take_media(data: Mapping, where: str) -> tuple[dict, dict[str, list[dict]]]:
     """The fields without those that are media, and the media by kind, as parts. Raises RecordError.
 
-    Beside a medium, one more address of it stays as a field: it says where the medium is from.
+    Beside a medium, one more address of it stays, as the source of it.
     """
     named: dict[str, dict[str, list[dict]]] = {kind: {} for kind in MEDIA}
     rest = {}
@@ -132,7 +134,7 @@ def take_media(data: Mapping, where: str) -> tuple[dict, dict[str, list[dict]]]:
         if fields:
             name = _primary(kind, fields, where)
             out[kind] = fields.pop(name)
-            rest |= {(f"{kind}_path" if name == kind else name): data[name] for name in fields}
+            rest |= {f"{name}_source": data[name] for name in fields}
     return rest, out
 
 
@@ -232,6 +234,15 @@ def check_strays(data: Mapping, known: Sequence[str], where: str, has_media: boo
             raise RecordError("form", f"{where}: the field {name!r} {problem}; {BESIDE}")
 
 
+def check_bytes(data: Mapping):
+    """Raise RecordError where bytes stand elsewhere than in a medium: no text and no JSON has them."""
+    for name, value in data.items():
+        if name not in MEDIUM_FIELDS and any(isinstance(one, bytes) for one in _walk(value, MEDIUM_FIELDS)):
+            raise RecordError(
+                "form", f"the field {name!r} holds bytes that are no medium; write text, or leave them out"
+            )
+
+
 def _stray_name(name: str, value, has_media: bool) -> str:
     words = re.findall("[a-z]+[0-9]?", re.sub(r"(?<=[a-z])(?=[A-Z])", "_", name).lower())
     words = [word if word in MEDIA_WORDS else word.rstrip("0123456789") for word in words]
@@ -257,12 +268,13 @@ def _stray_value(name: str, value, has_media: bool) -> str:
     return ""
 
 
-def _walk(value) -> Iterator[Any]:
+def _walk(value, passed_over: Sequence[str] = ()) -> Iterator[Any]:
     if isinstance(value, Mapping):
-        for one in value.values():
-            yield from _walk(one)
+        for name, one in value.items():
+            if name not in passed_over:
+                yield from _walk(one, passed_over)
     elif isinstance(value, (list, tuple)):
         for one in value:
-            yield from _walk(one)
+            yield from _walk(one, passed_over)
     else:
         yield value

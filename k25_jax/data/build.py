@@ -25,7 +25,7 @@ from PIL import Image
 
 from k25_jax.config import to_dict
 from k25_jax.data.attach import as_list
-from k25_jax.data.media import MEDIA, resolve_media
+from k25_jax.data.media import MEDIA, checked_pixels, resolve_media
 from k25_jax.data.normalise import canonical
 from k25_jax.data.records import MAX_RECORD_BYTES, DataError, Record, RecordError, parse_record, read_bytes
 from k25_jax.data.sources import MANIFEST
@@ -116,10 +116,7 @@ def _contain(part, root):
 
 def _png(pixels: np.ndarray) -> bytes:
     file = io.BytesIO()
-    try:
-        Image.fromarray(pixels).save(file, "PNG")
-    except (TypeError, ValueError) as problem:
-        raise RecordError("image", f"an array that is no picture: {pixels.dtype} {pixels.shape} ({problem})") from None
+    Image.fromarray(checked_pixels(pixels)).save(file, "PNG")
     return file.getvalue()
 
 

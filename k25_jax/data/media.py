@@ -93,7 +93,8 @@ class MediaReader:
         self._check_packs()
         part_kind(part, "image")
         source = part["image"]
-        return source if isinstance(source, np.ndarray) else load_image(source, name=self._title(source))
+        is_array = isinstance(source, np.ndarray)
+        return checked_pixels(source) if is_array else load_image(source, name=self._title(source))
 
     def _check_packs(self):
         if not self._data.packs:
@@ -120,6 +121,13 @@ class MediaReader:
             return [(format_timestamp(time), clip) for time, clip in chunks(frames, times, self._vision, name)]
 
         return _shrink(read, budget, budget)
+
+
+def checked_pixels(pixels: np.ndarray) -> np.ndarray:
+    """Pixels in memory, if they are a picture: uint8 RGB [h, w, 3]; raises RecordError."""
+    if pixels.ndim != 3 or pixels.shape[2] != 3 or pixels.dtype != np.uint8 or not pixels.size:
+        raise RecordError("image", f"pixels must be uint8 [h, w, 3], not {pixels.dtype} {pixels.shape}")
+    return pixels
 
 
 def _shrink(read: Callable[[int], list], budget: int, limit: int) -> list[tuple[str | None, Clip]]:

@@ -16,10 +16,13 @@ but nulls: a field that no form reads stays, unless it holds media or says what 
 import json
 from collections.abc import Mapping, Sequence
 
+import numpy as np
+
 from k25_jax.data.attach import (
     MEDIUM_FIELDS,
     PLACE,
     as_list,
+    check_bytes,
     check_no_place,
     check_strays,
     fill,
@@ -90,7 +93,7 @@ def without_nulls(value):
     if isinstance(value, (list, tuple)):
         rows = all(one is None or isinstance(one, Mapping) for one in value)
         return [without_nulls(one) for one in value if not (rows and _is_null(one))]
-    return value
+    return value.item() if isinstance(value, np.generic) else value
 
 
 def _schemas(value):
@@ -254,6 +257,7 @@ def _check_fields(data: Mapping):
     has_media = any(name in data for name in MEDIUM_FIELDS) or any(map(_holds_media, contents))
     read = (*FORM_FIELDS, *(("tools", "mode") if "messages" in data else ()), "weight", "from")
     check_strays(data, read, "the record", has_media)
+    check_bytes(data)
     if "messages" in data:
         return _refuse(data, tuple(UNREAD), "the record")
     if "tools" in data:

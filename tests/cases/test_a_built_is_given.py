@@ -95,6 +95,7 @@ def test_a_record_and_what_is_built_of_it_are_one_example(tmp_path, data):
     assert contained(built).data == built.data  # built again: the same
     assert canonical(canonical(record)) == canonical(record)
     assert META.items() <= built.data.items()  # nothing was left out
+    assert {name for name in data if name.startswith("image_url")} <= {name[:9] for name in built.data}
     assert canonical(record).data.keys() - set(MEDIUM_FIELDS) <= built.data.keys()
 
 
