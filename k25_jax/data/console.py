@@ -193,13 +193,13 @@ class _Once(logging.Filter):
 
 
 def _warned_once(run: Callable, args) -> int:
-    once, handlers = _Once(), logging.getLogger().handlers[:]
-    for handler in handlers:
+    filters = [(handler, _Once()) for handler in logging.getLogger().handlers]
+    for handler, once in filters:
         handler.addFilter(once)
     try:
         return run(args)
     finally:
-        for handler in handlers:
+        for handler, once in filters:
             handler.removeFilter(once)
 
 

@@ -145,9 +145,9 @@ def _conversation(data: dict, media: dict) -> dict:
     messages = [_message(message, f"messages[{i}]") for i, message in enumerate(as_list(data, "messages"))]
     for name in ("system", "system_prompt"):
         if isinstance(data.get(name), str):
-            if any(isinstance(message, Mapping) and message.get("role") == "system" for message in messages):
-                raise RecordError("form", f"has {name} and a message of the role system; give one of them")
             text = data.pop(name)
+            if text and any(isinstance(one, Mapping) and one.get("role") == "system" for one in messages):
+                raise RecordError("form", f"has {name} and a message of the role system; give one of them")
             messages[:0] = [{"role": "system", "content": text}] if text else []
     contents = _placed([m.get("content") if isinstance(m, Mapping) else None for m in messages], media, "messages")
     data["messages"] = [
