@@ -1,18 +1,20 @@
 """What training reads is what `k25 data build` writes: every field that a reader knows goes through."""
 
 import copy
+import dataclasses
 import datetime
 import decimal
 import json
 
+import numpy as np
 import pytest
-from given import DATA, MODEL, PNG, coded, example, gif, prepared, same, text, write_jsonl, write_media
+from given import DATA, MODEL, PNG, TOKENIZER, coded, example, gif, prepared, same, text, write_jsonl, write_media
 
 from k25_jax.config import SourceConfig
 from k25_jax.data.attach import MEDIUM_FIELDS
 from k25_jax.data.build import build, contained
 from k25_jax.data.examples import EXAMPLES
-from k25_jax.data.forms import form_of
+from k25_jax.data.forms import form_of, prepare
 from k25_jax.data.normalise import canonical
 from k25_jax.data.records import Record
 from k25_jax.data.sources import open_source
@@ -139,3 +141,27 @@ def test_media_are_inside(tmp_path):
     built = contained(Record("r", FULL["conversation"], root)).data
     assert "cat.png" not in json.dumps(built) and "clip.mp4" not in json.dumps(built)
     assert coded(gif()) in json.dumps(built)
+
+
+@pytest.mark.parametrize("fps", [1.0, 2.0, 5.0])
+def test_media_in_memory(fps):
+    """Pixels of pictures and frames of videos, as rendered tasks have them; of the frames several are the same."""
+    frames = np.random.default_rng(0).integers(0, 256, (7, 37, 51, 3), dtype=np.uint8)
+    frames[3:5] = frames[2]
+    data = dataclasses.replace(DATA, video_fps=fps)
+    for given in (
+        {"image": frames[0], "text": "x"},
+        {"video": frames, "text": "x"},
+        {"messages": [{"role": "user", "content": [{"type": "video", "video": frames[:1]}, {"image": frames[1]}]},
+                      {"role": "assistant", "content": "x"}]},
+    ):  # fmt: skip
+        record = Record("r", given)
+        built = contained(record, fps)
+        assert same(prepare(record, TOKENIZER, data, MODEL), prepare(built, TOKENIZER, data, MODEL))
+
+
+def test_a_task_of_videos_is_built():
+    """Every record of it, as training reads it."""
+    task = open_source(SourceConfig("motion:train"))
+    for index in range(4):
+        assert same(prepared(task[index]), prepared(contained(task[index], DATA.video_fps)))
