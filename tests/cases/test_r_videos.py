@@ -9,6 +9,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from k25_jax.config import K25Config
+from k25_jax.sampling.prompt import MediaReader
 from k25_jax.vision import frame_sampler
 from k25_jax.vision import video as video_module
 from k25_jax.vision.frame_sampler import FrameSampler
@@ -71,6 +73,12 @@ def test_a_deadline_ends_the_work_itself(data, monkeypatch):
         load_video(data, name="long.mp4", seconds=5.0)
     assert next(clock) < 10
     assert load_video(data, name="long.mp4", seconds=100.0)[0]
+
+
+def test_a_reader_of_requests_has_a_deadline():
+    reader = MediaReader(K25Config(), video_seconds=0.0)
+    with pytest.raises(VideoError, match="clip: takes more than 0 s to decode"):
+        reader.video(mp4(3), "clip")
 
 
 @pytest.mark.parametrize("error", [TypeError, AttributeError, NameError])
