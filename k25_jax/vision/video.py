@@ -25,7 +25,7 @@ _ANY_TEXT = {"metadata_errors": "replace"} if int(av.__version__.split(".")[0]) 
 # Brands of pictures and animations in HEIF and AVIF: the demuxer of mp4 takes them, and gives one picture, or a tile of it.
 _HEIF = frozenset(b"avif avis avci avcs heic heix heim heis hevc hevx hevm hevs mif1 mif2 msf1".split())
 
-ANIMATION = 16  # a pixel of an animation, which Pillow composes, counts as so many
+ANIMATION = 64  # a pixel of an animation, which Pillow composes, counts as so many
 _MILLISECOND = 1e-3  # the clock of animations
 
 logger = logging.getLogger(__name__)
