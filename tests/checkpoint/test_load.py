@@ -71,5 +71,5 @@ def test_folders_that_hold_no_model_are_named(finished, tmp_path):
     with pytest.raises(ConfigError, match="train: unknown key 'step'; did you mean 'steps'"):
         load_model(tmp_path)
     (tmp_path / "experiment.json").write_text('{"name": "half')
-    with pytest.raises(CheckpointError, match="experiment.json cannot be read"):
+    with pytest.raises(CheckpointError, match="experiment.json is not valid JSON.*restore it"):
         load_model(tmp_path)
