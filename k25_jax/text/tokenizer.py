@@ -230,6 +230,7 @@ def _load_json(path: Path) -> Tokenizer:
 
 
 def encode_bytes(text: str) -> list[int]:
+    """The bytes of a text: they are the ids."""
     return list(text.encode())
 
 
