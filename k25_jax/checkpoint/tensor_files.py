@@ -254,9 +254,9 @@ def _finite(data: np.ndarray, dtype: str) -> bool:
 
 
 def raise_problems(source, problems: list[str]):
-    """One error: a problem alone on its line, else the first 50 of them and their number; none, no error."""
-    if len(problems) == 1:
-        raise CheckpointError(f"{source}: 1 problem: {problems[0]}")
+    """One error: a few problems on its line, else a list of the first 50; none, no error."""
+    heading = f"{source}: {len(problems)} problem{'s' * (len(problems) > 1)}"
+    if len(problems) > 3:
+        raise CheckpointError("\n  ".join([heading, *problems[:50]]) + ("\n  ..." if len(problems) > 50 else ""))
     if problems:
-        shown_ones = "\n  ".join(problems[:50]) + ("\n  ..." if len(problems) > 50 else "")
-        raise CheckpointError(f"{source}: {len(problems)} problems\n  {shown_ones}")
+        raise CheckpointError(f"{heading}: {'; '.join(problems)}")
