@@ -116,7 +116,11 @@ class SpecialTokens(dict):
         self.source = source
 
     def __missing__(self, name: str):
-        raise TokenizerError(f"{self.source} has no {name}, which Kimi's chat template needs: {REMEDY}")
+        raise TokenizerError(self.lack(name))
+
+    def lack(self, name: str) -> str:
+        """What to say of a name that is not there."""
+        return f"{self.source} has no {name}, which Kimi's chat template needs: {REMEDY}"
 
 
 class Tokenizer:

@@ -153,7 +153,7 @@ def byte_level_files() -> dict[str, dict]:
     flags = dict(single_word=False, lstrip=False, rstrip=False, normalized=False)
     added = [{"id": id_, "content": name, **flags, "special": name not in SHOWN} for name, id_ in BYTE_SPECIAL.items()]
     level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": False, "use_regex": False}
-    model = {"type": "BPE", "dropout": None, "unk_token": None, "vocab": byte_vocabulary(), "merges": []}
+    model = {"type": "BPE", "dropout": None, "unk_token": None, "vocab": dict(byte_vocabulary()), "merges": []}
     vocabulary = {"version": "1.0", "truncation": None, "padding": None, "added_tokens": added, "normalizer": None}
     vocabulary |= {"pre_tokenizer": level, "post_processor": None, "decoder": level, "model": model}
     names = {"bos_token": "[BOS]", "eos_token": "<|im_end|>", "pad_token": "[PAD]", "unk_token": "[UNK]"}
