@@ -65,7 +65,10 @@ def _check_files(files: TensorFiles, rows: list[Bound], config: K25Config, text_
     """Raise CheckpointError unless the files hold this model: first what bounds the work, then each tensor."""
     present = files.tensors.keys() | files.lost
     if not text_only and present and not any(name.startswith(VISION) for name in present):
-        raise CheckpointError(f"{files.source} holds a language model alone: load it with text_only=True")
+        raise CheckpointError(
+            f"{files.source} holds a language model alone, but its config an encoder: fetch the other files, or load it with "
+            "text_only=True"
+        )
     asked = sum(math.prod(bound.stack) for bound in rows)
     if asked > 10 * len(present) + 10_000:
         sizes = f"num_hidden_layers={config.text.layers}, n_routed_experts={config.text.moe.experts}"
