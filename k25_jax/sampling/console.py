@@ -74,7 +74,7 @@ class Console:
         if self.args.ignore_eos:
             return ()
         turn = {self.model.tokenizer.special["<|im_end|>"]} if templated else set()
-        return tuple({self.model.config.eos_id} | turn)
+        return tuple({*self.model.config.eos_ids} | turn)
 
     def answer(self, prompt: Prompt, ends: tuple[int, ...], show: Callable[[str], None]) -> dict:
         """Sample until an end token, a stop text or --max_tokens; `show` gets the text piece by piece."""
@@ -186,10 +186,10 @@ def reply(console: Console, conversation: Conversation, turn: dict) -> list[int]
     conversation.add(turn)
     prompt = from_ids(conversation.prompt(), conversation.rendered.clips, console.model.config)
     tokens = console.answer(prompt, console.ends(templated=True), show)["tokens"]
-    end, eos = console.model.tokenizer.special["<|im_end|>"], console.model.config.eos_id
+    end = console.model.tokenizer.special["<|im_end|>"]
     if end in tokens:
         tokens = tokens[: tokens.index(end) + 1]
-    elif tokens[-1:] == [eos]:
+    elif set(tokens[-1:]) & {*console.model.config.eos_ids}:
         tokens = tokens[:-1]
     conversation.say(tokens)
     return tokens

@@ -64,7 +64,7 @@ class MediaReader:
 
 def default_mode(model: Model) -> str:
     """How answers of a model begin where nobody says: weights from elsewhere with Kimi's vocabulary think first."""
-    kimi = model.tokenizer.special["<|im_end|>"] == PUBLIC_SPECIAL["<|im_end|>"]
+    kimi = model.tokenizer.special.get("<|im_end|>") == PUBLIC_SPECIAL["<|im_end|>"]
     return "thinking" if kimi and model.experiment is None else "plain"
 
 

@@ -166,7 +166,7 @@ def _how(fields: Fields, served: Served, top_logprobs: int | None, ends: tuple[i
     include_usage = inner.take("include_usage", bool, default=False)
     inner.neutral(include_obfuscation=False)
     inner.end()
-    stop_ids = () if fields.take("ignore_eos", bool, default=False) else (served.reader.config.eos_id, *ends)
+    stop_ids = () if fields.take("ignore_eos", bool, default=False) else (*served.reader.config.eos_ids, *ends)
     seed = fields.number("seed", int, None, 0, 2**32 - 1)
     top_p = fields.number("top_p", float, 1.0, 0, 1)
     if top_p == 0:

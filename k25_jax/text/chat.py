@@ -66,7 +66,7 @@ class Writer:
         """One special token."""
         self.flush()
         if name not in self._tokenizer.special:
-            raise ChatError(f"the tokenizer has no {name}; add it to added_tokens_decoder in tokenizer_config.json")
+            raise ChatError(self._tokenizer.special.lack(name))
         self._append([self._tokenizer.special[name]], weight)
 
     def media(self, part: Mapping, kind: str, load_media: LoadMedia):

@@ -31,7 +31,7 @@ def test_a_chat_body_becomes_the_rendered_conversation_and_openais_defaults():
     (request,) = ask.requests
     assert request.tokens == render(HI, TOKENIZER, add_generation_prompt=True).tokens
     room = SERVED.max_length - len(request.tokens)
-    assert request.sampling == SampleConfig(room, 1.0, 1.0, 1, (CONFIG.eos_id,))  # its eos is <|im_end|>
+    assert request.sampling == SampleConfig(room, 1.0, 1.0, 1, CONFIG.eos_ids)  # its eos is <|im_end|>
     assert (request.n, request.stop, request.alternatives) == (1, (), 0)
     assert (ask.stream, ask.include_usage, ask.top_logprobs, ask.return_token_ids) == (False, False, None, False)
 
@@ -43,7 +43,7 @@ def test_everything_that_can_be_said():
         logit_bias={}, response_format={"type": "text"}, tools=None, presence_penalty=None,
     )  # fmt: skip
     (request,) = ask.requests
-    assert request.sampling == SampleConfig(7, 0.5, 0.25, 1, (CONFIG.eos_id,))
+    assert request.sampling == SampleConfig(7, 0.5, 0.25, 1, CONFIG.eos_ids)
     assert (request.n, request.stop, request.alternatives) == (3, ("a", "bc"), 4)
     assert (ask.stream, ask.include_usage, ask.top_logprobs, ask.return_token_ids) == (True, True, 4, True)
     assert chat(logprobs=True).top_logprobs == 0 and chat(ignore_eos=True).requests[0].sampling.stop_ids == ()
@@ -61,7 +61,7 @@ def test_completions_take_texts_and_ids_alone_or_in_lists():
     ):  # fmt: skip
         asked = complete(prompt=prompt, logprobs=2).requests
         assert [request.tokens for request in asked] == tokens
-        assert {request.sampling for request in asked} == {SampleConfig(16, 1.0, 1.0, 1, (CONFIG.eos_id,))}
+        assert {request.sampling for request in asked} == {SampleConfig(16, 1.0, 1.0, 1, CONFIG.eos_ids)}
         assert {request.alternatives for request in asked} == {2}
 
 
