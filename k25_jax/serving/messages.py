@@ -17,6 +17,7 @@ class ToolUse(NamedTuple):
     tools: list[dict]
     read: bool
     forced: str | None
+    names: Sequence[str] = ()
 
 
 def convert_messages(messages: list, opener: MediaOpener, mode: str) -> list[dict]:
@@ -83,12 +84,12 @@ def read_tools(fields: Fields, mode: str) -> ToolUse:
     if not tools:
         raise fields.error("tool_choice", "needs tools to choose from", "invalid_value")
     if choice == "auto":
-        return ToolUse(tools, True, None)
+        return ToolUse(tools, True, None, names)
     name = _forced(fields, choice, names)
     if mode == "thinking":
         problem = "can only be kept without thinking: add chat_template_kwargs={'thinking': false}, or send 'auto'"
         raise fields.error("tool_choice", problem, "unsupported_value")
-    return ToolUse(tools, True, name)
+    return ToolUse(tools, True, name, names)
 
 
 def _check_tool(tool, where: str) -> str:

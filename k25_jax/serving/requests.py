@@ -8,7 +8,7 @@ Beyond OpenAI's fields: `thinking` {"type": "enabled" | "disabled"} or `chat_tem
 import dataclasses
 import pathlib
 import secrets
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 
 from k25_jax.sampling.prompt import MediaReader, Prompt, from_ids, from_messages
 from k25_jax.sampling.requests import Request
@@ -16,9 +16,11 @@ from k25_jax.sampling.sample import PromptError, SampleConfig
 from k25_jax.serving.errors import ApiError, from_text, show
 from k25_jax.serving.fields import Fields, read_json
 from k25_jax.serving.media import MediaOpener
-from k25_jax.serving.messages import ToolUse, convert_messages, read_tools
+from k25_jax.serving.messages import convert_messages, read_tools
 from k25_jax.text.chat import ChatError
 from k25_jax.text.tokenizer import Tokenizer
+from k25_jax.text.tool_calls import CallIds, call_parts
+from k25_jax.text.turn import TurnForm
 from k25_jax.vision.image import ImageError
 from k25_jax.vision.patchpack import PackError
 from k25_jax.vision.video import VideoError
@@ -69,8 +71,9 @@ class Ask:
     include_usage: bool
     top_logprobs: int | None  # None: no log-probabilities
     return_token_ids: bool
-    mode: str
-    reads_calls: bool = False
+    form: TurnForm | None = None  # of the answer's turn; None: a text
+    names: Collection[str] = ()  # of the declared tools
+    ids: CallIds = dataclasses.field(default_factory=CallIds)  # of the calls before
     call_id: str | None = None  # of the call that the prompt has begun
 
 
@@ -95,16 +98,18 @@ def chat_ask(raw: bytes, served: Served) -> Ask:
     fields.neutral(**CHAT_NEUTRAL)
     fields.end()
     opener = MediaOpener(served.media_root, served.media_bytes)
-    messages, call_id = convert_messages(messages, opener, mode), None
+    messages = convert_messages(messages, opener, mode)
     try:
         prompt = from_messages(messages, served.tokenizer, served.reader, mode, use.tools, keep_thinking)
     except PROMPT_ERRORS as problem:
         raise from_text(problem, "messages") from None
+    ids, call_id = _ids_of(messages), None
     if use.forced is not None:
-        call_id = f"functions.{use.forced}:{sum(len(message.get('tool_calls', ())) for message in messages)}"
+        call_id, _ = ids.read(use.forced, [use.forced])
         prompt = dataclasses.replace(prompt, tokens=prompt.tokens + _begun_call(served.tokenizer, call_id))
-    request = how.request(prompt, most[0] or most[1], "messages", served)
-    return how.ask(True, [request], mode, use, call_id)
+    form = TurnForm(mode, use.read, call_id is not None)
+    request = how.request(prompt, most[0] or most[1], "messages", served, form)
+    return dataclasses.replace(how.ask(True, [request], form), names=use.names, ids=ids, call_id=call_id)
 
 
 def completion_ask(raw: bytes, served: Served) -> Ask:
@@ -118,7 +123,7 @@ def completion_ask(raw: bytes, served: Served) -> Ask:
     fields.neutral(**COMPLETION_NEUTRAL)
     fields.end()
     requests = [how.request(prompt, most, "prompt", served) for prompt in prompts]
-    return how.ask(False, requests, "plain", ToolUse([], False, None), None)
+    return how.ask(False, requests)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -136,7 +141,9 @@ class _How:
     return_token_ids: bool
     top_logprobs: int | None
 
-    def request(self, prompt: Prompt, max_tokens: int | None, param: str, served: Served) -> Request:
+    def request(
+        self, prompt: Prompt, max_tokens: int | None, param: str, served: Served, form: TurnForm | None = None
+    ) -> Request:
         """What the engine is asked for one prompt; without max_tokens as much as there is room for."""
         room, length = served.max_length - len(prompt.tokens), len(prompt.tokens)
         allowed = min(room, served.max_tokens or room)
@@ -148,12 +155,12 @@ class _How:
         if (max_tokens or 1) > allowed:
             raise ApiError(f"max_tokens={max_tokens} must be at most {allowed} here", "max_tokens", "invalid_value")
         sampling = SampleConfig(max_tokens or allowed, self.temperature, self.top_p, self.seed, self.stop_ids)
-        return Request(prompt.tokens, prompt.clips, sampling, self.n, self.stop, self.top_logprobs or 0)
+        return Request(prompt.tokens, prompt.clips, sampling, self.n, self.stop, self.top_logprobs or 0, form)
 
-    def ask(self, chat: bool, requests: list[Request], mode: str, use: ToolUse, call_id: str | None) -> Ask:
+    def ask(self, chat: bool, requests: list[Request], form: TurnForm | None = None) -> Ask:
         """Everything together."""
-        form = (self.stream, self.include_usage, self.top_logprobs, self.return_token_ids)
-        return Ask(chat, requests, *form, mode, use.read, call_id)
+        shown = (self.stream, self.include_usage, self.top_logprobs, self.return_token_ids)
+        return Ask(chat, requests, *shown, form)
 
 
 def _how(fields: Fields, served: Served, top_logprobs: int | None, ends: tuple[int, ...], prompts: int = 1) -> _How:
@@ -173,9 +180,11 @@ def _how(fields: Fields, served: Served, top_logprobs: int | None, ends: tuple[i
         raise fields.error("top_p", "must be above 0; for the likeliest tokens send temperature=0", "invalid_value")
     fields.ignored(*IGNORED)
     fields.neutral(**NEUTRAL)
+    stops, special = _stops(fields), served.tokenizer.special
+    stop_ids += tuple(special[stop] for stop in stops if stop in special)
     return _How(
         n,
-        _stops(fields),
+        stops,
         tuple(dict.fromkeys(stop_ids)),
         fields.number("temperature", float, 1.0, 0, 2),
         top_p,
@@ -241,6 +250,15 @@ def _prompts(fields: Fields, served: Served) -> list[Prompt]:
 
 def _is_id(token) -> bool:
     return isinstance(token, int) and not isinstance(token, bool)
+
+
+def _ids_of(messages: Sequence[dict]) -> CallIds:
+    """The ids of all calls in messages that were rendered."""
+    ids = CallIds()
+    for message in messages:
+        for call in message.get("tool_calls", ()):
+            call_parts(call, ids)
+    return ids
 
 
 def _begun_call(tokenizer: Tokenizer, call_id: str) -> list[int]:
