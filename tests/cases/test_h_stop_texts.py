@@ -1,11 +1,15 @@
 """Stop texts count in what an answer says; the name of a special token in one is that token, wherever it comes."""
 
 import json
+import types
 
 import numpy as np
 import pytest
 
 from benchmarks.serving import minute_model
+from k25_jax.cli import build_parser
+from k25_jax.sampling.console import Console
+from k25_jax.sampling.prompt import Prompt
 from k25_jax.sampling.requests import FinishEvent, Request, TokenEvent
 from k25_jax.sampling.sequences import Sequence
 from k25_jax.serving.requests import chat_ask, completion_ask
@@ -224,3 +228,25 @@ def test_half_a_character_does_not_go_on_behind_a_mark():
 def test_a_request_without_a_form_is_a_text_from_end_to_end():
     assert Request([1], stop=("a",)).form is None and complete(stop="a").requests[0].form is None
     assert chat(stop="a", tools=[TOOL]).requests[0].form == TurnForm("plain", True)
+
+
+@pytest.mark.parametrize(
+    "form, said, text",
+    [
+        (TurnForm("thinking"), "a STOP</think>b STOP c", "a STOP</think>b "),
+        (TurnForm("plain"), "<think>STOP</think>b STOP c", "<think>STOP</think>b "),
+        (TurnForm("thinking"), "a\n</think>b<|im_user|>c", "a\n</think>b"),
+        (None, "a STOP</think>b", "a "),
+        (None, "a<|im_user|>b", "a"),
+    ],
+)
+def test_the_command_line_has_the_same_rule(form, said, text, monkeypatch):
+    console, shown = Console.__new__(Console), []
+    console.args = build_parser().parse_args(["generate", "--checkpoint=x", "--stop=STOP", "--stop=<|im_user|>"])
+    console.model = types.SimpleNamespace(tokenizer=TOKENIZER)
+    tokens = TOKENIZER.encode(said, allow_special=True)
+    events = [TokenEvent(0, 0, token, -1.0, 0) for token in tokens]
+    monkeypatch.setattr(Console, "events", lambda self, request: iter(events))
+    answer = console.answer(Prompt([1], []), (BYTE_SPECIAL["<|im_end|>"],), shown.append, form)
+    assert answer["text"] == "".join(shown) == text and answer["tokens"] == tokens[: len(answer["tokens"])]
+    assert len(answer["tokens"]) < len(tokens)
