@@ -10,7 +10,7 @@ from k25_jax.checkpoint.load import Model, load_model
 from k25_jax.sampling.engine import Engine
 from k25_jax.sampling.prompt import MediaReader, Prompt, default_mode, from_ids, from_messages
 from k25_jax.sampling.requests import EngineError, Request, TokenEvent, fitting
-from k25_jax.sampling.sample import PromptError, SampleConfig
+from k25_jax.sampling.sample import SEEDS, PromptError, SampleConfig, fold_seed
 from k25_jax.text.chat import THINK
 from k25_jax.text.conversation import Conversation
 from k25_jax.text.stops import StopTexts
@@ -87,10 +87,11 @@ class Console:
         args, tokenizer = self.args, self.model.tokenizer
         if "" in args.stop:
             raise PromptError("--stop is empty: give the text that ends the answer")
-        if not (args.temperature >= 0 and 0 <= args.seed < 2**32):
-            raise PromptError(f"temperature={args.temperature} must be at least 0, seed={args.seed} in [0, 2**32)")
+        if not (args.temperature >= 0 and SEEDS[0] <= args.seed <= SEEDS[1]):
+            problem = f"temperature={args.temperature} must be at least 0, seed={args.seed} a signed number of 64 bits"
+            raise PromptError(problem)
         try:
-            how = SampleConfig(args.max_tokens, args.temperature, args.top_p, args.seed, ends)
+            how = SampleConfig(args.max_tokens, args.temperature, args.top_p, fold_seed(args.seed), ends)
         except ValueError as error:
             raise PromptError(str(error)) from None
         stops, texts, tokens, logprobs = StopTexts(tokenizer, args.stop, form), [], [], []

@@ -1,8 +1,7 @@
 """Bodies of OpenAI's chat and completions API to what the engine is asked. All that is wrong is an ApiError.
 
-Beyond OpenAI's fields: `thinking` {"type": "enabled" | "disabled"} or `chat_template_kwargs` {"thinking": bool}, and there
-`keep_thinking`, which leaves the thinking of earlier answers in the prompt; `reasoning_content` in messages; `ignore_eos`;
-`return_token_ids`. What cannot be kept is refused: penalties, JSON on demand, strict tools, echo.
+Beyond OpenAI's fields: those for thinking (`serving.thinking`); `reasoning_content` in messages; `ignore_eos`;
+`return_token_ids`. What cannot be kept is refused: penalties, JSON on demand, echo. Strict tools are taken with a note.
 """
 
 import dataclasses
@@ -12,11 +11,12 @@ from collections.abc import Collection, Sequence
 
 from k25_jax.sampling.prompt import MediaReader, Prompt, from_ids, from_messages
 from k25_jax.sampling.requests import Request
-from k25_jax.sampling.sample import PromptError, SampleConfig
+from k25_jax.sampling.sample import SEEDS, PromptError, SampleConfig, fold_seed
 from k25_jax.serving.errors import ApiError, from_text, show
 from k25_jax.serving.fields import Fields, read_json
 from k25_jax.serving.media import MediaOpener
 from k25_jax.serving.messages import convert_messages, read_tools
+from k25_jax.serving.thinking import read_thinking
 from k25_jax.text.chat import ChatError
 from k25_jax.text.tokenizer import Tokenizer
 from k25_jax.text.tool_calls import CallIds, call_parts
@@ -25,17 +25,39 @@ from k25_jax.vision.image import ImageError
 from k25_jax.vision.patchpack import PackError
 from k25_jax.vision.video import VideoError
 
-IGNORED = (
-    "user",
-    "metadata",
-    "service_tier",
-    "store",
-    "safety_identifier",
-    "prompt_cache_key",
-    "prompt_cache_retention",
-)
-NEUTRAL = {"frequency_penalty": 0, "presence_penalty": 0, "logit_bias": {}}
-CHAT_NEUTRAL = {"response_format": {"type": "text"}, "modalities": ["text"], "functions": [], "function_call": "none"}
+IGNORED = {  # fields that cannot change an answer here, and what they are elsewhere
+    "user": "who asks",
+    "safety_identifier": "who asks",
+    "metadata": "notes on a stored answer",
+    "store": "keeps the answer for its owner",
+    "service_tier": "a price",
+    "prompt_cache_key": "for a cache; here prompts that begin alike share one anyway",
+    "prompt_cache_retention": "for the same cache",
+    "cache_control": "for the same cache",
+    "prediction": "a guess at the answer, which makes it come faster",
+}
+NEUTRAL = {  # fields that would change the answer, and what they may say: that nothing is changed
+    "frequency_penalty": 0,
+    "presence_penalty": 0,
+    "repetition_penalty": 1,
+    "logit_bias": {},
+    "min_p": 0,
+    "min_tokens": 0,
+    "top_k": (-1, 0),
+}
+CHAT_NEUTRAL = {
+    "response_format": {"type": "text"},
+    "modalities": ["text"],
+    "audio": None,
+    "functions": [],
+    "function_call": ("none", "auto"),
+    "verbosity": "medium",
+    "web_search_options": None,
+    "include_reasoning": True,
+    "add_generation_prompt": True,
+    "continue_final_message": False,
+}
+STRICT = "tools with strict=true: arguments are not constrained to the schema here; check them before the call is made"
 COMPLETION_NEUTRAL = {"echo": False, "best_of": 1, "suffix": ""}
 STOPS, STOP_LENGTH = 16, 1000  # texts that may end an answer, and their characters
 PROMPT_ERRORS = (PromptError, ChatError, ImageError, VideoError, PackError)
@@ -75,13 +97,14 @@ class Ask:
     names: Collection[str] = ()  # of the declared tools
     ids: CallIds = dataclasses.field(default_factory=CallIds)  # of the calls before
     call_id: str | None = None  # of the call that the prompt has begun
+    notes: tuple[str, ...] = ()  # what was asked for and is not kept, though answered
 
 
 def chat_ask(raw: bytes, served: Served) -> Ask:
     """A body of /v1/chat/completions."""
     fields = Fields(read_json(raw))
     _check_model(fields, served)
-    mode, keep_thinking = _thinking(fields, served)
+    mode, keep_thinking = read_thinking(fields, served.mode)
     messages = fields.take("messages", list, required=True)
     use = read_tools(fields, mode)
     several = fields.take("parallel_tool_calls", bool, default=True)
@@ -109,7 +132,8 @@ def chat_ask(raw: bytes, served: Served) -> Ask:
         prompt = dataclasses.replace(prompt, tokens=prompt.tokens + _begun_call(served.tokenizer, call_id))
     form = TurnForm(mode, use.read, call_id is not None)
     request = how.request(prompt, most[0] or most[1], "messages", served, form)
-    return dataclasses.replace(how.ask(True, [request], form), names=use.names, ids=ids, call_id=call_id)
+    notes = (STRICT,) if use.strict else ()
+    return dataclasses.replace(how.ask(True, [request], form), names=use.names, ids=ids, call_id=call_id, notes=notes)
 
 
 def completion_ask(raw: bytes, served: Served) -> Ask:
@@ -174,7 +198,7 @@ def _how(fields: Fields, served: Served, top_logprobs: int | None, ends: tuple[i
     inner.neutral(include_obfuscation=False)
     inner.end()
     stop_ids = () if fields.take("ignore_eos", bool, default=False) else (served.reader.config.eos_id, *ends)
-    seed = fields.number("seed", int, None, 0, 2**32 - 1)
+    seed = fields.number("seed", int, None, *SEEDS)
     top_p = fields.number("top_p", float, 1.0, 0, 1)
     if top_p == 0:
         raise fields.error("top_p", "must be above 0; for the likeliest tokens send temperature=0", "invalid_value")
@@ -188,7 +212,7 @@ def _how(fields: Fields, served: Served, top_logprobs: int | None, ends: tuple[i
         tuple(dict.fromkeys(stop_ids)),
         fields.number("temperature", float, 1.0, 0, 2),
         top_p,
-        secrets.randbits(32) if seed is None else seed,
+        secrets.randbits(32) if seed is None else fold_seed(seed),
         stream,
         include_usage,
         fields.take("return_token_ids", bool, default=False),
@@ -209,22 +233,6 @@ def _stops(fields: Fields) -> tuple[str, ...]:
         problem = f"must be up to {STOPS} texts of 1 to {STOP_LENGTH} characters"
         raise fields.error("stop", problem, "invalid_value")
     return tuple(dict.fromkeys(stops))
-
-
-def _thinking(fields: Fields, served: Served) -> tuple[str, bool]:
-    """The mode of the chat template, and whether the thinking of earlier answers stays in the prompt."""
-    extra = Fields(fields.take("chat_template_kwargs", dict, default={}), "chat_template_kwargs")
-    wanted, keep = extra.take("thinking", bool), extra.take("keep_thinking", bool, default=False)
-    extra.end()
-    switch = Fields(fields.take("thinking", dict, default={}), "thinking")
-    kind = switch.take("type", str)
-    switch.end()
-    if kind not in (None, "enabled", "disabled"):
-        raise switch.error("type", f"must be 'enabled' or 'disabled', not {show(kind)}", "invalid_value")
-    if kind is not None and wanted not in (None, kind == "enabled"):
-        raise fields.error("thinking", "and chat_template_kwargs.thinking contradict each other", "invalid_value")
-    wanted = kind == "enabled" if kind is not None else wanted
-    return served.mode if wanted is None else ("thinking" if wanted else "instant"), keep
 
 
 def _prompts(fields: Fields, served: Served) -> list[Prompt]:

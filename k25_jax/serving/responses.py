@@ -96,7 +96,7 @@ class Answer:
     """The answers to all prompts of a body."""
 
     def __init__(self, ask: Ask, served: Served):
-        self._ask, self._tokenizer = ask, served.tokenizer
+        self._ask, self._tokenizer, self.notes = ask, served.tokenizer, ask.notes
         self._n = ask.requests[0].n
         self._choices = [
             Choice(ask, served.tokenizer, request.stop) for request in ask.requests for _ in range(request.n)

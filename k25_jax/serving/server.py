@@ -43,7 +43,7 @@ class Server:
         self._metrics, self._created = Metrics(), int(time.time())
         self._reading = ThreadPoolExecutor(self._config.readers, "k25-read")
         self._calling = ThreadPoolExecutor(self._config.callers, "k25-call")
-        self._open, self._held, self._queues = 0, 0, set()
+        self._open, self._held, self._queues, self._noted = 0, 0, set(), set()
         self._stopping, self._idle, self._hurry = False, asyncio.Event(), asyncio.Event()
         self._idle.set()
         self._runner: web.AppRunner | None = None
@@ -55,7 +55,7 @@ class Server:
         app.router.add_post("/v1/chat/completions", self._chat)
         app.router.add_post("/v1/completions", self._complete)
         app.router.add_get("/v1/models", self._models)
-        app.router.add_get("/v1/models/{name}", self._model)
+        app.router.add_get("/v1/models/{name:.+}", self._model)  # a slash in a name need not be escaped
         app.router.add_get("/health", self._health)
         app.router.add_get("/metrics", self._show_metrics)
         self._runner = web.AppRunner(
@@ -184,6 +184,7 @@ class Server:
         began = time.monotonic()
         with self._place():
             ask = await self._read(http, read)
+            self._note(ask)
             queue = EventQueue()
             streams = await self._submit(ask, queue)
             self._metrics.tokens.labels("prompt").inc(sum(len(request.tokens) for request in ask.requests))
@@ -210,6 +211,12 @@ class Server:
             return await asyncio.wrap_future(self._reading.submit(read, raw, self._served))
         finally:
             self._held -= size
+
+    def _note(self, ask: Ask) -> None:
+        """Say in the log, once, what requests ask for and do not get; they are told each time."""
+        for note in set(ask.notes) - self._noted:
+            self._noted.add(note)
+            logger.warning("%s (further ones are not logged)", note)
 
     async def _body(self, http: web.Request) -> bytes:
         if http.content_type != "application/json":
@@ -266,7 +273,7 @@ class Server:
                 break
             events = await queue.take()
         data = json.dumps(answer.body()).encode()
-        response = web.StreamResponse(headers={"Content-Type": "application/json"})
+        response = web.StreamResponse(headers={"Content-Type": "application/json"} | _warnings(answer))
         response.content_length = len(data)
         await self._prepare(http, response)
         await self._send(http, response, data)
@@ -276,7 +283,7 @@ class Server:
     async def _stream(self, http: web.Request, answer: Answer, queue: EventQueue, events) -> web.StreamResponse:
         """Server-sent events. What fails after the first is an event too, behind which there is no [DONE]."""
         headers = {"Content-Type": "text/event-stream; charset=utf-8", "Cache-Control": "no-cache"}
-        response = web.StreamResponse(headers=headers)
+        response = web.StreamResponse(headers=headers | _warnings(answer))
         await self._prepare(http, response)
         try:
             while True:
@@ -316,6 +323,11 @@ class Server:
 
 def _event(body: dict) -> bytes:
     return b"data: " + json.dumps(body).encode() + b"\n\n"
+
+
+def _warnings(answer: Answer) -> dict[str, str]:
+    """What the answer does not keep, as a header."""
+    return {"Warning": ", ".join(f'299 k25 "{note}"' for note in answer.notes)} if answer.notes else {}
 
 
 def _error_response(error: ApiError) -> web.Response:

@@ -165,7 +165,7 @@ CHAT_MISTAKES = {
     "a huge number": ({"max_tokens": 10**400}, "max_tokens"),
     "two limits": ({"max_tokens": 3, "max_completion_tokens": 4}, "max_tokens"),
     "a longer answer than there is room for": ({"max_tokens": 380}, "messages"),
-    "a seed below 0": ({"seed": -1}, "seed"),
+    "a seed of 65 bits": ({"seed": 2**63}, "seed"),
     "an empty stop text": ({"stop": ""}, "stop"),
     "stop texts that are none": ({"stop": [1]}, "stop"),
     "too many stop texts": ({"stop": list("abcdefghijklmnopq")}, "stop"),
@@ -182,9 +182,6 @@ CHAT_MISTAKES = {
     "a tool without a function": ({"tools": [{"type": "function"}]}, "tools[0].function"),
     "a tool without a name": ({"tools": [{"type": "function", "function": {}}]}, "tools[0].function.name"),
     "a tool with an odd name": ({"tools": [{"type": "function", "function": {"name": "a b"}}]}, "tools[0].function.name"),
-    "a strict tool": (
-        {"tools": [{"type": "function", "function": {"name": "a", "strict": True}}]}, "tools[0].function.strict",
-    ),
     "a choice without tools": ({"tool_choice": "auto"}, "tool_choice"),
     "an unknown choice": ({"tools": [SEARCH], "tool_choice": "always"} | OFF, "tool_choice"),
     "a tool that is not there": (
