@@ -12,6 +12,7 @@ from collections.abc import Collection, Sequence
 from k25_jax.sampling.prompt import MediaReader, Prompt, from_ids, from_messages
 from k25_jax.sampling.requests import Request
 from k25_jax.sampling.sample import SEEDS, PromptError, SampleConfig, fold_seed
+from k25_jax.serving.bounds import BoundedReader, BoundedTokenizer, Exceeded
 from k25_jax.serving.errors import ApiError, from_text, show
 from k25_jax.serving.fields import Fields, read_json
 from k25_jax.serving.media import MediaOpener
@@ -59,6 +60,7 @@ CHAT_NEUTRAL = {
 }
 STRICT = "tools with strict=true: arguments are not constrained to the schema here; check them before the call is made"
 COMPLETION_NEUTRAL = {"echo": False, "best_of": 1, "suffix": ""}
+MARKS = 3  # tokens that a message, or a tool, has at least
 STOPS, STOP_LENGTH = 16, 1000  # texts that may end an answer, and their characters
 PROMPT_ERRORS = (PromptError, ChatError, ImageError, VideoError, PackError)
 
@@ -77,6 +79,7 @@ class Served:
     choices: int = 64  # answers of a request
     media_root: pathlib.Path | None = None
     media_bytes: int = 2**26  # of the files of a request
+    media_seconds: float = 30.0  # after which no further image or video of a request is read
 
     @property
     def turn_end(self) -> int:
@@ -106,8 +109,14 @@ def chat_ask(raw: bytes, served: Served) -> Ask:
     _check_model(fields, served)
     mode, keep_thinking = read_thinking(fields, served.mode)
     messages = fields.take("messages", list, required=True)
+    if len(messages) * MARKS > served.max_length:
+        raise _too_long(
+            f"messages: {len(messages)} of them exceed the context of {served.max_length} tokens", "messages"
+        )
     use = read_tools(fields, mode)
     several = fields.take("parallel_tool_calls", bool, default=True)
+    if len(use.tools) * MARKS > served.max_length:
+        raise _too_long(f"tools: {len(use.tools)} of them exceed the context of {served.max_length} tokens", "tools")
     one_call = use.read and (use.forced is not None or not several)
     wanted = fields.take("logprobs", bool, default=False)
     top = fields.number("top_logprobs", int, None, 0, served.top_logprobs)
@@ -123,7 +132,11 @@ def chat_ask(raw: bytes, served: Served) -> Ask:
     opener = MediaOpener(served.media_root, served.media_bytes)
     messages = convert_messages(messages, opener, mode)
     try:
-        prompt = from_messages(messages, served.tokenizer, served.reader, mode, use.tools, keep_thinking)
+        tokenizer = BoundedTokenizer(served.tokenizer, served.max_length)
+        reader = BoundedReader(served.reader, served.max_length, served.media_seconds)
+        prompt = from_messages(messages, tokenizer, reader, mode, use.tools, keep_thinking)
+    except Exceeded as problem:
+        raise _too_long(f"messages: {problem}", "messages") from None
     except PROMPT_ERRORS as problem:
         raise from_text(problem, "messages") from None
     ids, call_id = _ids_of(messages), None
@@ -172,10 +185,8 @@ class _How:
         room, length = served.max_length - len(prompt.tokens), len(prompt.tokens)
         allowed = min(room, served.max_tokens or room)
         if room < 1 or (max_tokens or 1) > room:
-            raise ApiError(
-                f"{param}: {length} tokens and max_tokens={max_tokens or 1} exceed the context of {served.max_length}; "
-                "shorten the prompt, use smaller images or lower max_tokens", param, "context_length_exceeded",
-            )  # fmt: skip
+            asked = f"{length} tokens and max_tokens={max_tokens or 1}"
+            raise _too_long(f"{param}: {asked} exceed the context of {served.max_length}", param)
         if (max_tokens or 1) > allowed:
             raise ApiError(f"max_tokens={max_tokens} must be at most {allowed} here", "max_tokens", "invalid_value")
         sampling = SampleConfig(max_tokens or allowed, self.temperature, self.top_p, self.seed, self.stop_ids)
@@ -238,22 +249,33 @@ def _stops(fields: Fields) -> tuple[str, ...]:
 def _prompts(fields: Fields, served: Served) -> list[Prompt]:
     """`prompt`: a text, token ids, or a list of texts or of lists of token ids."""
     value = fields.take("prompt", str, list, required=True)
-    items = [value] if isinstance(value, str) or (value and all(_is_id(token) for token in value)) else value
+    items = [value] if isinstance(value, str) or (value and _is_id(value[0])) else value
     if not 1 <= len(items) <= served.choices:
         raise fields.error("prompt", f"must hold 1 to {served.choices} prompts, not {len(items)}", "invalid_value")
     prompts = []
     for number, item in enumerate(items):
         where = "prompt" if items is not value else f"prompt[{number}]"
+        if isinstance(item, list) and len(item) > served.max_length:
+            problem = f"{where}: {len(item)} tokens exceed the context of {served.max_length}"
+            raise _too_long(problem, where)
         if not isinstance(item, str) and not (isinstance(item, list) and all(_is_id(token) for token in item)):
             raise ApiError(f"{where} must be a string or a list of token ids, not {show(item)}", where, "invalid_type")
-        tokens = served.tokenizer.encode(item, allow_special=True) if isinstance(item, str) else item
         try:
+            encode = BoundedTokenizer(served.tokenizer, served.max_length).encode
+            tokens = encode(item, allow_special=True) if isinstance(item, str) else item
             prompts.append(from_ids(tokens, [], served.reader.config))
+        except Exceeded as problem:
+            raise _too_long(f"{where}: {problem}", where) from None
         except PromptError as problem:
             raise ApiError(f"{where}: {problem}", where, "invalid_value") from None
         if not tokens:
             raise ApiError(f"{where} is empty", where, "invalid_value")
     return prompts
+
+
+def _too_long(problem: str, param: str) -> ApiError:
+    remedy = "shorten the prompt, use fewer or smaller images, or lower max_tokens"
+    return ApiError(f"{problem}; {remedy}", param, "context_length_exceeded")
 
 
 def _is_id(token) -> bool:

@@ -20,7 +20,8 @@ from k25_jax.sampling.async_engine import AsyncEngine, Stream
 from k25_jax.sampling.requests import EngineError, Overloaded
 from k25_jax.sampling.sample import PromptError
 from k25_jax.serving.access import Access
-from k25_jax.serving.errors import ApiError, from_text, overloaded, stopped, too_large, unavailable
+from k25_jax.serving.connection_log import ConnectionLog
+from k25_jax.serving.errors import ApiError, from_text, overloaded, show, stopped, too_large, unavailable
 from k25_jax.serving.event_queue import EventQueue
 from k25_jax.serving.limits import ServerConfig, check_reach
 from k25_jax.serving.metrics import Metrics
@@ -31,6 +32,7 @@ logger = logging.getLogger(__name__)
 
 KEEP_OPEN = 75.0  # seconds that an idle connection stays
 OPEN_ROUTES = ("/health",)  # for these no key is needed
+TOIL = (b"_url", b"\\u00")  # what names media in a body, also with its letters escaped
 
 
 class Server:
@@ -42,6 +44,7 @@ class Server:
         self._access = Access(key)
         self._metrics, self._created = Metrics(), int(time.time())
         self._reading = ThreadPoolExecutor(self._config.readers, "k25-read")
+        self._toiling = ThreadPoolExecutor(self._config.readers, "k25-toil")
         self._calling = ThreadPoolExecutor(self._config.callers, "k25-call")
         self._open, self._held, self._queues, self._noted = 0, 0, set(), set()
         self._stopping, self._idle, self._hurry = False, asyncio.Event(), asyncio.Event()
@@ -59,7 +62,13 @@ class Server:
         app.router.add_get("/health", self._health)
         app.router.add_get("/metrics", self._show_metrics)
         self._runner = web.AppRunner(
-            app, handler_cancellation=True, access_log=None, keepalive_timeout=KEEP_OPEN, shutdown_timeout=1.0
+            app,
+            handler_cancellation=True,
+            access_log=None,
+            keepalive_timeout=KEEP_OPEN,
+            shutdown_timeout=1.0,
+            auto_decompress=False,
+            logger=ConnectionLog(logger),
         )
         await self._runner.setup()
         await web.TCPSite(self._runner, self._config.host, self._config.port).start()
@@ -77,8 +86,8 @@ class Server:
             queue.fail(stopped())
         await self._runner.cleanup()
         await self._idle.wait()  # what was cancelled gives its place back
-        for pool in (self._reading, self._calling):
-            await asyncio.to_thread(pool.shutdown, cancel_futures=pool is self._reading)
+        for pool in (self._reading, self._toiling, self._calling):
+            await asyncio.to_thread(pool.shutdown, cancel_futures=pool is not self._calling)
 
     def hurry(self) -> None:
         """Let `stop` wait no longer."""
@@ -201,14 +210,19 @@ class Server:
                     self._calling.submit(self._abort, streams)
 
     async def _read(self, http: web.Request, read: Callable[[bytes, Served], Ask]) -> Ask:
-        """The body, read in another thread; what is held of all bodies at once is bounded."""
+        """The body, read in another thread; what is held of all large bodies at once is bounded.
+
+        Those that take work, being large or with media, have threads of their own, so that the others wait for none of them.
+        """
         size = http.content_length or self._config.body_bytes
-        if self._held and self._held + size > self._config.held_bytes:
+        large = size > self._config.small_bytes
+        if large and self._held and self._held + size > self._config.held_bytes:
             raise overloaded("too many large bodies are being read; try again later")
         self._held += size
         try:
             raw = await self._body(http)
-            return await asyncio.wrap_future(self._reading.submit(read, raw, self._served))
+            pool = self._toiling if large or any(sign in raw for sign in TOIL) else self._reading
+            return await asyncio.wrap_future(pool.submit(read, raw, self._served))
         finally:
             self._held -= size
 
@@ -221,6 +235,9 @@ class Server:
     async def _body(self, http: web.Request) -> bytes:
         if http.content_type != "application/json":
             raise ApiError("the header must say Content-Type: application/json", status=415)
+        if (encoding := http.headers.get("Content-Encoding", "")).lower() not in ("", "identity"):
+            problem = f"a body of Content-Encoding {show(encoding)} is not taken; send it as it is, without the header"
+            raise ApiError(problem, status=415)
         if (http.content_length or 0) > self._config.body_bytes:
             raise too_large(self._config.body_bytes)
         try:

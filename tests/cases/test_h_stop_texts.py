@@ -17,6 +17,7 @@ from k25_jax.serving.responses import Answer
 from k25_jax.text.stops import StopTexts
 from k25_jax.text.tokenizer import BYTE_SPECIAL, load_tokenizer
 from k25_jax.text.turn import TurnForm
+from saying import drawn
 
 SERVED, TOKENIZER = minute_model(), load_tokenizer()
 SECTION, SECTION_END = "<|tool_calls_section_begin|>", "<|tool_calls_section_end|>"
@@ -35,23 +36,10 @@ def complete(**more):
     return completion_ask(json.dumps(body | more).encode(), SERVED)
 
 
-def drawn(ask, said, sample=0):
-    """The events of the engine for a model that says this: it decides by itself where the answer ends."""
-    request = ask.requests[0]
-    stops = StopTexts(TOKENIZER, request.stop, request.form) if request.stop else None
-    sequence, events = Sequence(0, sample, 0, request, [], stops, list(request.tokens)), []
-    for token in TOKENIZER.encode(said, allow_special=True):
-        reason, by = sequence.accept(token, -0.5)
-        events.append(TokenEvent(0, sample, token, -0.5, 0))
-        if reason:
-            return [*events, FinishEvent(0, sample, reason, by)]
-    return [*events, FinishEvent(0, sample, "length")]
-
-
 def whole(ask, *said):
     answer = Answer(ask, SERVED)
     for sample, text in enumerate(said):
-        for event in drawn(ask, text, sample):
+        for event in drawn(ask.requests[0], text, sample):
             answer.add(0, event)
     assert answer.finished
     return answer.body()
@@ -60,7 +48,7 @@ def whole(ask, *said):
 def streamed(ask, said, rng):
     """(thinking, content, reason) of a stream whose chunks are asked for now and then."""
     answer, out = Answer(ask, SERVED), {"reasoning_content": "", "content": "", "text": "", "reason": None}
-    for event in [*drawn(ask, said), None]:
+    for event in [*drawn(ask.requests[0], said), None]:
         if event is not None:
             answer.add(0, event)
             if rng.random() < 0.5:
