@@ -33,9 +33,8 @@ class Archives(Source):
         if os.path.isdir(path):
             self._count_others(Path(path))
         if not self._files:
-            raise DataError(
-                f"data.sources: there is no file *{self.suffixes[0]} at {path}; check the path and the kind"
-            )
+            what = f"is no file *{self.suffixes[0]}" if os.path.isdir(path) else "is nothing"
+            raise DataError(f"data.sources: there {what} at {path}; check the path, and the kind if one was given")
         for file in self._files:
             _check_file(file, Path(path))
         self._ends = np.cumsum([self.open(file) for file in self._files])

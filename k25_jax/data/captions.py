@@ -41,9 +41,10 @@ FOLDS: tuple[Callable[[str], str], ...] = (
 # ---------------------------------------------------------------------------------------------------------------- names
 def is_system_file(path: str) -> bool:
     """Whether an operating system or a tool added a file, given by its path below the source; dot files are such too."""
-    *folders, name = (part.lower() for part in path.split("/") if part not in ("", ".", ".."))
-    hidden = any(part.startswith(".") or part in SYSTEM_FOLDERS for part in folders)
-    return hidden or name.startswith(".") or name in SYSTEM_FILES or name.endswith(("@synoeastream", "@synoresource"))
+    parts = [part.lower() for part in path.split("/") if part not in ("", ".", "..")]
+    if any(part.startswith(".") or part in SYSTEM_FOLDERS for part in parts):
+        return True
+    return bool(parts) and (parts[-1] in SYSTEM_FILES or parts[-1].endswith(("@synoeastream", "@synoresource")))
 
 
 def ending(name: str) -> str:

@@ -23,7 +23,7 @@ from k25_jax.data.captions import (
 )
 from k25_jax.data.records import MAX_RECORD_BYTES, DataError, RecordError, parse_record
 
-STEP = 2**20  # bytes read at once
+STEP, HEAD = 2**20, 2**16  # bytes read at once, and to see what a file is
 BLANK = np.zeros(256, bool)
 BLANK[list(b" \t\n\v\f\r")] = True
 MARK = b"\xef\xbb\xbf"  # of the byte order
@@ -93,7 +93,7 @@ class Json(Jsonl):
     suffixes = (".json",)
 
     def index(self, descriptor: int, file: Path) -> Pieces:
-        head = os.pread(descriptor, STEP, 0).removeprefix(MARK).lstrip()
+        head = os.pread(descriptor, HEAD, 0).removeprefix(MARK).lstrip()
         if head.startswith(b"["):
             return _elements(descriptor, file)
         if not head.startswith(b"{"):
@@ -162,10 +162,10 @@ def _lines(descriptor: int) -> Pieces:
     """The lines that are not blank."""
     found: list[np.ndarray] = []  # int64 [3, n]: start, end, number
     start, line, solid = 0, 1, False  # of the line that is not over yet
+    mark = len(MARK) if os.pread(descriptor, len(MARK), 0) == MARK else 0
     for offset, block in _blocks(descriptor):
         is_solid = ~BLANK[block]
-        if not offset and block[:3].tobytes() == MARK:
-            is_solid[:3] = False
+        is_solid[: max(0, mark - offset)] = False
         ends = np.flatnonzero(block == ord("\n"))
         firsts = np.concatenate([[0], ends + 1])
         firsts = firsts[firsts < len(block)]

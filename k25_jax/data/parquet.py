@@ -21,7 +21,8 @@ from k25_jax.data.records import DataError, RecordError
 MAX_GROUP_BYTES = 2**31  # a row group, uncompressed
 MAX_GROUP_ROWS = 2**26  # what writers take at most
 MAX_FOOTER_BYTES = 2**25
-ROWS_A_BYTE = 4096  # compressed; a million equal or empty values take less than 600
+ROWS_A_BYTE = 4096  # compressed; a million equal or empty values have less than 600
+ROWS_COUNTED = 8  # of a group with more rows a byte the rows are counted, as its values must be almost equal
 BATCH_ROWS = 1024
 
 
@@ -44,7 +45,7 @@ class ParquetTables(Archives):
         try:
             _check_footer(file)
             table = pa.parquet.ParquetFile(file, memory_map=True, page_checksum_verification=True)
-            rows = _rows(table.metadata, os.stat(file).st_size)
+            rows = _rows(table, os.stat(file).st_size)
         except (pa.ArrowException, OSError, ValueError) as problem:
             raise DataError(
                 f"data.sources: {file} is no Parquet file, or is damaged ({problem}); fetch it again"
@@ -115,9 +116,9 @@ def _check_footer(file: Path):
         raise ValueError(f"a footer of {int.from_bytes(end[:4], 'little')} bytes")
 
 
-def _rows(metadata: pa.parquet.FileMetaData, size: int) -> list[int]:
-    """The rows of each group; raises ValueError where a file of `size` bytes cannot hold them."""
-    rows, held = [], 0
+def _rows(table: pa.parquet.ParquetFile, size: int) -> list[int]:
+    """The rows of each group; raises ValueError where a file of `size` bytes cannot hold them, or does not."""
+    metadata, rows, held = table.metadata, [], 0
     for number in range(metadata.num_row_groups):
         group = metadata.row_group(number)
         columns = [group.column(column) for column in range(group.num_columns)]
@@ -130,6 +131,13 @@ def _rows(metadata: pa.parquet.FileMetaData, size: int) -> list[int]:
             )
         if group.num_rows > min(MAX_GROUP_ROWS, ROWS_A_BYTE * sum(compressed)):
             raise ValueError(f"row group {number} says it has {group.num_rows} rows in {sum(compressed)} bytes")
+        if group.num_rows > ROWS_COUNTED * sum(compressed):
+            column = [columns[0].path_in_schema]
+            found = sum(
+                map(len, table.iter_batches(BATCH_ROWS, row_groups=[number], columns=column, use_threads=False))
+            )
+            if found != group.num_rows:
+                raise ValueError(f"row group {number} has {found} rows, not {group.num_rows} as it says")
         rows.append(group.num_rows)
         held += sum(compressed)
     if held > size or metadata.num_rows != sum(rows):

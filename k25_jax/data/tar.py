@@ -23,6 +23,7 @@ from k25_jax.data.captions import (
     medium_kind,
     of_unknown_kind,
     printable,
+    stem,
     wants_text,
     with_medium,
     with_text,
@@ -239,7 +240,9 @@ def _joined(groups: list[_Group], fold) -> list[_Group]:
             has_text, has_rest = any(map(_is_text, group.members)), not all(map(_is_plain, group.members))
             if has_text != has_rest:
                 side = texts if has_text else media
-                side.setdefault(fold(posixpath.normpath(group.stem)), []).append(group)
+                name = posixpath.normpath(group.stem)
+                name = stem(name) if has_text and is_named_as_caption(f"{name}.txt") else name  # of cat.png.txt, cat
+                side.setdefault(fold(name), []).append(group)
     gone = set()
     for key in media.keys() & texts.keys():
         if len(media[key]) == len(texts[key]) == 1 and not media[key][0].members.keys() & texts[key][0].members.keys():

@@ -196,10 +196,9 @@ def _entry(
     stated = extension.get("size", str(header.size))
     is_number = re.fullmatch(r"[0-9]{1,20}", stated, re.ASCII)
     length = int(stated) if is_number else header.size
-    while kind == b"S" and header.is_extended and offset < size:
-        offset += BLOCK
-        if os.pread(descriptor, 1, offset - BLOCK + 504) in (b"", b"\0"):
-            break
+    is_extended = kind == b"S" and header.is_extended
+    while is_extended and len(block := os.pread(descriptor, BLOCK, offset)) == BLOCK and _parse(block) is None:
+        offset, is_extended = offset + BLOCK, block[504] != 0
     has_data = kind not in WITHOUT_DATA or _has_data(descriptor, kind, offset, length)
     after = offset if not has_data else min(offset + _padded(length), size) if offset + length <= size else size + 1
     if kind == b"5" or kind == b"D" or (kind in REGULAR and name.endswith("/")):
