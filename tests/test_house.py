@@ -37,7 +37,7 @@ def test_the_contract_names_the_layers_in_order():
     contract = configparser.ConfigParser()
     contract.read(ROOT / "setup.cfg")
     layers = contract["importlinter:contract:layers"]["layers"].split()
-    order = "config text vision scoring data sharding kernels models losses optim parallel checkpoint "
+    order = "runtime config text vision scoring data sharding kernels models losses optim parallel checkpoint "
     order += "sampling serving sandbox agents rl evals"
     assert [layer.strip("()") for layer in reversed(layers)] == [
         *order.split(),

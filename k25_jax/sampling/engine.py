@@ -10,6 +10,7 @@ order, so that two tokens with the same probability to six digits may change pla
 
 import bisect
 import itertools
+from collections.abc import Iterator
 from collections.abc import Sequence as Items
 from typing import NamedTuple
 
@@ -75,7 +76,12 @@ class Engine:
     # ------------------------------------------------------------------------------------------------- what callers do
     def warm_up(self) -> None:
         """Compile all programs, so that no request waits for the compiler."""
-        self._runner.warm_up()
+        for _ in self.compiling():
+            pass
+
+    def compiling(self) -> Iterator[str]:
+        """`warm_up` a program at a time, those first that a first request needs; from any thread, beside steps."""
+        return self._runner.warm_up()
 
     def submit(self, request: Request) -> int:
         """Queue a request and return its id.

@@ -7,6 +7,9 @@ for the step after, so that the next step is sent off before this one's tokens a
 
 import contextlib
 import functools
+import threading
+from collections.abc import Iterator
+from concurrent.futures import Future
 from typing import NamedTuple
 
 import jax
@@ -19,6 +22,7 @@ from k25_jax.kernels.paged_attention import paged_attention
 from k25_jax.models import decoder
 from k25_jax.models.k25 import cast, splice, vision_features
 from k25_jax.models.rope import softmax_scale
+from k25_jax.runtime.waiting import waiting
 from k25_jax.sampling.latent_cache import page_pools
 from k25_jax.sampling.requests import EngineConfig, EngineError
 from k25_jax.sampling.sample import keep_top_p
@@ -75,7 +79,7 @@ def empty_plan(settings: EngineConfig, rows: int, pieces: int, width: int) -> Pl
 
 
 class ModelRunner:
-    """Weights, cache and the programs over them, each compiled once, ahead of its first use.
+    """Weights, cache and the programs over them, each compiled once: ahead of its first use, or in it.
 
     In a mesh weights lie as they come, and the cache, which is small beside them, on every device.
     """
@@ -85,15 +89,17 @@ class ModelRunner:
         self.dtype = jnp.dtype(settings.dtype)
         self._mesh, self._everywhere = _mesh_of(params)
         self._unstack = jax.jit(lambda p: decoder.unstack(cast(p, self.dtype)))
-        self._compiled = {}
+        self._programs: dict[tuple, Future] = {}
+        self._lock = threading.Lock()
         self.params = self._lay_out(params)
         self._shapes = jax.tree.map(lambda a: (a.shape, a.dtype), self.params)
         self._state = self._placed(self._fresh_state())
+        self._abstract = jax.tree.map(self._abstracted, self._state)
 
     @property
     def compilations(self) -> int:
-        """ModelRunner that were compiled so far."""
-        return len(self._compiled)
+        """Programs that were compiled so far."""
+        return sum(program.done() for program in list(self._programs.values()))
 
     @property
     def sees(self) -> bool:
@@ -112,36 +118,66 @@ class ModelRunner:
             raise EngineError("the new weights are of another model: their names or shapes differ")
         self.params = jax.tree.map(lambda a, old: jax.device_put(a, old.sharding), new, self.params)
 
-    def warm_up(self) -> None:
-        """Compile all programs."""
-        for rows in self.settings.rows:
+    def warm_up(self) -> Iterator[str]:
+        """Compile all programs, those first that a first request needs; says what comes next before each.
+
+        Another thread may call this while steps run: a step that needs a program which is being compiled waits for it.
+        """
+        first, *more = self.settings.rows
+        shapes = [(first, pieces) for pieces in (*self.settings.pieces, 0)]
+        for rows, pieces in shapes:
+            yield from self._ahead(*self._step_program(empty_plan(self.settings, rows, pieces, self.width)))
+        for patches in self.settings.vision_patches if self.sees else ():
+            pack = blank_pack(1, patches, self.config.vision.patch_dim, np.uint8)
+            yield from self._ahead(
+                *self._encode_program(pack, np.full(patches // self.config.vision.group, -1, np.int32))
+            )
+        for rows in more:
             for pieces in (0, *self.settings.pieces):
-                self.step(empty_plan(self.settings, rows, pieces, self.width))
-        if self.sees:
-            for patches in self.settings.vision_patches:
-                pack = blank_pack(1, patches, self.config.vision.patch_dim, np.uint8)
-                self.encode(pack, np.full(patches // self.config.vision.group, -1, np.int32))
+                yield from self._ahead(*self._step_program(empty_plan(self.settings, rows, pieces, self.width)))
 
     def step(self, plan: Plan) -> Drawn:
         """Run a step; returns at once, the result may still be on its way."""
-        name = "step", len(plan.positions_B), len(plan.lengths_P)
-        body = functools.partial(_step, config=self.config, alternatives=self.settings.alternatives)
-        drawn, self._state = self._run(name, body, plan)
+        drawn, self._state = self._run(*self._step_program(plan))
         return drawn
 
     def encode(self, pack, rows_M: np.ndarray) -> None:
         """Features of a pack of images into rows rows_M of the buffer; -1 where a token of the pack is not wanted."""
+        _, self._state = self._run(*self._encode_program(pack, rows_M))
+
+    def _step_program(self, plan: Plan):
+        """(name, function, arguments) of a step."""
+        body = functools.partial(_step, config=self.config, alternatives=self.settings.alternatives)
+        return ("step", len(plan.positions_B), len(plan.lengths_P)), body, plan
+
+    def _encode_program(self, pack, rows_M: np.ndarray):
         body = functools.partial(_encode, config=self.config, dtype=self.dtype)
-        _, self._state = self._run(
-            ("encode", *pack.patches_PNC.shape[:2], pack.patches_PNC.dtype.str), body, pack, rows_M
-        )
+        return ("encode", *pack.patches_PNC.shape[:2], pack.patches_PNC.dtype.str), body, pack, rows_M
 
     def _run(self, name, body, *arguments):
-        if name not in self._compiled:
-            with self._in_mesh():
-                jitted = jax.jit(body, donate_argnums=1, out_shardings=self._everywhere)
-                self._compiled[name] = jitted.lower(self.params, self._state, *arguments).compile()
-        return self._compiled[name](self.params, self._state, *arguments)
+        return self._program(name, body, *arguments)(self.params, self._state, *arguments)
+
+    def _ahead(self, name, body, *arguments) -> Iterator[str]:
+        if name not in self._programs:
+            yield _title(name)
+            self._program(name, body, *arguments)
+
+    def _program(self, name, body, *arguments):
+        """The compiled program; whoever asks first compiles it, others wait."""
+        with self._lock:
+            program, mine = self._programs.get(name), name not in self._programs
+            if mine:
+                program = self._programs[name] = Future()
+        if mine:
+            try:
+                with self._in_mesh(), waiting(f"compiling {_title(name)}"):
+                    jitted = jax.jit(body, donate_argnums=1, out_shardings=self._everywhere)
+                    program.set_result(jitted.lower(self.params, self._abstract, *arguments).compile())
+            except BaseException as problem:
+                del self._programs[name]
+                program.set_exception(problem)
+                raise
+        return program.result()
 
     def _lay_out(self, params):
         with self._in_mesh():
@@ -157,8 +193,19 @@ class ModelRunner:
         pools = page_pools(self.config.text, settings.pages, settings.page_size, self.dtype)
         return State(pools, jnp.zeros(settings.rows[-1], jnp.int32), features_MD)
 
+    def _abstracted(self, array: jax.Array) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct(array.shape, array.dtype, sharding=None if self._mesh is None else array.sharding)
+
     def _placed(self, state: State) -> State:
         return state if self._mesh is None else jax.device_put(state, self._everywhere)
+
+
+def _title(name: tuple) -> str:
+    """What a program does, for whoever waits for it."""
+    kind, first, second, *_ = name
+    return (
+        f"a step of {first} answers and {second} pieces of prompts" if kind == "step" else f"{second} patches of images"
+    )
 
 
 def _mesh_of(params):

@@ -39,6 +39,11 @@ def show(value) -> str:
     return text if len(text) <= 60 else text[:57] + "..."
 
 
+def starting(what: str) -> ApiError:
+    """The server has no model yet."""
+    return ApiError(f"the server is starting ({what}); try again", code="starting", status=503, retry_after=5)
+
+
 def stopped() -> ApiError:
     """The server takes no more requests."""
     return ApiError("the server is shutting down", code="shutting_down", status=503, retry_after=10)

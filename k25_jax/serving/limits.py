@@ -19,6 +19,7 @@ class ServerConfig:
     body_bytes: int = 2**25
     held_bytes: int = 2**28  # of all bodies that are being read
     body_seconds: float = 60.0  # in which a body must have arrived
+    start_seconds: float = 60.0  # that a request waits for a server that is starting
     stall_seconds: float = 60.0  # a client that takes nothing for so long is left
     unread_bytes: int = 2**18  # of an answer that the system holds for a client
     grace_seconds: float = 30.0  # for requests under way when the server stops
@@ -26,7 +27,7 @@ class ServerConfig:
     callers: int = 16  # threads that wait for the engine
 
     def __post_init__(self):
-        seconds = ("body_seconds", "stall_seconds")
+        seconds = ("body_seconds", "start_seconds", "stall_seconds")
         for name in ("concurrency", "body_bytes", "held_bytes", *seconds, "unread_bytes", "readers", "callers"):
             if getattr(self, name) <= 0:
                 raise ServerError(f"{name}={getattr(self, name)} must be positive")

@@ -4,14 +4,13 @@ A file is opened folder by folder without following symbolic links, so that no n
 changes what is in it.
 """
 
-import base64
-import binascii
 import os
 import pathlib
 import stat
 import urllib.parse
 
 from k25_jax.serving.errors import ApiError
+from k25_jax.vision.base64 import is_data_url, read_data_url
 
 
 class MediaOpener:
@@ -22,9 +21,12 @@ class MediaOpener:
 
     def read(self, url: str, where: str) -> bytes:
         """The bytes behind a URL, named `where` in errors; raises ApiError."""
+        if is_data_url(url):
+            try:
+                return read_data_url(url)
+            except ValueError as problem:
+                raise _error(where, f"{problem}; send data:image/png;base64,..") from None
         scheme = urllib.parse.urlsplit(url[:64]).scheme.lower() if ":" in url[:64] else ""
-        if scheme == "data":
-            return _from_data_url(url, where)
         if scheme in ("", "file"):
             return self._from_file(url, scheme, where)
         raise _error(
@@ -87,16 +89,6 @@ def _open_below(root: pathlib.Path, names: tuple[str, ...]) -> int:
             os.close(folder)
         folder = deeper
     return folder
-
-
-def _from_data_url(url: str, where: str) -> bytes:
-    head, comma, data = url.partition(",")
-    if not comma or not head.lower().endswith(";base64"):
-        raise _error(where, "a data URL must read data:image/png;base64,..")
-    try:
-        return base64.b64decode(data, validate=True)
-    except (binascii.Error, ValueError):
-        raise _error(where, "the data URL is not base64") from None
 
 
 def _error(where: str, problem: str) -> ApiError:

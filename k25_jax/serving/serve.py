@@ -1,15 +1,25 @@
-"""`k25 serve`: a model, its engine and its server, from the flags to a clean end."""
+"""`k25 serve`: a model, its engine and its server, from the flags to a clean end.
+
+The server listens at once. A thread loads the model and compiles what a first request needs; then the server answers, while
+that thread compiles the rest.
+"""
 
 import asyncio
+import contextlib
+import functools
+import itertools
 import json
 import os
 import pathlib
 import signal
 import sys
+import threading
+from collections.abc import Callable
 
 import jax.numpy as jnp
 
 from k25_jax.checkpoint.load import Model, load_model
+from k25_jax.runtime.waiting import waiting
 from k25_jax.sampling.async_engine import AsyncEngine
 from k25_jax.sampling.engine import Engine
 from k25_jax.sampling.prompt import MediaReader, default_mode
@@ -25,16 +35,11 @@ def serve(args) -> int:
     """Serve until SIGTERM or Ctrl-C; a second one ends what is still being answered."""
     key = read_key(args.api_key_env, args.api_key_file)
     check_reach(args.host, key)
-    sizes = engine_config(args)
+    sizes, root = engine_config(args), _media_root(args.media_root)
     config = ServerConfig(args.host, args.port, args.concurrency, grace_seconds=args.grace_seconds)
-    root = _media_root(args.media_root)
-    model = load_model(args.checkpoint, jnp.dtype(args.dtype))
-    engine = Engine(model.params, model.config, sizes, model.tokenizer)
-    served = _served(args, model, engine, root)
-    print(f"compiling for {args.slots} answers at once ..", file=sys.stderr, flush=True)
-    engine.warm_up()
-    with AsyncEngine(engine) as loop:
-        asyncio.run(_serve(loop, served, config, key, args.api_key_env))
+    if asyncio.run(_serve(args, sizes, root, config, key)):
+        sys.stdout.flush()
+        os._exit(0)  # the compiler cannot be interrupted, and there is nothing to lose
     return 0
 
 
@@ -92,21 +97,65 @@ def _media_root(folder: str) -> pathlib.Path | None:
     return root
 
 
-async def _serve(loop: AsyncEngine, served: Served, config: ServerConfig, key: str, variable: str) -> None:
-    server, stop = Server(loop, served, config, key), asyncio.Event()
+async def _serve(args, sizes: EngineConfig, root: pathlib.Path | None, config: ServerConfig, key: str) -> bool:
+    """Listen, prepare, answer, and stop; whether the thread that prepares is still at work."""
+    server, stop, aio = Server(None, None, config, key), asyncio.Event(), asyncio.get_running_loop()
+    engines: list[AsyncEngine] = []
+    prepared = aio.create_future()
 
     def on_signal():
         if stop.is_set():
             server.hurry()
         stop.set()
 
+    def ready(engine: AsyncEngine, served: Served):
+        engines.append(engine)
+        server.open(engine, served)
+        print(f"serving {served.name} at {url}/v1\n{_example(url, served.name, key, args.api_key_env)}", flush=True)
+
+    def prepare():
+        try:
+            _prepare(args, sizes, root, functools.partial(tell, server.say), functools.partial(tell, ready))
+        except BaseException as problem:
+            tell(prepared.set_exception, problem)
+
+    def tell(function, *arguments):
+        with contextlib.suppress(RuntimeError):  # the event loop has ended
+            aio.call_soon_threadsafe(function, *arguments)
+
     for number in (signal.SIGTERM, signal.SIGINT):
-        asyncio.get_running_loop().add_signal_handler(number, on_signal)
+        aio.add_signal_handler(number, on_signal)
     url = await server.start()
-    print(f"serving {served.name} at {url}/v1\n{_example(url, served.name, key, variable)}", flush=True)
-    await stop.wait()
-    print("stopping: requests under way are finished first (again to end at once)", file=sys.stderr, flush=True)
+    print(f"listening at {url}; until it answers, {url}/health says what it waits for", file=sys.stderr, flush=True)
+    thread = threading.Thread(target=prepare, name="k25-prepare", daemon=True)
+    thread.start()
+    stopped = asyncio.ensure_future(stop.wait())
+    await asyncio.wait({stopped, prepared}, return_when=asyncio.FIRST_COMPLETED)
+    if stop.is_set():
+        print("stopping: requests under way are finished first (again to end at once)", file=sys.stderr, flush=True)
+    stopped.cancel()
     await server.stop()
+    for engine in engines:
+        await asyncio.to_thread(engine.close)
+    if prepared.done():
+        prepared.result()
+    prepared.cancel()
+    return thread.is_alive()
+
+
+def _prepare(args, sizes: EngineConfig, root: pathlib.Path | None, say: Callable, ready: Callable) -> None:
+    """Load the model and compile its programs; `ready` once there are those for a first request, `say` what comes next."""
+    say("loading the model")
+    with waiting(f"loading {args.checkpoint}"):
+        model = load_model(args.checkpoint, jnp.dtype(args.dtype))
+    engine = Engine(model.params, model.config, sizes, model.tokenizer)
+    served, told = _served(args, model, engine, root), False
+    needed = len(sizes.pieces) + 1  # a text's pieces, and its answer's tokens
+    for number, title in enumerate(itertools.chain(engine.compiling(), [""])):
+        if not told and (number == needed or not title):
+            ready(AsyncEngine(engine), served)
+            told = True
+        say(title and f"compiling {title}")
 
 
 def _example(url: str, name: str, key: str, variable: str) -> str:

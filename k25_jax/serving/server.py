@@ -20,7 +20,7 @@ from k25_jax.sampling.async_engine import AsyncEngine, Stream
 from k25_jax.sampling.requests import EngineError, Overloaded
 from k25_jax.sampling.sample import PromptError
 from k25_jax.serving.access import Access
-from k25_jax.serving.errors import ApiError, from_text, overloaded, stopped, too_large, unavailable
+from k25_jax.serving.errors import ApiError, from_text, overloaded, starting, stopped, too_large, unavailable
 from k25_jax.serving.event_queue import EventQueue
 from k25_jax.serving.limits import ServerConfig, check_reach
 from k25_jax.serving.metrics import Metrics
@@ -34,9 +34,18 @@ OPEN_ROUTES = ("/health",)  # for these no key is needed
 
 
 class Server:
-    """Serves an engine until `stop`. Without `key`, only this machine may ask."""
+    """Serves an engine until `stop`. Without `key`, only this machine may ask.
 
-    def __init__(self, engine: AsyncEngine, served: Served, config: ServerConfig | None = None, key: str = ""):
+    It may start without an engine: then requests wait until `open` brings one.
+    """
+
+    def __init__(
+        self,
+        engine: AsyncEngine | None,
+        served: Served | None,
+        config: ServerConfig | None = None,
+        key: str = "",
+    ):
         self._engine, self._served, self._config = engine, served, config or ServerConfig()
         check_reach(self._config.host, key)
         self._access = Access(key)
@@ -44,8 +53,11 @@ class Server:
         self._reading = ThreadPoolExecutor(self._config.readers, "k25-read")
         self._calling = ThreadPoolExecutor(self._config.callers, "k25-call")
         self._open, self._held, self._queues = 0, 0, set()
-        self._stopping, self._idle, self._hurry = False, asyncio.Event(), asyncio.Event()
+        self._stopping, self._idle, self._hurry, self._ending = False, *(asyncio.Event() for _ in range(3))
         self._idle.set()
+        self._began, self._waits_for, self._opened = time.monotonic(), "", asyncio.Event()
+        if engine is not None:
+            self._opened.set()
         self._runner: web.AppRunner | None = None
 
     # -------------------------------------------------------------------------------------------------- start and stop
@@ -66,9 +78,19 @@ class Server:
         host, port = self._runner.addresses[0][:2]
         return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
 
+    def open(self, engine: AsyncEngine, served: Served) -> None:
+        """The engine is there: answer, also the requests that waited for it."""
+        self._engine, self._served = engine, served
+        self._opened.set()
+
+    def say(self, what: str) -> None:
+        """What is being done for the start, for /health: "" when all is done."""
+        self._waits_for = what
+
     async def stop(self) -> None:
         """Take no more requests, give those under way their time, end the rest, and close."""
         self._stopping = True
+        self._ending.set()
         waits = [asyncio.ensure_future(event.wait()) for event in (self._idle, self._hurry)]
         await asyncio.wait(waits, timeout=self._config.grace_seconds, return_when=asyncio.FIRST_COMPLETED)
         for wait in waits:
@@ -109,10 +131,15 @@ class Server:
         return described | {"max_model_len": self._served.max_length, "policy_version": version}
 
     async def _health(self, http: web.Request) -> web.Response:
+        """`starting` (status 503) until an engine is there, then `ok`; what is still being prepared stands beside it."""
         if self._stopping:
             raise stopped()
+        more = {"preparing": self._waits_for} if self._waits_for else {}
+        if not self._opened.is_set():
+            more |= {"seconds": round(time.monotonic() - self._began, 1)}
+            return web.json_response({"status": "starting"} | more, status=503, headers={"Retry-After": "1"})
         await self._stats()
-        return web.json_response({"status": "ok"})
+        return web.json_response({"status": "ok"} | more)
 
     async def _show_metrics(self, http: web.Request) -> web.Response:
         text = self._metrics.text(await self._stats())
@@ -120,10 +147,26 @@ class Server:
 
     async def _stats(self) -> dict[str, int]:
         """What the engine counts; an ApiError when it is not there any more."""
+        await self._until_open()
         try:
             return await asyncio.wrap_future(self._calling.submit(self._engine.stats))
         except EngineError as problem:
             raise unavailable(problem) from None
+
+    async def _until_open(self) -> None:
+        """Wait for the engine of a server that is starting; an ApiError when that takes long, or it stops."""
+        if self._opened.is_set():
+            return
+        waits = [asyncio.ensure_future(event.wait()) for event in (self._opened, self._ending)]
+        try:
+            await asyncio.wait(waits, timeout=self._config.start_seconds, return_when=asyncio.FIRST_COMPLETED)
+        finally:
+            for wait in waits:
+                wait.cancel()
+        if self._stopping:
+            raise stopped()
+        if not self._opened.is_set():
+            raise starting(self._waits_for)
 
     # ------------------------------------------------------------------------------------------------------ who may ask
     @web.middleware
@@ -183,6 +226,7 @@ class Server:
     async def _answer(self, http: web.Request, read: Callable[[bytes, Served], Ask]) -> web.StreamResponse:
         began = time.monotonic()
         with self._place():
+            await self._until_open()
             ask = await self._read(http, read)
             queue = EventQueue()
             streams = await self._submit(ask, queue)

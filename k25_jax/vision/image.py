@@ -1,13 +1,14 @@
 """Images from files or bytes to RGB arrays, and from RGB arrays to patches (K2.5 §3.2).
 
 Everything that Pillow may do with hostile or damaged bytes ends in an `ImageError`, and no global setting of Pillow is
-touched.
+touched. Only Pillow's own calls are guarded so: a mistake in the code here comes out as what it is.
 """
 
 import io
 import math
 import os
 import stat
+from contextlib import contextmanager
 from pathlib import Path
 from typing import BinaryIO
 
@@ -16,10 +17,13 @@ import tensorstore
 from PIL import Image, UnidentifiedImageError
 
 from k25_jax.config import VisionConfig
+from k25_jax.vision.cost import too_costly
+from k25_jax.vision.orientation import turn
 from k25_jax.vision.patchpack import Clip
 
 FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF")  # the decoders tried; no EPS, PDF, PSD, ..
 MAX_PIXELS = 2**27
+MOST_BYTES = 2**30  # of a file: what `MAX_PIXELS` take with 16 bits and alpha
 _ORIENTATION = 0x0112  # EXIF tag
 _PHOTOMETRIC = 262  # TIFF tag; 0: white is zero
 _PNG = b"\x89PNG\r\n\x1a\n\0\0\0\rIHDR"
@@ -62,44 +66,52 @@ def load_image(source: str | Path | bytes, max_pixels: int = MAX_PIXELS, name: s
     """Decode an image (PNG, JPEG, WebP, GIF, BMP, TIFF; the first frame) to uint8 RGB [h, w, 3].
 
     The EXIF orientation is applied; an EXIF block that cannot be read counts as upright. Transparent pixels are
-    composited over white. 16-bit greyscale is scaled by 1/257. Colour profiles are ignored. `max_pixels` is checked in
-    the header, before anything is decoded. `name` stands for the source in errors; by default its path. Raises
-    ImageError.
+    composited over white. 16-bit greyscale is scaled by 1/257. Colour profiles are ignored. What it will cost is checked
+    before anything is decoded: `max_pixels` in the header, the rest by `too_costly`. `name` stands for the source in errors;
+    by default its path. Raises ImageError.
     """
     name = name or source_name(source)
     with open_source(source, name, ImageError) as file:
-        try:
-            with Image.open(file, formats=FORMATS) as image:
-                check_pixels(image.width, image.height, max_pixels, name, ImageError)
-                if (rgb := _plain_png(file)) is not None:
-                    return rgb
+        data = file.read(MOST_BYTES + 1)
+        if reason := f"more than {MOST_BYTES} bytes; scale it down" if len(data) > MOST_BYTES else too_costly(data):
+            raise ImageError(f"{name}: {reason}, or drop the record")
+        file.seek(0)
+        with _pillow(name):
+            image = Image.open(file, formats=FORMATS)
+        with image:
+            check_pixels(image.width, image.height, max_pixels, name, ImageError)
+            if (rgb := _plain_png(data)) is not None:
+                return rgb
+            with _pillow(name):
                 image.load()
-                return _turn(to_rgb(image, name), _orientation(image))
-        except ImageError:
-            raise
-        except UnidentifiedImageError:
-            raise ImageError(
-                f"{name}: is not an image of a known format ({', '.join(FORMATS)}), or its header is damaged; convert "
-                "it, fetch it again, or drop the record"
-            ) from None
-        except Image.DecompressionBombError as problem:
-            raise ImageError(f"{name}: {problem}; scale the image down or drop the record") from problem
-        except Exception as problem:  # decoders of damaged bytes raise nearly every type there is
-            raise ImageError(
-                f"{name}: cannot be decoded ({type(problem).__name__}: {problem}); fetch it again or drop the record"
-            ) from problem
+            return turn(to_rgb(image, name), _orientation(image))
 
 
-def _plain_png(file: BinaryIO) -> np.ndarray | None:
+@contextmanager
+def _pillow(name: str):
+    """Around one call of Pillow: whatever it raises of damaged bytes becomes an ImageError."""
+    try:
+        yield
+    except UnidentifiedImageError:
+        raise ImageError(
+            f"{name}: is not an image of a known format ({', '.join(FORMATS)}), or its header is damaged; convert "
+            "it, fetch it again, or drop the record"
+        ) from None
+    except Image.DecompressionBombError as problem:
+        raise ImageError(f"{name}: {problem}; scale the image down or drop the record") from problem
+    except Exception as problem:  # decoders of damaged bytes raise nearly every type there is
+        raise ImageError(
+            f"{name}: cannot be decoded ({type(problem).__name__}: {problem}); fetch it again or drop the record"
+        ) from problem
+
+
+def _plain_png(data: bytes) -> np.ndarray | None:
     """The pixels of an 8-bit RGB PNG without transparency, orientation or interlacing, from a decoder that takes half of
-    Pillow's time; None for all other files, and for those that it refuses. The file is left where it was.
+    Pillow's time; None for all other files, and for those that it refuses.
     """
-    place = file.tell()
-    file.seek(0)
-    head = file.read(29)
-    plain = head.startswith(_PNG) and head[24:26] == b"\x08\x02" and head[28] == 0  # bits, colour type, interlacing
-    data = head + file.read() if plain else head
-    file.seek(place)
+    plain = (
+        data.startswith(_PNG) and data[24:26] == b"\x08\x02" and data[28:29] == b"\0"
+    )  # bits, colour type, interlacing
     if not plain or not _has_plain_chunks(data):
         return None
     try:
@@ -139,9 +151,13 @@ def to_rgb(image: Image.Image, name: str) -> np.ndarray:
     if image.mode in ("I", "F"):
         raise ImageError(f"{name}: 32-bit greyscale has no fixed range of brightness; save it with 8 or 16 bits")
     if image.has_transparency_data:
-        image = image.convert("RGBA")
+        with _pillow(name):
+            image = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-    return np.array(image if image.mode == "RGB" else image.convert("RGB"))
+    if image.mode != "RGB":
+        with _pillow(name):
+            image = image.convert("RGB")
+    return np.array(image)
 
 
 def _grey16_to_rgb(image: Image.Image) -> np.ndarray:
@@ -160,20 +176,6 @@ def _orientation(image: Image.Image) -> int:
         return image.getexif().get(_ORIENTATION, 1)
     except Exception:  # a broken EXIF block says nothing about the pixels
         return 1
-
-
-def _turn(rgb: np.ndarray, orientation: int) -> np.ndarray:
-    across = rgb.swapaxes(0, 1)
-    turned = {
-        2: rgb[:, ::-1],
-        3: rgb[::-1, ::-1],
-        4: rgb[::-1],
-        5: across,
-        6: across[:, ::-1],
-        7: across[::-1, ::-1],
-        8: across[::-1],
-    }
-    return np.ascontiguousarray(turned.get(orientation, rgb))
 
 
 # -------------------------------------------------------------------------------------------------------------- patches

@@ -85,12 +85,8 @@ def test_data_urls():
     text = base64.b64encode(data).decode()
     for head in ("data:image/png;base64,", "data:;base64,", "DATA:video/mp4;base64,"):
         assert MediaOpener(None, 0).read(head + text, "here") == data
-    for bad in (
-        "data:image/png," + text,
-        "data:image/png;base64",
-        "data:image/png;base64," + text[:-1],
-        "data:;base64,@@@@",
-    ):
+    assert MediaOpener(None, 0).read("data:image/png;base64," + text.rstrip("="), "here") == data
+    for bad in ("data:image/png;base64", "data:image/png;base64," + text[:-3], "data:;base64,@@@@"):
         with pytest.raises(ApiError, match="here: .*data"):
             MediaOpener(None, 0).read(bad, "here")
 

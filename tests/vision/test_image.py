@@ -323,10 +323,10 @@ PNG_VARIANTS = {
 @pytest.mark.parametrize("name, quick", PNG_VARIANTS.items())
 def test_the_quick_png_decoder_gives_what_pillow_gives(name, quick, monkeypatch):
     data = png_variant(name)
-    found = image_module._plain_png(io.BytesIO(data))
+    found = image_module._plain_png(data)
     assert (found is not None) == quick
     ours = load_image(data)
-    monkeypatch.setattr(image_module, "_plain_png", lambda file: None)
+    monkeypatch.setattr(image_module, "_plain_png", lambda data: None)
     assert np.array_equal(ours, load_image(data))
     assert ours.shape == ((53, 37, 3) if name in ("orientation", "xmp") else (37, 53, 3))
 
@@ -347,7 +347,7 @@ def test_damaged_png_files_fare_the_same_with_both_decoders(monkeypatch):
                 yield str(problem)
 
     quick = list(outcomes())
-    monkeypatch.setattr(image_module, "_plain_png", lambda file: None)
+    monkeypatch.setattr(image_module, "_plain_png", lambda data: None)
     assert quick == list(outcomes())
 
 
