@@ -289,7 +289,7 @@ HOSTILE = [
     ({"parts": "x"}, "form"),
     ({"parts": {"text": "x"}}, "form"),
     ({"parts": ["x"]}, "form"),
-    ({"parts": [None]}, "form"),
+    ({"parts": [None]}, "empty"),
     ({"parts": []}, "empty"),
     ({"parts": [{"image": "a.png"}]}, "empty"),
     ({"parts": [{"text": "x"}, {"image": 5}]}, "form"),
