@@ -210,12 +210,14 @@ def _elements(descriptor: int, file: Path) -> Pieces:
         between = (depths == 1) & (signs == ord(","))
         if not begun and len(places):
             begun = between[0] = True  # the first bracket
-        bounds.append(offset + places[between | (depths == 0)])
+        marks = offset + places[between | (depths == 0)]
+        bounds.append(marks[np.diff(marks, append=-1) != 1])  # nothing between two of them is no element
     size = os.fstat(descriptor).st_size
     if is_over and os.pread(descriptor, STEP, end).strip():
         raise DataError(f"data.sources: {file} goes on after its list of records; write one list, or one record a line")
     marks = np.concatenate([*bounds, [] if is_over else [size]]).astype(np.int64)
     starts, ends = marks[:-1] + 1, marks[1:]
+    starts, ends = starts[starts < ends], ends[starts < ends]
     if len(starts) and ends[-1] - starts[-1] < STEP:
         last = os.pread(descriptor, int(ends[-1] - starts[-1]), int(starts[-1]))
         starts, ends = (starts, ends) if last.strip() else (starts[:-1], ends[:-1])  # an empty list

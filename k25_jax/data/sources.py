@@ -101,6 +101,7 @@ def _guess_kind(path: str) -> str:
         if len(kinds) == 1 and "" not in kinds:
             return kinds.pop()
         what = "give a pattern of one kind of files" if kinds else "check the path"
+        what = "download it, and give the file" if "://" in path else what
         raise DataError(f"data.sources: there is nothing at {path} that can be read; {what}")
     if not file.is_file():
         raise DataError(f"data.sources: {path} is no regular file, and cannot be read twice; write its records to one")

@@ -167,7 +167,7 @@ def test_lists_that_something_is_wrong_with(tmp_path, text, good, bad):
         assert data.reason in expected
 
 
-@pytest.mark.parametrize("text", ["", "[]", " [ \n ] "])
+@pytest.mark.parametrize("text", ["", "[]", " [ \n ] ", "[" + "," * 3_000_000 + "]"])
 def test_empty_lists(tmp_path, text):
     (tmp_path / "a.json").write_text(text)
     with pytest.raises(DataError, match="a.json (holds no record|is no JSON)"):

@@ -165,6 +165,17 @@ def test_a_name_that_is_lost_is_not_guessed(tmp_path):
     assert [problem.reason for problem in found[1:-1]] == ["archive", "archive"]
 
 
+def test_hard_links_that_bring_their_bytes_along_or_only_say_so(tmp_path):
+    """Some programs write them with data, some with the size of the data alone."""
+    link = {"_157": b"a.txt"}
+    data = member("a.txt", b"a" * 600) + header("b.txt", 600, b"1", **link) + padded(b"b" * 600)
+    data += (
+        header("c.txt", 600, b"1", **link) + member("d.txt", b"d") + header("e.txt", 600, b"1", **link) + bytes(1024)
+    )
+    source = opened(tmp_path / "a.tar", data)
+    assert [source[i].data["text"][:1] for i in range(len(source))] == ["a", "b", "a", "d", "a"]
+
+
 def test_sparse_files_and_volumes_are_named(tmp_path):
     sparse = header("s.png", 512, b"S", _386=b"%011o\0%011o\0" % (0, 512), _483=b"%011o\0" % HUGE) + bytes(512)
     words = b"22 GNU.sparse.major=1\n22 GNU.sparse.minor=0\n28 GNU.sparse.name=real.png\n"

@@ -77,15 +77,18 @@ def test_a_picture_or_video_with_its_caption(tmp_path, name, data, side):
 
 
 def test_an_image_of_a_list_as_llava_writes_it(tmp_path):
-    """Its pictures are found below the file's folder; its turns are read where `data.forms` knows them."""
+    """Its pictures are found below the file's folder."""
     (tmp_path / "images").mkdir()
     (tmp_path / "images" / "1.png").write_bytes(png())
     messages = [{"role": "user", "content": [{"type": "image", "image": "images/1.png"}, {"type": "text", "text": "what?"}]},
                 {"role": "assistant", "content": "red"}]  # fmt: skip
     records = [{"id": "1", "messages": messages}, {"id": "2", "image": "images/1.png", "text": "a red square"}]
+    turns = [{"from": "human", "value": "<image>\nwhat?"}, {"from": "gpt", "value": "red"}]
+    records.append({"id": "3", "image": "images/1.png", "conversations": turns})
     for indent in (None, 2):
         (tmp_path / "llava.json").write_text(json.dumps(records, indent=indent))
-        assert [clips for _, clips in read(tmp_path / "llava.json")] == [1, 1]
+        assert [clips for _, clips in read(tmp_path / "llava.json")] == [1, 1, 1]
+    assert "red" in read(tmp_path / "llava.json")[2][0]
 
 
 # ---------------------------------------------------------------------------------------------------------- image folder
@@ -149,6 +152,7 @@ def test_what_is_not_there(tmp_path):
     for name in ("no", "no.jsonl", "no.txt", "no.mp4", "no.json", "*.jsonl", "*", "no/*.tar"):
         message = told(tmp_path / name)
         assert "there is no" in message and "check the path" in message
+    assert "download it" in told("https://example.org/a.xyz") and "download it" in told("hf://datasets/a/b")
 
 
 def test_the_command_line(tmp_path, capsys):
