@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from k25_jax.data.archives import IMAGES, VIDEOS
+from k25_jax.data.captions import IMAGES, VIDEOS
 from k25_jax.data.media import MEDIA
 from k25_jax.data.records import RecordError
 
