@@ -84,3 +84,12 @@ def test_the_looks_come_closer_together_near_the_limit(bwrap):
             usage.close()
         state = "print(open(f'/proc/{stopped}/stat').read().split()[2], len(x))"
         assert sandbox.run(state).text == "T 300000000"  # who was stopped by another stays so
+
+
+def test_why_it_ended_between_two_calls_is_told(bwrap):
+    with Sandbox(Limits(memory_mb=400)) as sandbox:
+        code = "import os, time\nfor _ in range(4):\n    if not os.fork():\n"
+        sandbox.run(f"{code}        time.sleep(0.5); x = bytearray(b'x') * 180_000_000; time.sleep(600)")
+        sandbox._kernel._process.wait(60)
+        seen = sandbox.run("1")
+        assert seen.status == "died" and "(its processes together took more than 400 MB of memory)" in seen.text
