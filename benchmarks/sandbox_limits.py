@@ -236,6 +236,11 @@ show(data[:end] + data[start:end] * 1000 + data[end:], 'jpeg')""",
     + "file = io.BytesIO(); Image.new('1', (20000, 20000)).save(file, 'PNG'); show(file.getvalue())",
     "an exception of 50 MB": "raise ValueError('x' * 50_000_000)",
     "JSON nested deeply": KERNEL + """forge(b'{"data": ' + b'[' * 100_000 + b']' * 100_000 + b'}')""",
+    "long lines of HTML": """
+        from IPython.display import HTML
+        for i in range(1000): display(HTML('x' * 1_000_000))""",
+    "the end of the call, forged": """
+        while True: get_ipython().kernel._publish_status('idle', 'shell')""",
     "displays by the million": """
         from IPython.display import publish_display_data
         for i in range(10**6): publish_display_data({'text/plain': 'x' * 5000}, transient={'display_id': str(i)})""",

@@ -69,13 +69,15 @@ class ImageCheck:
 
 
 def _decode(data: bytes, most_pixels: int) -> str:
-    from PIL import Image
+    from PIL import Image, UnidentifiedImageError
 
     try:
         with Image.open(io.BytesIO(data), formats=FORMATS) as image:
             if image.width * image.height > most_pixels:
                 return f"{image.width} x {image.height} pixels are more than {most_pixels}"
             image.load()
+    except UnidentifiedImageError:
+        return f"it is none of {', '.join(FORMATS)}"
     except Exception as problem:  # Pillow raises nearly every type there is
         return " ".join(f"{type(problem).__name__}: {problem}".split())[:300]
     return ""

@@ -241,16 +241,16 @@ class Kernel:
 
     def _execute(self, code: str, until: float, heard: Callable, buffers: list[bytes]) -> str:
         content = {"code": code, "silent": bool(buffers), "store_history": not buffers, "allow_stdin": False}
-        iopub, interrupted, idle = self._connections["iopub"], False, False
-        for name in ("shell", "control"):  # replies to what came before
-            for _ in range(100):
-                if not self._connections[name].wait(0):
-                    break
-                self._connections[name].skip()
-        request = self._connections["shell"].send("execute_request", content, until, buffers)
+        iopub, shell = self._connections["iopub"], self._connections["shell"]
+        interrupted = idle = replied = ended = False
+        for _ in range(100):
+            if not self._connections["control"].wait(0):
+                break
+            self._connections["control"].skip()  # replies to interrupts
+        request = shell.send("execute_request", content, until, buffers)
         while True:
             now = time.monotonic()
-            if idle and (now > until or not iopub.wait(SETTLE)):
+            if ended and (now > until or not iopub.wait(SETTLE)):
                 return "interrupted" if interrupted else ""
             if now > until and interrupted:
                 raise TimeoutError("did not stop when interrupted")
@@ -259,15 +259,18 @@ class Kernel:
                 self._connections["control"].send("interrupt_request", {}, until)
             if self._reason or not self.alive():
                 raise Closed
-            if not iopub.wait(min(TICK, max(0.0, until - now))):
-                continue
-            message = iopub.receive(request)
-            if message is None:
-                continue
-            if message.kind == "status" and message.content["execution_state"] == "idle":
-                idle, until = True, time.monotonic() + 4 * SETTLE
-            else:
+            waiting = SETTLE if idle and not replied else 0.0
+            if shell.wait(waiting) and (reply := shell.receive(request)) is not None:
+                replied = replied or reply.kind == "execute_reply"
+            message = None
+            if iopub.wait(0.0 if waiting else min(TICK, max(0.0, until - now))):
+                message = iopub.receive(request)
+            if message is not None and message.kind == "status":
+                idle = idle or message.content["execution_state"] == "idle"
+            elif message is not None:
                 heard(message.kind, message.content, message.size)
+            if idle and replied and not ended:
+                ended, until = True, time.monotonic() + 4 * SETTLE
 
     def _watch(self):
         """Kill all processes when they use too much together; a thread of its own."""

@@ -58,12 +58,12 @@ class Outputs:
             if isinstance(part, str):
                 text.add(part)
             else:
-                text.join(part.excerpt())
+                text.join(part.excerpt() if isinstance(part, Screen) else part)
         shown = str(text).rstrip("\n")
         return Observation("\n".join(part for part in (shown, note) if part), tuple(images), status)
 
     def _clear(self):
-        self._parts: list[Screen | bytes] = []  # text, and the bytes of images
+        self._parts: list[Screen | Excerpt | bytes] = []  # text, and the bytes of images
         self._named: dict[str, list[int]] = {}  # name of a display -> its places
         self._stream_name, self._text = "", None
 
@@ -91,19 +91,20 @@ class Outputs:
         shown = self._shown(data, places if update else [])
         if update and places:
             for place in places:
-                self._parts[place] = shown if isinstance(shown, bytes) else self._screen(shown)
+                self._parts[place] = shown if isinstance(shown, bytes) else self._excerpt(shown)
         elif isinstance(shown, bytes) or (name and len(self._parts) < MOST_PARTS):
+            if self._text is not None:  # it is at its end, and takes less so
+                self._parts[-1], self._text = self._text.excerpt(), None
             if name:
                 self._named.setdefault(name, []).append(len(self._parts))
-            self._parts.append(shown if isinstance(shown, bytes) else self._screen(shown))
-            self._text = None
+            self._parts.append(shown if isinstance(shown, bytes) else self._excerpt(shown))
         elif shown:
             self._line(shown)
 
-    def _screen(self, text: str) -> Screen:
+    def _excerpt(self, text: str) -> Excerpt:
         screen = Screen(self._most)
         screen.write(text if text.endswith("\n") else f"{text}\n")
-        return screen
+        return screen.excerpt()
 
     def _shown(self, data: Mapping, replaced: list[int]) -> bytes | str:
         """What stands for it: an image, or text."""

@@ -71,8 +71,8 @@ class Screen:
         if more:
             self._lines += more
             self._row, self._column = len(self._lines) - 1, len(more[-1])
-        if len(self._lines) > ROWS:
-            gone = len(self._lines) - ROWS
+        long = (i + 1 for i, line in enumerate(self._lines[: self._row]) if len(line) > COLUMNS)
+        if gone := max(len(self._lines) - ROWS, *long, 0):
             self._above.add(clean("\n".join(self._lines[:gone]) + "\n"))
             del self._lines[:gone]
             self._row -= gone

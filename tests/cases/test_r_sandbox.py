@@ -169,7 +169,9 @@ def test_a_pool_of_threads_speaks_for_whoever_asks(box):
     assert box.run(code).text == "first" and box.run("pool.submit(print, 'second').result()").text == "second"
 
 
-def test_an_idle_that_is_forged_changes_nothing_later(box):
-    code = "k = get_ipython().kernel\nk._publish_status('idle', 'shell'); time.sleep(0.5); print('late')"
-    box.run(code)
+def test_an_end_that_is_forged_ends_nothing(box):
+    code = "import time\nk = get_ipython().kernel\nk._publish_status('idle', 'shell'); time.sleep(0.5); print('late')"
+    assert box.run(code).text == "late" and box.run("print('mine')").text == "mine"
+    seen, seconds = spent(box, "while True: get_ipython().kernel._publish_status('idle', 'shell')")
+    assert seen.status == "deadline" and seconds < SECONDS + 2.0
     assert box.run("print('mine')").text == "mine"

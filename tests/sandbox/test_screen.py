@@ -87,5 +87,12 @@ def test_long_lines_and_many_rows_are_kept_and_counted():
     assert shown(*(f"{i}\r" for i in range(10**5)), most=100) == "99999"
 
 
+def test_long_lines_are_not_kept():
+    screen = Screen(100)
+    for _ in range(300):
+        screen.write("x" * 10**6 + "\n")
+    assert sum(map(len, screen._lines)) < 2 * COLUMNS and "[.. 300000200 characters" in str(screen.excerpt())
+
+
 def test_clean():
     assert clean("a\ud800b") == "a\ufffdb" and clean("\ud83d\ude00") == "\U0001f600" and clean("\udc80") == "\ufffd"
