@@ -154,7 +154,8 @@ def test_elements_against_the_parser(tmp_path, monkeypatch, step):
 
 @pytest.mark.parametrize("text, good, bad", [
     ('[{"text": "a"}, {"text": "b"', 1, ["json"]), ('[{"text": "a"}, {"te', 1, ["json"]), ('[{"text": "a"},]', 1, []),
-    ('[{"text": "a"},,,{"text": "b"}, ]', 2, []), ('[{"text": "a"}, 5, "x", null, [1]]', 1, ["form"] * 4), ('[{"text": "a"} {"text": "b"}]', 0, ["json"]),
+    ('[{"text": "a"},,,{"text": "b"}, ]', 2, []),
+    ('[{"text": "a"}, 5, "x", null, [1]]', 1, ["form"] * 4), ('[{"text": "a"} {"text": "b"}]', 0, ["json"]),
     ('{"text": "a"}', 1, []), ('{\n "text":\n "a"\n}', 1, []), ('{"text": "a"}\n{"text": "b"}\n', 2, []),
     ('{"text": "a"}\n\n{"text"\n', 1, ["json"]), ("[" * 3000 + "]" * 3000, 0, ["json|form"]), ('[{"text": "a}]', 0, ["json"]),
 ])  # fmt: skip
