@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from k25_jax.data.captions import IMAGES, VIDEOS
+from k25_jax.data.captions import IMAGES, OTHER_MEDIA, VIDEOS
 from k25_jax.data.media import MEDIA
 from k25_jax.data.records import RecordError
 
@@ -32,7 +32,7 @@ MEDIA_WORDS = set(
     "image images img imgs picture pictures photo photos pic pics screenshot screenshots thumbnail thumbnails video videos "
     "movie movies frame frames media medium pixel pixels audio audios sound sounds wav mp3 flac ogg heic heif avif".split()
 )
-OTHER_MEDIA = set("frame frames media medium audio audios sound sounds wav mp3 flac ogg heic heif avif".split())
+NOT_SEEN = set("frame frames media medium audio audios sound sounds wav mp3 flac ogg heic heif avif".split())
 ABOUT = set(  # `image_id`, `video_duration`: words about a medium
     "id ids width height size sizes shape count num number hash sha md5 phash license licence type types format duration fps "
     "resolution quality score scores ratio index idx title description caption captions alt tag tags label labels category "
@@ -41,9 +41,10 @@ ABOUT = set(  # `image_id`, `video_duration`: words about a medium
 )  # fmt: skip
 WEB = ("http://", "https://")
 COUNTING = ("num", "n", "has", "is", "no", "total")
-FILE = re.compile(
-    r"[^\n]{1,500}\.(?:png|jpe?g|webp|gif|bmp|tiff?|hei[cf]|avif|mp4|mkv|webm|avi|mov|m4v|mpe?g|wav|mp3|flac|ogg|m4a|opus)"
-    r"(?:[?#][^\n]*)?",
+FILE = re.compile(  # but for those that are text as well
+    r"[^\n]{1,500}(?:"
+    + "|".join(map(re.escape, set(IMAGES + VIDEOS + OTHER_MEDIA) - {".svg", ".eps"}))
+    + r")(?:[?#][^\n]*)?",
     re.IGNORECASE,
 )
 MEDIUM_FIELDS = (*MEDIA, *(f"{kind}_base64" for kind in MEDIA))  # in our spelling
@@ -271,7 +272,7 @@ def _stray_name(name: str, value, has_media: bool) -> str:
         return ""
     if isinstance(value, (str, list, tuple, Mapping)) and not len(value):
         return ""
-    if has_media and isinstance(value, str) and not OTHER_MEDIA.intersection(words):
+    if has_media and isinstance(value, str) and not NOT_SEEN.intersection(words):
         return ""  # where the medium is from
     return "is named as media are, and no form reads it"
 
