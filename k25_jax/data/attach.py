@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from k25_jax.data.captions import IMAGES, VIDEOS
+from k25_jax.data.captions import IMAGES, OTHER_MEDIA, VIDEOS
 from k25_jax.data.media import MEDIA
 from k25_jax.data.records import RecordError
 
@@ -28,13 +28,11 @@ TYPES = {  # of parts, elsewhere
 CODED = ("base64", "b64", "b64_json", "data", "image_base64", "video_base64")  # in a mapping that is a medium
 ADDRESSES = ("url", "uri", "path", "file", "source", "image", "video", "image_url", "video_url")
 IN_BASE64 = re.compile(r"\s*data:[^,]{0,200},|(?:iVBORw0KGgo|/9j/|R0lGOD|UklGR|AAAA.{4}ZnR5c)[\w+/=\s-]{40}")
-PLACE = re.compile(r"<(image|video)>(?!.*</\1>)", re.DOTALL)  # one that is closed again is XML
-MISSING = re.compile(r"\s*<(image|video)>(?!.*</\1>)|.*<(image|video)>\s*\Z", re.DOTALL)
 MEDIA_WORDS = set(
     "image images img imgs picture pictures photo photos pic pics screenshot screenshots thumbnail thumbnails video videos "
     "movie movies frame frames media medium pixel pixels audio audios sound sounds wav mp3 flac ogg heic heif avif".split()
 )
-OTHER_MEDIA = set("frame frames media medium audio audios sound sounds wav mp3 flac ogg heic heif avif".split())
+NOT_SEEN = set("frame frames media medium audio audios sound sounds wav mp3 flac ogg heic heif avif".split())
 ABOUT = set(  # `image_id`, `video_duration`: words about a medium
     "id ids width height size sizes shape count num number hash sha md5 phash license licence type types format duration fps "
     "resolution quality score scores ratio index idx title description caption captions alt tag tags label labels category "
@@ -43,9 +41,10 @@ ABOUT = set(  # `image_id`, `video_duration`: words about a medium
 )  # fmt: skip
 WEB = ("http://", "https://")
 COUNTING = ("num", "n", "has", "is", "no", "total")
-FILE = re.compile(
-    r"[^\n]{1,500}\.(?:png|jpe?g|webp|gif|bmp|tiff?|hei[cf]|avif|mp4|mkv|webm|avi|mov|m4v|mpe?g|wav|mp3|flac|ogg|m4a|opus)"
-    r"(?:[?#][^\n]*)?",
+FILE = re.compile(  # but for those that are text as well
+    r"[^\n]{1,500}(?:"
+    + "|".join(map(re.escape, set(IMAGES + VIDEOS + OTHER_MEDIA) - {".svg", ".eps"}))
+    + r")(?:[?#][^\n]*)?",
     re.IGNORECASE,
 )
 MEDIUM_FIELDS = (*MEDIA, *(f"{kind}_base64" for kind in MEDIA))  # in our spelling
@@ -168,17 +167,32 @@ def fill(contents: Sequence, media: Mapping[str, list[dict]], where: str, names:
                 f"media beside {where} ({names}): {given} of kind {kind} for {places[kind]} places; write <{kind}> "
                 f"where each belongs, or a part of type {kind}",
             )
-    queues = {kind: iter(found) for kind, found in media.items()}
+    queues = {kind: enumerate(found) for kind, found in media.items()}
     return [_fill_content(content, queues) for content in contents]
+
+
+def has_place(text: str) -> bool:
+    """Whether a text has the mark of a medium; one that is closed again, as in XML, is none."""
+    return _marks(text).search(text) is not None
+
+
+def _marks(text: str) -> re.Pattern:
+    kinds = [kind for kind in MEDIA if f"</{kind}>" not in text]
+    return re.compile(f"<({'|'.join(kinds)})>" if kinds else "(?!)")
+
+
+def _texts(content) -> Iterator[str]:
+    for part in content if isinstance(content, (list, tuple)) else [{"text": content}]:
+        if isinstance(part, Mapping) and isinstance(part.get("text"), str):
+            yield part["text"]
 
 
 def _places(contents: Sequence) -> Iterator[str]:
     for content in contents:
-        for part in content if isinstance(content, (list, tuple)) else [{"text": content}]:
-            if isinstance(part, Mapping) and isinstance(part.get("text"), str):
-                yield from PLACE.findall(part["text"])
-            elif _is_open(part):
-                yield part["type"]
+        for text in _texts(content):
+            yield from _marks(text).findall(text)
+        if isinstance(content, (list, tuple)):
+            yield from (part["type"] for part in content if _is_open(part))
 
 
 def _is_open(part) -> bool:
@@ -187,40 +201,48 @@ def _is_open(part) -> bool:
     return kind in MEDIA and not any(name in part for name in (kind, f"{kind}_base64", "text"))
 
 
-def _fill_content(content, queues: Mapping[str, Iterator[dict]]):
+def _fill_content(content, queues: Mapping[str, Iterator[tuple[int, dict]]]):
     if isinstance(content, str):
-        return _fill_text(content, queues) if PLACE.search(content) else content
+        return _fill_text(content, queues) if has_place(content) else content
     if not isinstance(content, (list, tuple)):
         return content
     out = []
     for part in content:
-        if isinstance(part, Mapping) and isinstance(part.get("text"), str) and PLACE.search(part["text"]):
+        if _is_open(part):
+            number, medium = next(queues[part["type"]])
+            if part.get("index", number) != number:
+                raise RecordError(
+                    "form", f"a part of type {part['type']} has index {part['index']!r}, and is number {number}"
+                )
+            out.append({**part, **medium})
+        elif isinstance(part, Mapping) and isinstance(part.get("text"), str) and has_place(part["text"]):
             out += _fill_text(part["text"], queues)
         else:
-            out.append({**part, **next(queues[part["type"]])} if _is_open(part) else part)
+            out.append(part)
     return out
 
 
-def _fill_text(text: str, queues: Mapping[str, Iterator[dict]]) -> list[dict]:
+def _fill_text(text: str, queues: Mapping[str, Iterator[tuple[int, dict]]]) -> list[dict]:
     """A text cut at its places: text, kind, text, .."""
-    pieces = PLACE.split(text)
     parts = []
-    for number, piece in enumerate(pieces):
+    for number, piece in enumerate(_marks(text).split(text)):
         if number % 2:
-            parts.append({"type": piece, **next(queues[piece])})
+            parts.append({"type": piece, **next(queues[piece])[1]})
         elif piece:
             parts.append({"type": "text", "text": piece})
     return parts
 
 
 def check_no_place(contents: Sequence, where: str):
-    """Raise RecordError where a text begins or ends with the place of a medium that is not there."""
+    """Raise RecordError where a text begins or ends with the mark of a medium that is not there."""
     for content in contents:
-        for part in content if isinstance(content, (list, tuple)) else [{"text": content}]:
-            text = part.get("text") if isinstance(part, Mapping) else None
-            if isinstance(text, str) and "<" in text and (match := MISSING.match(text)):
-                kind = match[1] or match[2]
-                raise RecordError("form", f"{where} has <{kind}>, and the record no {kind}; add it, or remove the mark")
+        for text in _texts(content):
+            for kind in MEDIA:
+                mark, bare = f"<{kind}>", text.strip()
+                if (bare.startswith(mark) or bare.endswith(mark)) and f"</{kind}>" not in text:
+                    raise RecordError(
+                        "form", f"{where} has {mark}, and the record no {kind}; add it, or remove the mark"
+                    )
 
 
 # --------------------------------------------------------------------------------------------------------------- strays
@@ -250,7 +272,7 @@ def _stray_name(name: str, value, has_media: bool) -> str:
         return ""
     if isinstance(value, (str, list, tuple, Mapping)) and not len(value):
         return ""
-    if has_media and isinstance(value, str) and not OTHER_MEDIA.intersection(words):
+    if has_media and isinstance(value, str) and not NOT_SEEN.intersection(words):
         return ""  # where the medium is from
     return "is named as media are, and no form reads it"
 

@@ -34,7 +34,7 @@ def add_commands(parser: argparse.ArgumentParser) -> None:
     class Parser(_Paths, type(parser)):
         """A command below `k25 data`."""
 
-    actions = parser.add_subparsers(dest="action", required=True, metavar="build|inspect|check", parser_class=Parser)
+    actions = parser.add_subparsers(dest="action", metavar="build|inspect|check", parser_class=Parser)
 
     def action(name: str, run, text: str) -> argparse.ArgumentParser:
         added = actions.add_parser(name, help=text, description=text[0].upper() + text[1:] + ".", allow_abbrev=False)

@@ -85,7 +85,7 @@ def form_of(data: Mapping) -> str:
         del given[0]
     shown = sorted(map(str, data))[:8]
     if len(given) != 1:
-        raise RecordError("form", f"must have one form ({', '.join(FORM_FIELDS)}): {shown}")
+        raise RecordError("form", f"must have one form ({', '.join(FORM_FIELDS)}; see k25 data --help): {shown}")
     (key,) = given
     if key in ("parts", "messages") or (key == "text" and not media):
         if media:

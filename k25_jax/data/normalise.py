@@ -20,12 +20,12 @@ import numpy as np
 
 from k25_jax.data.attach import (
     MEDIUM_FIELDS,
-    PLACE,
     as_list,
     check_bytes,
     check_no_place,
     check_strays,
     fill,
+    has_place,
     read_part,
     take_media,
 )
@@ -61,6 +61,9 @@ def _canonical(given: Mapping) -> dict:
     data = without_nulls(given)
     for name in LISTS:
         if isinstance(data.get(name), str):
+            data[name] = _parse(data[name], name)
+    for name in ("images", "videos"):
+        if isinstance(data.get(name), str) and data[name].lstrip().startswith("["):
             data[name] = _parse(data[name], name)
     if "conversations" in data:
         data = _turns(data)
@@ -235,7 +238,7 @@ def _with_medium(data: dict, media: dict) -> dict:
     """A record of one text: with one medium beside it, or as parts where the text says where its media belong."""
     name = next((name for name in ("text", "caption") if isinstance(data.get(name), str)), None)
     found = [part for parts in media.values() for part in parts]
-    marked = name is not None and not {"boxes", "elements"} & data.keys() and PLACE.search(data[name])
+    marked = name is not None and not {"boxes", "elements"} & data.keys() and has_place(data[name])
     if len(found) == 1 and not marked:
         return {**data, **found[0]}
     if name is None or {"ocr", "boxes", "elements"} & data.keys():

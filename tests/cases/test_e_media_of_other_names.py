@@ -28,7 +28,8 @@ def talk(content, **fields) -> dict:
     "media",
     [
         {"images": [STRUCT]}, {"images": [PNG]}, {"images": ["cat.png"]}, {"images": "cat.png"}, {"image": ["cat.png"]},
-        {"images": [STRUCT, None]}, {"IMAGE": PNG}, {"Images": [PNG]}, {"img": PNG}, {"imgs": ["cat.png"]},
+        {"images": [STRUCT, None]}, {"images": '["cat.png"]'}, {"IMAGE": PNG}, {"Images": [PNG]}, {"img": PNG},
+        {"imgs": ["cat.png"]},
         {"picture": PNG}, {"photo": "cat.png"}, {"image_path": "cat.png"}, {"image_file": "cat.png"},
         {"imagePath": "cat.png"}, {"image_paths": ["cat.png"]}, {"image_file_name": "cat.png"}, {"file_name": "cat.png"},
         {"image_url": URL}, {"image_url": {"url": URL}}, {"image_urls": [URL]}, {"images": [{"url": URL}]},
@@ -63,7 +64,7 @@ def test_a_table_with_a_list_of_pictures(tmp_path):
     """As trl and others write them."""
     pa.parquet.write_table(pa.table({"images": [[STRUCT]], "text": ["seen"]}), tmp_path / "i.parquet")
     assert same(prepared(open_source(SourceConfig(str(tmp_path / "i.parquet")))[0]), example(PAIR))
-    asked = [{"type": "image", "text": None}, {"type": "text", "text": "which?"}]
+    asked = [{"type": "image", "text": None, "index": 0}, {"type": "text", "text": "which?", "index": None}]
     answer = {"role": "assistant", "content": [{"text": "one"}]}
     rows = [
         {"messages": [{"role": "user", "content": asked}, answer], "images": [one]}
@@ -167,6 +168,7 @@ def test_a_second_medium_beside_a_picture(field, value):
         ({"messages": [{"role": "user", "content": "x", "audio": {"id": "a"}}]}, "messages[0]: the field 'audio'"),
         (talk([{"text": "x", "frames": ["a"]}]), "messages[0].content[0]: the field 'frames'"),
         (talk([{"type": "video", "video": ["a.png", "b.png"]}, {"text": "x"}]), "content[0].video is a list"),
+        (talk([{"type": "image", "index": 1}, {"type": "image", "index": 0}, {"text": "x"}], images=[PNG, OTHER]), "index 1"),
         (talk([{"type": "input_audio", "input_audio": {"data": "x"}}]), "content[0]"),
         ({"image_path": "cat.png", "img": "dog.png", "text": "x"}, "several names, image_path, img"),
         ({"images": [PNG], "image": OTHER, "text": "x"}, "several names"),
@@ -174,7 +176,7 @@ def test_a_second_medium_beside_a_picture(field, value):
         ({"messages": TALK["messages"], "conversations": []}, "messages and conversations"),
         ({"text": "x", "tools": []}, "tools belong to messages"),
     ],
-    ids=range(21),
+    ids=range(22),
 )  # fmt: skip
 def test_media_without_a_clear_place(data, named):
     problem = refusal(data)
@@ -227,6 +229,14 @@ def test_what_is_said_about_a_text_is_no_medium(field, value):
 def test_marks_in_texts_without_media_are_text(content):
     for data in ({"text": content}, talk(content)):
         assert content in text(example(data))
+
+
+def test_many_marks_take_no_time():
+    """Neither those of media nor those of XML; a mark too many is one record that is bad."""
+    many = "<image>" * 200_000
+    assert "200000 places" in str(refusal({"text": f"{many} x", "image": PNG}))
+    for end in ("</image>", "</video>", "x"):
+        assert len(example({"text": f"a{many}{end}"})) > 1_400_000
 
 
 def test_pixels_of_tasks():

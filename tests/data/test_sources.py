@@ -404,6 +404,7 @@ def test_damaged_array_record(tmp_path):
 
 
 def test_task():
+    pytest.importorskip("sklearn")  # its task shows digits that come with scikit-learn
     source = open_source(SourceConfig("digits:train"))
     record = source[3]
     assert record.name == "digits:train[3]"
