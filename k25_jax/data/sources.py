@@ -14,7 +14,7 @@ from pathlib import Path
 from array_record.python.array_record_data_source import ArrayRecordDataSource
 
 from k25_jax.config import SourceConfig
-from k25_jax.data.archives import archive_files
+from k25_jax.data.archives import archive_files, check_file
 from k25_jax.data.captions import (
     CAPTIONS,
     OTHER_MEDIA,
@@ -151,6 +151,8 @@ class ArrayRecords(Source):
             raise DataError(
                 f"data.sources: there is no file *{ARRAY_RECORD[0]}* at {path}; check the path and the kind"
             )
+        for shard in shards:
+            check_file(Path(shard), Path(path))
         self._path, self._shards, self._folder = path, shards, Path(shards[0]).parent
         try:
             self._records = ArrayRecordDataSource(shards)
