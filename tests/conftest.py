@@ -9,6 +9,8 @@ import types
 
 import pytest
 
+from k25_jax.runtime import environment
+
 signal.signal(signal.SIGINT, signal.default_int_handler)  # a background job of a shell, and its children, ignore Ctrl-C
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
@@ -16,6 +18,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")  # PyTorch's models are minute: it
 # Most of the time goes into compilation; code that runs for milliseconds needs no optimisation. Where the order of
 # additions is what a test is about, it compiles with runs.OPTIMISED. Flags that are set already win: the last one does.
 os.environ["XLA_FLAGS"] = f"--xla_backend_optimization_level=0 {os.environ.get('XLA_FLAGS', '')}".rstrip()
+environment.prepare()  # a second run finds most of what the first has compiled, and so do child processes
 
 PROBE = ["bwrap", "--unshare-all", "--unshare-user", "--disable-userns", "--ro-bind", "/", "/", "--", "true"]
 

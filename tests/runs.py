@@ -88,13 +88,8 @@ def once(name: str, make: Callable[[pathlib.Path], str]) -> tuple[pathlib.Path, 
 
 
 def environment() -> dict[str, str]:
-    """That of a child process: on the CPU, quick to compile by the XLA_FLAGS of conftest.py, and once a session."""
-    return os.environ | {
-        "JAX_PLATFORMS": "cpu",
-        "PYTHONPATH": str(ROOT),
-        "JAX_COMPILATION_CACHE_DIR": str(shared("compiled")),
-        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
-    }
+    """That of a child process: on the CPU, quick to compile by the XLA_FLAGS of conftest.py."""
+    return os.environ | {"JAX_PLATFORMS": "cpu", "PYTHONPATH": str(ROOT)}
 
 
 def start(*arguments: str, module: str = "k25_jax.cli") -> subprocess.Popen:

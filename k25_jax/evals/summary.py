@@ -10,7 +10,8 @@ import numpy as np
 
 from k25_jax.evals.protocol import Result, TaskSet
 
-RESAMPLES = 2000  # of the bootstrap
+Z = 1.959964  # the normal law holds 95 % within so many standard deviations
+ALIKE = 2.0  # questions whose samples all agree, added before the scatter of the questions is looked at
 RIGHT = 1 - 1e-9  # the least score of a right answer, for pass@k
 
 
@@ -18,7 +19,7 @@ RIGHT = 1 - 1e-9  # the least score of a right answer, for pass@k
 class Score:
     """Of one task. `score` is avg@k: the mean over questions of the mean over their samples, which are not independent.
 
-    `error` is its standard error and `low`, `high` its 95 % interval by bootstrap, both over questions. `passed` has
+    `error` is its standard error and `low`, `high` its 95 % interval (`interval`), both over questions. `passed` has
     pass@1, 2, 4, .. k. `guessing` is the score of one who has not read the questions. `tokens` is the mean of an answer
     (None: unknown). `cut` counts answers that ran into a limit; `failed` samples that no answer came for, which count in
     nothing else; `retries` requests that were made again.
@@ -50,7 +51,7 @@ def summarise(task: TaskSet, results: Sequence[Result], spec: str = "") -> Score
     means_Q = np.array([np.mean([r.score for r in samples]) for samples in by_question.values()])
     answered = [result for samples in by_question.values() for result in samples]
     tokens = [result.tokens for result in answered if result.tokens is not None]
-    low, high = bootstrap(means_Q)
+    low, high = interval(means_Q)
     groups: dict[str, list[float]] = {}
     for index, mean in zip(by_question, means_Q, strict=True):
         groups.setdefault(task.group(index), []).append(float(mean))
@@ -89,15 +90,23 @@ def passes(questions: Sequence[Sequence[Result]], k: int) -> dict[str, float]:
     return {str(size): float(np.mean(values)) for size, values in found.items() if values}
 
 
-def bootstrap(values_Q: np.ndarray, share: float = 0.95) -> tuple[float, float]:
-    """The interval that holds `share` of the means of resampled questions; nan for no question."""
-    if not len(values_Q):
+def interval(means_Q: np.ndarray) -> tuple[float, float]:
+    """Wilson's 95 % interval of the mean m of the questions' means, on the effective number of questions n; nan for none.
+
+    (m + z²/2n ± z sqrt(m(1 - m)/n + z²/4n²)) / (1 + z²/n), with n = m(1 - m) / (s²/Q): what single samples would have had
+    to be asked to scatter as little (Wilson 1927; Kish's design effect; Korn and Graubard 1998 for clusters). s² is the
+    variance of the Q means, to which ALIKE questions with the variance m(1 - m) of a single sample are added, so that few
+    questions that happen to agree are not taken for certain. With one sample of right or wrong n is Q, as it is at 0 and 1.
+    """
+    questions = len(means_Q)
+    if not questions:
         return math.nan, math.nan
-    generator, at_once = np.random.default_rng(0), max(1, 2**20 // len(values_Q))
-    sizes = [min(at_once, RESAMPLES - done) for done in range(0, RESAMPLES, at_once)]
-    means = [values_Q[generator.integers(0, len(values_Q), (size, len(values_Q)))].mean(axis=1) for size in sizes]
-    low, high = np.quantile(np.concatenate(means), [(1 - share) / 2, (1 + share) / 2])
-    return float(low), float(high)
+    mean = min(max(float(np.mean(means_Q)), 0.0), 1.0)
+    single = mean * (1 - mean)
+    scatter = (float(np.square(means_Q - np.mean(means_Q)).sum()) + ALIKE * single) / (questions + ALIKE)
+    n = single * questions / scatter if min(single, scatter) > 1e-12 else questions
+    middle, half = mean + Z**2 / (2 * n), Z * math.sqrt(single / n + Z**2 / (4 * n**2))
+    return max(0.0, min(mean, (middle - half) / (1 + Z**2 / n))), min(1.0, max(mean, (middle + half) / (1 + Z**2 / n)))
 
 
 def by_category(scores: Sequence[Score], field: str = "score") -> dict[str, float]:

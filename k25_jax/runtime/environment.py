@@ -23,7 +23,7 @@ logger = logging.getLogger(__name__)
 
 OFF = "K25_NO_CACHE"  # this variable turns the cache off
 MOST_BYTES = 2**30  # of compiled programs; those that were not used for longest go
-LEAST_SECONDS = 0.2  # programs that compile faster than this are not kept
+LEAST_SECONDS = 0.1  # programs that compile faster than this are not kept
 STALE = 30 * 24 * 3600.0  # seconds after which the programs of another JAX or processor go
 OTHER_DEVICES = ("0x0042", "0x001f")  # of Google's in a virtual machine that are no TPU: network, disk
 

@@ -16,6 +16,7 @@ from k25_jax.config import Experiment
 from k25_jax.data.mixture import realised
 from k25_jax.parallel import hosts
 from k25_jax.report.metrics import MetricsWriter, read_metrics
+from k25_jax.runtime.waiting import first_call
 from k25_jax.sharding import peers, processes
 from k25_jax.train.interrupts import between_steps
 from k25_jax.train.layout import data_states, mesh_of, open_data
@@ -47,7 +48,7 @@ def train(experiment: Experiment, directory: str | pathlib.Path, on_step=None) -
         store = stack.enter_context(contextlib.closing(Store(directory / "checkpoints", config.keep)))
         stack.enter_context(jax.set_mesh(mesh))
         state, start, bad = restore_or_init(experiment, store, pipeline, mesh)
-        step_fn = make_step(experiment, loss_of(experiment), mesh)
+        step_fn = first_call(make_step(experiment, loss_of(experiment), mesh), "compiling the training step")
         step_fn = watcher.together(step_fn) if watcher else step_fn
         writer = stack.enter_context(MetricsWriter(directory)) if first else None
         if writer:

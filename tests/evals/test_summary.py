@@ -11,8 +11,8 @@ from k25_jax.evals.protocol import Result
 from k25_jax.evals.summary import (
     Score,
     as_markdown,
-    bootstrap,
     by_category,
+    interval,
     pass_at_k,
     row,
     summarise,
@@ -52,13 +52,13 @@ def test_the_interval_is_about_the_normal_one_and_covers():
     generator, covered = np.random.default_rng(1), 0
     for _ in range(50):
         sample = generator.binomial(1, 0.3, 100)
-        low, high = bootstrap(sample)
+        low, high = interval(sample)
         error = sample.std(ddof=1) / 10
         assert low == pytest.approx(sample.mean() - 1.96 * error, abs=0.03)
         assert high == pytest.approx(sample.mean() + 1.96 * error, abs=0.03)
         covered += low <= 0.3 <= high
     assert 43 <= covered <= 50
-    assert all(math.isnan(bound) for bound in bootstrap(np.array([])))
+    assert all(math.isnan(bound) for bound in interval(np.array([])))
 
 
 def test_errors_count_apart_and_limits_are_counted():

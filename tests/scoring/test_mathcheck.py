@@ -42,6 +42,6 @@ def test_what_never_ends_is_ended_and_the_next_pair_is_compared(monkeypatch):
         with open(f"/proc/{checker._process.pid}/environ", "rb") as file:
             assert b"secret" not in file.read()
         checker._process.kill()
-        assert not checker.same("\\boxed{3}", "3") and checker.lost == 2
+        assert checker.same("\\boxed{3}", "3") and checker.lost == 1  # another took its place
     finally:
         checker.close()

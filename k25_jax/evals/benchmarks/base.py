@@ -154,8 +154,8 @@ class Benchmark:
 
     def letter(self, index: int, letter: str, options: Sequence[str]) -> int:
         """The number of an option by its letter, or its text, in the file's order; raises DataError."""
-        if len(letter.strip()) == 1 and letter.strip().upper() in LETTERS[: len(options)]:
-            return LETTERS.index(letter.strip().upper())
+        if len(bare := letter.strip(" \t\n().:")) == 1 and bare.upper() in LETTERS[: len(options)]:
+            return LETTERS.index(bare.upper())
         same = [number for number, option in enumerate(options) if plain(option) == plain(letter)]
         if len(same) != 1:
             raise DataError(f"{self.label(index)}: the answer {letter[:80]!r} is none of its {len(options)} options")

@@ -98,7 +98,7 @@ class CharXivDescriptive(CharXivReasoning):
     def score_free(self, text: str, index: int) -> float:
         gold, said = self.golds(index), plain(final_part(text))
         if plain(gold[0]) == plain(NOWHERE):
-            return float(said in (plain(NOWHERE), "n/a", "na"))
+            return float(said in ("n/a", "na") or said.startswith(plain(NOWHERE)) or said.endswith(plain(NOWHERE)))
         return short_answer(text, gold)
 
     def group(self, index: int) -> str:

@@ -1,8 +1,8 @@
 """AIME and HMMT: problems with one exact answer, compared by math-verify (K2.5 §4)."""
 
 from k25_jax.evals.benchmarks.base import Benchmark
-from k25_jax.scoring.answers import final_part
 from k25_jax.scoring.mathcheck import same_answer
+from k25_jax.scoring.statements import boxes, final_part, spoken
 
 
 class Hmmt(Benchmark):
@@ -21,7 +21,8 @@ class Hmmt(Benchmark):
         return self.form
 
     def score_free(self, text: str, index: int) -> float:
-        said = text if "\\boxed" in text else final_part(text)
+        said = spoken(text)
+        said = said if boxes(said) else final_part(said)
         return float(bool(said.strip()) and same_answer(said, self.golds(index)[0]))
 
 

@@ -70,4 +70,5 @@ class MathVista(Benchmark):
         return kind
 
     def _digits(self, index: int) -> int:
-        return int(self.rows.field(index, ("precision",), (int, float), default=0))
+        digits = self.rows.field(index, ("precision",), (int, float), default=0)
+        return int(digits) if math.isfinite(digits) else 0  # pandas writes nan for none
