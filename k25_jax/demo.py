@@ -1,11 +1,10 @@
 """`make demo`: train a tiny K2.5 on real files, kill and resume it half-way, evaluate it, write the report."""
 
+import contextlib
 import dataclasses
 import json
-import os
 import pathlib
 import shutil
-import signal
 import subprocess
 import sys
 import time
@@ -13,6 +12,7 @@ import time
 import numpy as np
 
 from k25_jax.config import ConfigError, load_experiment
+from k25_jax.config.experiments import FOLDER
 from k25_jax.data.tasks import make_task
 from k25_jax.evals.categories import GREEDY, Rendered
 from k25_jax.evals.core import accuracy, evaluate
@@ -22,8 +22,9 @@ from k25_jax.models.count import count_params
 from k25_jax.report import html, plots
 from k25_jax.report.metrics import read_metrics
 from k25_jax.report.run import config_sections, curve_sections
+from k25_jax.train.interrupts import raising
 
-EXPERIMENT = pathlib.Path(__file__).resolve().parent.parent / "experiments" / "pretrain" / "demo.py"
+EXPERIMENT = FOLDER / "pretrain" / "demo.py"
 TASKS = (("digits:test:size=28", 360), ("words:test", 96), ("shapes:test", 96), ("photographs:test", 96))
 SHOWN = 8  # answers of each task in the report
 COMPARED = ("loss", "accuracy", "grad_norm", "tokens")  # what must be equal, bit for bit, after the resume
@@ -31,8 +32,6 @@ COMPARED = ("loss", "accuracy", "grad_norm", "tokens")  # what must be equal, bi
 
 def demo(workdir: pathlib.Path, steps: int = 0) -> int:
     """Everything, from nothing; prints where the report is."""
-    if not EXPERIMENT.is_file():
-        raise ConfigError(f"{EXPERIMENT} is missing: run the demo from a clone of the repository")
     if workdir.is_dir() and any(workdir.iterdir()) and not (workdir / "experiment.json").is_file():
         raise ConfigError(
             f"{workdir} holds something other than a run, which would be deleted; choose another --workdir"
@@ -65,23 +64,34 @@ def train_with_a_kill(command: list[str], workdir: pathlib.Path, train) -> dict:
     """Train in a process of its own, kill it with SIGKILL half-way, start it again; compare the steps done twice."""
     half = max(train.steps // 2 // train.checkpoint_every, 1) * train.checkpoint_every
     kill_at = max(min(half + max(train.checkpoint_every // 4, 5), 3 * train.steps // 4), 1)
-    process = subprocess.Popen(command)
-    while process.poll() is None and last_step(workdir) < kill_at:
-        time.sleep(0.05)
-    if process.poll() is None:
-        os.kill(process.pid, signal.SIGKILL)
-        process.wait()
-        print(f"\nkilled at step {last_step(workdir)}; starting again")
-    elif process.returncode:
-        raise ConfigError(f"training ended with status {process.returncode}; its message is above")
+    with training(command) as process:
+        while process.poll() is None and last_step(workdir) < kill_at:
+            time.sleep(0.05)
+        if process.poll() is None:
+            process.kill()
+            process.wait()
+            print(f"\nkilled at step {last_step(workdir)}; starting again")
+        elif process.returncode:
+            raise ConfigError(f"training ended with status {process.returncode}; its message is above")
     before = {row["step"]: row for row in read_metrics(workdir / "metrics.jsonl")}
-    status = subprocess.run(command).returncode
-    if status:
-        raise ConfigError(f"training ended with status {status} after the kill; its message is above")
+    with training(command) as process:
+        if status := process.wait():
+            raise ConfigError(f"training ended with status {status} after the kill; its message is above")
     after = {row["step"]: row for row in read_metrics(workdir / "metrics.jsonl")}
     twice = [step for step in before if before[step]["tokens_per_second"] != after[step]["tokens_per_second"]]
     equal = all(before[step][name] == after[step][name] for step in before for name in COMPARED)
     return {"resumed_exactly": bool(twice) and equal, "killed_at_step": max(before), "steps_done_twice": len(twice)}
+
+
+@contextlib.contextmanager
+def training(command: list[str]):
+    """A process that trains; when this one is to end, it is ended first."""
+    with raising(), subprocess.Popen(command) as process:
+        try:
+            yield process
+        except BaseException:
+            process.terminate()
+            raise
 
 
 def last_step(workdir: pathlib.Path) -> int:

@@ -189,7 +189,8 @@ def test_data_of_the_real_experiments_are_reported_missing_before_anything_is_wr
 
 def test_a_mesh_that_this_machine_does_not_have_is_one_line(k25, tmp_path, monkeypatch):
     monkeypatch.chdir(runs.ROOT)
-    status, out, err = k25("train", "--config=experiments/pretrain/k25_1t.py", f"--workdir={tmp_path / 'run'}")
+    config = ("--config=experiments/pretrain/k25_1t.py:runlocal", "--config.mesh.expert=64")
+    status, out, err = k25("train", *config, f"--workdir={tmp_path / 'run'}")
     assert status == 2 and out == "" and not any(tmp_path.iterdir())
     assert err.count("\n") == 1 and "needs a multiple of 64 devices, there are 1; set mesh.pipe" in err
 
@@ -217,9 +218,14 @@ def test_the_other_experiments_shrink_too(tmp_path, spec):
 
 # ---------------------------------------------------------------------------------------------------------- mistakes
 MISTAKES = {
-    "no command": ("", "required: command"),
-    "an unknown command": ("tarin", "'tarin'"),
-    "an unknown flag": ("{ask} --temprature=0", "unknown argument --temprature=0"),
+    "an unknown command": ("tarin", "no command 'tarin'; did you mean 'train'?"),
+    "an unknown command of data": ("data chekc", "no command 'chekc'; did you mean 'check'?"),
+    "help on an unknown command": ("help servr", "did you mean 'serve'?"),
+    "an unknown flag": ("{ask} --temprature=0", "unknown argument --temprature=0; did you mean '--temperature'?"),
+    "an unknown flag before all": ("--verson", "unknown argument --verson; did you mean '--version'?"),
+    "a required flag misspelt": ("train --confg=a.py", "unknown argument --confg=a.py; did you mean '--config'?"),
+    "a word too many": ("generate hello", "unknown argument hello"),
+    "an unknown choice": ("{ask} --mode=thinkin", "--mode: no choice 'thinkin'; did you mean 'thinking'?"),
     "a flag without its value": ("{ask} --seed", "--seed"),
     "a required flag left out": ("convert", "--checkpoint"),
     "a number that is none": ("{ask} --top_p=high", "--top_p"),
@@ -227,7 +233,8 @@ MISTAKES = {
     "an unknown override": ("train --config={file} --config.train.stepz=5", "'stepz'; did you mean 'steps'?"),
     "an unknown section": ("params --config={file} --config.trian.steps=5", "'trian'; did you mean 'train'?"),
     "an ill-typed override": ("train --config={file} --config.train.steps=x", "train.steps must be int, not 'x'"),
-    "an override without value": ("train --config={file} --config.train.steps", "--config.train.steps"),
+    "an override without value": ("train --config={file} --config.train.steps", "--config.train.steps has no value"),
+    "an entry that is not there": ("train --config={file} --config.data.sources.1.weight=2", "has entries 0 to 0"),
     "a source that is missing": ("{train} --config.data.sources=[{{'path':'no.jsonl'}}]", "no.jsonl"),
     "another model in the folder": ("{train} --workdir={run} --config.model.text.heads=4", "another model"),
     "a start that is missing": ("{train} --config.train.init_from={tmp}/no", "{tmp}/no"),
@@ -257,7 +264,8 @@ MISTAKES = {
     "a key that is not there": ("serve --api_key_env=NO_SUCH_KEY", "$NO_SUCH_KEY holds no API key"),
     "two keys": ("serve --api_key_env=A --api_key_file={file}", "--api_key_file"),
     "no folder of media": ("serve --media_root={tmp}/no", "--media_root={tmp}/no"),
-    "no answers at once": ("serve --slots=0", "engine.rows"),
+    "no answers at once": ("serve --slots=0", "slots=0 must be at least 1"),
+    "a port that is none": ("serve --port=70000", "port=70000"),
     "nothing to serve": ("serve --checkpoint={tmp}/no", "{tmp}/no is neither a run"),
     "nothing to convert": ("convert --checkpoint={tmp}/no --output={tmp}/out", "{tmp}/no is neither"),
     "a folder that is in use": ("convert --checkpoint={run} --output={tmp}", "{tmp}"),

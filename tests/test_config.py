@@ -148,6 +148,8 @@ SMALL = "return ml_collections.ConfigDict(dict(name='a' + arg, model='tiny', tra
     ("data.sources=[{'path': 'words:train'}]", "data.sources", (SourceConfig("words:train"),)),
     ("name=other", "name", "other"),
     ("model=100m", "model", preset("100m")),
+    ("model.vision.merge.1=4", "model.vision.merge", (2, 4)),  # in a list that the file does not set
+    ("model.vision.merge[-1]=4", "model.vision.merge", (2, 4)),
 ])  # fmt: skip
 def test_overrides(tmp_path, override, field, value):
     experiment = load_experiment(write(tmp_path, SMALL), [override])
@@ -160,6 +162,39 @@ def test_overrides(tmp_path, override, field, value):
     section = field.split(".")[0]
     others = [f.name for f in dataclasses.fields(Experiment) if f.name != section]
     assert [getattr(experiment, name) for name in others] == [getattr(plain, name) for name in others]
+
+
+LISTS = "return ml_collections.ConfigDict(dict(data=dict(vision_share=((0.0, 0.1), (0.5, 0.2)), sources=["
+LISTS += "dict(path='a', weight=1.0), dict(path='b', weight=((0.0, 1.0), (0.5, 2.0)))])))"
+
+
+@pytest.mark.parametrize("override, expected", [
+    ("data.sources.0.weight=10", (10.0, ((0.0, 1.0), (0.5, 2.0)))),
+    ("data.sources[1].weight=10", (1.0, 10.0)),
+    ("data.sources.-1.weight.1.1=3", (1.0, ((0.0, 1.0), (0.5, 3.0)))),
+    ("data.sources.1.weight.0=[0, 4]", (1.0, ((0.0, 4.0), (0.5, 2.0)))),
+])  # fmt: skip
+def test_overrides_in_lists(tmp_path, override, expected):
+    file = write(tmp_path, LISTS)
+    assert tuple(source.weight for source in load_experiment(file, [override]).data.sources) == expected
+    assert load_experiment(file, [override, "data.vision_share.1.1=0.4"]).data.vision_share == ((0.0, 0.1), (0.5, 0.4))
+
+
+@pytest.mark.parametrize("override, message", [
+    ("data.sources.2.weight=1", "data.sources has entries 0 to 1; to add one, give the whole list as data.sources=[..]"),
+    ("data.sources.-3.weight=1", "data.sources has entries 0 to 1"),
+    ("data.sources.weight=1", "data.sources is a list; name an entry by its number, as data.sources.0.weight=.."),
+    ("data.sources.one.weight=1", "data.sources is a list"),
+    ("data.sources.0.wieght=1", "data.sources[0]: unknown key 'wieght'; did you mean 'weight'?"),
+    ("data.sources.0.weight=x", "data.sources[0].weight must be float, not 'x'"),
+    ("data.sources.0.weight.1=2", "weight is not a section"),
+    ("train.trainable.0=vision", "train.trainable is empty; to add one, give the whole list as train.trainable=[..]"),
+    ("train..steps=1", "must read section.key=value"),
+])  # fmt: skip
+def test_overrides_in_lists_that_cannot_be_are_named(tmp_path, override, message):
+    with pytest.raises(ConfigError) as error:
+        load_experiment(write(tmp_path, LISTS), [override])
+    assert message in str(error.value)
 
 
 def test_the_argument_behind_the_colon(tmp_path):

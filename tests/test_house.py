@@ -46,6 +46,7 @@ def test_the_contract_names_the_layers_in_order():
         "preflight",
         "demo",
         "cli",
+        "launch",
     ]
 
 

@@ -6,11 +6,12 @@ import shutil
 
 import jax.numpy as jnp
 
+from k25_jax.checkpoint.folders import CheckpointError, find, read_experiment
 from k25_jax.checkpoint.hf_config import language_model_alone, read_config, read_generation
 from k25_jax.checkpoint.huggingface import WRITTEN, load_params, save_params
 from k25_jax.checkpoint.layout import public_name
-from k25_jax.checkpoint.load import folder_of, is_byte_level, is_run, read_experiment
-from k25_jax.checkpoint.store import CheckpointError, restore_params
+from k25_jax.checkpoint.load import is_byte_level
+from k25_jax.checkpoint.store import restore_params
 from k25_jax.checkpoint.tensor_files import TensorFiles
 from k25_jax.config import K25Config
 from k25_jax.models.k25 import abstract_params
@@ -29,8 +30,8 @@ def convert(checkpoint: str, output: str, dtype: str = "bfloat16", quantise: str
     A language model alone stays one. Of a public checkpoint all small files that are not weights are carried, of a run
     of ours those of its vocabulary; what is in `output` already stays. Raises CheckpointError.
     """
-    source, target = folder_of(checkpoint), pathlib.Path(output)
-    if is_run(source):
+    (source, is_run), target = find(checkpoint), pathlib.Path(output)
+    if is_run:
         experiment = read_experiment(source)
         config, text_only, generation = experiment.model, False, {}
         params = restore_params(source / "checkpoints", abstract_params(config))

@@ -6,17 +6,15 @@ from dataclasses import dataclass
 
 import jax.numpy as jnp
 
+from k25_jax.checkpoint.folders import find, read_experiment
 from k25_jax.checkpoint.hf_config import language_model_alone, read_config
 from k25_jax.checkpoint.huggingface import load_params
-from k25_jax.checkpoint.store import CheckpointError, restore_params
-from k25_jax.config import BYTE_IDS, Experiment, K25Config, from_dict
-from k25_jax.config.json_file import read_object
+from k25_jax.checkpoint.store import restore_params
+from k25_jax.config import BYTE_IDS, Experiment, K25Config
 from k25_jax.models.k25 import abstract_params
 from k25_jax.text.tokenizer import Tokenizer, TokenizerError, find_vocabulary, load_tokenizer, no_vocabulary
 
 logger = logging.getLogger(__name__)
-
-BASE = pathlib.Path(__file__).parent / "base"
 
 
 @dataclass(frozen=True, eq=False)
@@ -34,8 +32,8 @@ def load_model(directory: str | pathlib.Path, dtype=jnp.float32, progress=None) 
 
     The word "base" is the tiny model that comes with the package, trained by `make base`.
     """
-    directory = folder_of(directory)
-    if is_run(directory):
+    directory, is_run = find(directory)
+    if is_run:
         experiment = read_experiment(directory)
         tokenizer = load_tokenizer(experiment.data.tokenizer)
         params = restore_params(directory / "checkpoints", abstract_params(experiment.model))
@@ -44,22 +42,6 @@ def load_model(directory: str | pathlib.Path, dtype=jnp.float32, progress=None) 
     tokenizer = model_tokenizer(directory, config)
     params = load_params(directory, config, dtype=dtype, progress=progress, text_only=language_model_alone(directory))
     return Model(params, config, tokenizer)
-
-
-def folder_of(checkpoint: str | pathlib.Path) -> pathlib.Path:
-    """The folder of a checkpoint, or of "base". Raises CheckpointError where there is neither a run nor public files."""
-    directory = BASE if str(checkpoint) == "base" else pathlib.Path(checkpoint)
-    if not any((directory / name).exists() for name in ("experiment.json", "config.json")):
-        raise CheckpointError(
-            f"{directory} is neither a run (experiment.json) nor a public checkpoint (config.json); name the folder "
-            "that holds one of these"
-        )
-    return directory
-
-
-def is_run(directory: pathlib.Path) -> bool:
-    """Whether a folder is a run of ours."""
-    return (directory / "experiment.json").is_file()
 
 
 def model_tokenizer(directory: pathlib.Path, config: K25Config) -> Tokenizer:
@@ -84,16 +66,3 @@ def model_tokenizer(directory: pathlib.Path, config: K25Config) -> Tokenizer:
 def is_byte_level(config: K25Config) -> bool:
     """Whether a model's special tokens are those of the byte-level vocabulary."""
     return all(getattr(config, name) == BYTE_IDS[name] for name in BYTE_IDS if "media" in name)
-
-
-def read_experiment(directory: pathlib.Path) -> Experiment:
-    """The configuration that a run was started with."""
-    file = directory / "experiment.json"
-    try:
-        values = read_object(file)
-    except ValueError as error:
-        raise CheckpointError(f"{error}; restore it from the experiment file") from error
-    model = values.get("model")
-    if isinstance(model, dict) and "eos_id" in model:  # as runs were written when they had one end token
-        model["eos_ids"] = [model.pop("eos_id")]
-    return from_dict(Experiment, values)

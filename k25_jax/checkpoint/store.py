@@ -7,9 +7,7 @@ import jax
 import jax.numpy as jnp
 import orbax.checkpoint as ocp
 
-
-class CheckpointError(RuntimeError):
-    """A checkpoint that cannot be written or read; the message names the folder and the remedy."""
+from k25_jax.checkpoint.folders import CheckpointError
 
 
 class Store:
@@ -67,11 +65,6 @@ class Store:
             self.wait()
         finally:
             self._manager.close()
-
-
-def complete_steps(directory: str | pathlib.Path) -> list[int]:
-    """The steps with a complete checkpoint under `directory`, by the names of its folders."""
-    return sorted(int(path.name) for path in pathlib.Path(directory).glob("*") if path.name.isdigit())
 
 
 def restore_params(directory: str | pathlib.Path, abstract_params) -> dict:

@@ -3,16 +3,19 @@
 import ast
 import dataclasses
 import importlib.util
-import pathlib
+import re
 import types
 import typing
 
 import ml_collections
 
+from k25_jax.config import experiments
 from k25_jax.config.checks import ConfigError, nearest
 from k25_jax.config.model import K25Config
 from k25_jax.config.presets import preset
 from k25_jax.config.run import Experiment
+
+INDEX = re.compile(r"-?[0-9]+")  # of an entry of a list
 
 
 def from_dict(cls: type, values: typing.Mapping, where: str = ""):
@@ -64,7 +67,11 @@ def _coerce(hint, value, where: str):
 
 
 def load_experiment(spec: str, overrides: typing.Sequence[str] = ()) -> Experiment:
-    """Read `path/to/file.py[:arg]`, apply `section.key=value` overrides, return the dataclasses."""
+    """Read `path/to/file.py[:arg]`, apply `section.key=value` overrides, return the dataclasses.
+
+    The file may also be one of the package, by its name (config/experiments.py). In a list a key is a number from 0 on:
+    `data.sources.1.weight=10`.
+    """
     path, _, arg = spec.partition(":")
     module = import_file(path)
     config = module.get_config(arg) if arg else module.get_config()
@@ -74,7 +81,7 @@ def load_experiment(spec: str, overrides: typing.Sequence[str] = ()) -> Experime
     if isinstance(values.get("model"), str):
         values["model"] = to_dict(preset(values["model"]))
     for item in overrides:
-        _override(values, item)
+        values = _override(values, item)
     return from_dict(Experiment, values)
 
 
@@ -102,10 +109,7 @@ def argument(arg: str, choices: typing.Sequence[str], file: str) -> tuple[str, b
 
 def import_file(path: str) -> types.ModuleType:
     """An experiment file as a module; raises ConfigError."""
-    file = pathlib.Path(path)
-    if not file.is_file():
-        siblings = [str(p) for p in sorted(file.parent.glob("*.py"))] if file.parent.is_dir() else []
-        raise ConfigError(f"no experiment file {path}{nearest(path, siblings)}")
+    file = experiments.find(path)
     module_spec = importlib.util.spec_from_file_location(f"experiment_{file.stem}", file)
     module = importlib.util.module_from_spec(module_spec)
     module_spec.loader.exec_module(module)
@@ -114,16 +118,36 @@ def import_file(path: str) -> types.ModuleType:
     return module
 
 
-def _override(values: dict, item: str):
+def _override(values: dict, item: str) -> dict:
+    """`values` with one of them replaced."""
     dotted, sep, text = item.partition("=")
-    if not sep:
+    keys = re.sub(r"\[(-?\d+)\]", r".\1", dotted).split(".")
+    if not sep or not all(keys):
         raise ConfigError(f"override {item!r} must read section.key=value")
-    *parents, last = dotted.split(".")
-    for name in parents:
-        values = values.setdefault(name, {})
-        if not isinstance(values, dict):
-            raise ConfigError(f"override {item!r}: {name} is not a section")
     try:
-        values[last] = ast.literal_eval(text)
-    except (ValueError, SyntaxError):
-        values[last] = text
+        value = ast.literal_eval(text)
+    except (ValueError, SyntaxError, MemoryError, RecursionError):
+        value = text
+    if any(INDEX.fullmatch(key) for key in keys):
+        values = to_dict(from_dict(Experiment, values))  # with the lists that the file leaves as they are by default
+    return _replaced(values, keys, value, f"override {item!r}", "")
+
+
+def _replaced(node, keys: typing.Sequence[str], value, what: str, where: str):
+    """A copy of `node` with `value` at `keys`, which are names in a section and numbers in a list."""
+    if not keys:
+        return value
+    key, rest, inner = keys[0], keys[1:], f"{where}.{keys[0]}".lstrip(".")
+    if isinstance(node, dict):
+        return node | {key: _replaced(node.get(key, {}), rest, value, what, inner)}
+    if not isinstance(node, (list, tuple)):
+        raise ConfigError(f"{what}: {where.rpartition('.')[2]} is not a section")
+    count = len(node)
+    if not INDEX.fullmatch(key):
+        raise ConfigError(f"{what}: {where} is a list; name an entry by its number, as {where}.0.{'.'.join(keys)}=..")
+    if not -count <= int(key) < count:
+        entries = f"has entries 0 to {count - 1}" if count else "is empty"
+        raise ConfigError(f"{what}: {where} {entries}; to add one, give the whole list as {where}=[..]")
+    out = list(node)
+    out[int(key)] = _replaced(out[int(key)], rest, value, what, inner)
+    return out

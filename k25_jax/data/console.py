@@ -11,7 +11,7 @@ BAD_SHOWN = 3  # records named for each reason
 
 def add_commands(parser: argparse.ArgumentParser) -> None:
     """The three commands below `k25 data`."""
-    actions = parser.add_subparsers(dest="action", required=True, metavar="build|inspect|check")
+    actions = parser.add_subparsers(dest="action", metavar="build|inspect|check")
 
     def action(name: str, run, text: str) -> argparse.ArgumentParser:
         added = actions.add_parser(name, help=text, description=text[0].upper() + text[1:] + ".", allow_abbrev=False)

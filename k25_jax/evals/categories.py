@@ -12,13 +12,13 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 
-from k25_jax.checkpoint.store import complete_steps
-from k25_jax.config import ConfigError
+from k25_jax.checkpoint.folders import complete_steps
 from k25_jax.data.tasks import PROGRAMMED, TASKS, Task, make_task
 from k25_jax.evals.core import evaluate, spaced
 from k25_jax.evals.episodes import TURN_TOKENS, Player, check_playable, why_not
 from k25_jax.evals.local import open_checkpoint
 from k25_jax.evals.protocol import Answerer, Settings, digest_of
+from k25_jax.evals.suite import check_suite
 from k25_jax.evals.summary import Score, summarise, write_scores
 
 logger = logging.getLogger(__name__)
@@ -70,14 +70,6 @@ class Rendered:
     def validate(self):
         """See `data.tasks.Task.validate`."""
         self.task.validate()
-
-
-def check_suite(specs: Sequence[str]) -> None:
-    """Raise ConfigError for a spec that is no held-out task."""
-    for spec in specs:
-        task = make_task(spec)
-        if task.split != "test":
-            raise ConfigError(f"{spec} is of the split {task.split!r}; evaluate held-out questions, {task.name}:test")
 
 
 def evaluate_suite(

@@ -5,8 +5,8 @@ import hashlib
 import pathlib
 from collections.abc import Callable, Iterable, Iterator, Mapping
 
-from k25_jax.checkpoint.load import BASE, Model, load_model
-from k25_jax.checkpoint.store import CheckpointError, complete_steps
+from k25_jax.checkpoint.folders import BASE, CheckpointError, complete_steps
+from k25_jax.checkpoint.load import Model, load_model
 from k25_jax.config import ConfigError
 from k25_jax.evals.protocol import Answer, Request
 from k25_jax.sampling.engine import Engine

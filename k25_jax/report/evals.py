@@ -28,12 +28,6 @@ QUESTIONS = 128  # of each rendered task, when nothing else is asked for
 def evaluate_command(args) -> None:
     """Ask, print, and keep all answers, evals.json, evals.md and evals.png in the work directory."""
     named = [name for name in args.task if name in BENCHMARKS]
-    if named and (len(args.task) > 1 or not args.data):
-        raise ConfigError(f"--task={named[0]} is a public benchmark: ask it alone, with --data=FILE as published")
-    if args.data and not named:
-        raise ConfigError(f"--data goes with one --task of {', '.join(BENCHMARKS)}")
-    if args.suite and args.task:
-        raise ConfigError("--suite and --task exclude each other")
     answerer = make_answerer(args)
     settings = make_settings(args, rendered=not named)
     folder = pathlib.Path(args.workdir or default_folder(args, answerer, settings))
@@ -50,8 +44,6 @@ def evaluate_command(args) -> None:
 def make_answerer(args) -> Answerer:
     """The server at --url, or a checkpoint."""
     if not args.url:
-        if args.model:
-            raise ConfigError(f"--model={args.model} goes with --url; a checkpoint is named by --checkpoint")
         return open_checkpoint(args.checkpoint, args.batch)
     from k25_jax.evals.remote import Server  # its client is slow to import
 

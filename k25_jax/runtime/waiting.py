@@ -4,7 +4,7 @@ import contextlib
 import logging
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 logger = logging.getLogger(__name__)
 
@@ -32,3 +32,16 @@ def waiting(what: str, times: tuple[float, ...] = TIMES, every: float = EVERY) -
     finally:
         done.set()
         watcher.join()
+
+
+def first_call(function: Callable, what: str) -> Callable:
+    """`function`, whose first call is waited for: that of a jitted one compiles it."""
+    called = False
+
+    def call(*arguments):
+        nonlocal called
+        with contextlib.nullcontext() if called else waiting(what):
+            called = True
+            return function(*arguments)
+
+    return call

@@ -1,6 +1,8 @@
 """Where a server listens, and its limits."""
 
 import dataclasses
+import os
+import pathlib
 
 from k25_jax.serving.access import is_loopback
 
@@ -37,3 +39,15 @@ def check_reach(host: str, key: str) -> None:
     """Raise ServerError for a server without a key that other machines can reach."""
     if not key and not is_loopback(host):
         raise ServerError(f"host={host} can be reached from other machines: that needs an API key")
+
+
+def read_key(variable: str, file: str) -> str:
+    """The API key from an environment variable or a file; "" when neither is named. Raises ServerError."""
+    if variable and file:
+        raise ServerError("--api_key_env and --api_key_file are two places for one key: give one")
+    if not variable and not file:
+        return ""
+    key = os.environ.get(variable, "").strip() if variable else pathlib.Path(file).read_text().strip()
+    if not key:
+        raise ServerError(f"{'$' + variable if variable else file} holds no API key: put one there")
+    return key

@@ -24,7 +24,7 @@ from k25_jax.sampling.async_engine import AsyncEngine
 from k25_jax.sampling.engine import Engine
 from k25_jax.sampling.prompt import MediaReader, default_mode
 from k25_jax.sampling.requests import EngineConfig
-from k25_jax.serving.limits import ServerConfig, ServerError, check_reach
+from k25_jax.serving.limits import ServerConfig, ServerError, check_reach, read_key
 from k25_jax.serving.requests import Served
 from k25_jax.serving.server import Server
 
@@ -74,18 +74,6 @@ def _served(args, model: Model, engine: Engine, root: pathlib.Path | None) -> Se
         TOP_LOGPROBS,
         media_root=root,
     )
-
-
-def read_key(variable: str, file: str) -> str:
-    """The API key from an environment variable or a file; "" when neither is named. Raises ServerError."""
-    if variable and file:
-        raise ServerError("--api_key_env and --api_key_file are two places for one key: give one")
-    if not variable and not file:
-        return ""
-    key = os.environ.get(variable, "").strip() if variable else pathlib.Path(file).read_text().strip()
-    if not key:
-        raise ServerError(f"{'$' + variable if variable else file} holds no API key: put one there")
-    return key
 
 
 def _media_root(folder: str) -> pathlib.Path | None:

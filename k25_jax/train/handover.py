@@ -10,11 +10,11 @@ import pathlib
 
 import jax
 
+from k25_jax.checkpoint.folders import BASE, CheckpointError, read_experiment
 from k25_jax.checkpoint.hf_config import language_model_alone, read_config
 from k25_jax.checkpoint.huggingface import load_params
-from k25_jax.checkpoint.load import BASE, read_experiment
 from k25_jax.checkpoint.siglip import load_siglip_vision
-from k25_jax.checkpoint.store import CheckpointError, restore_params
+from k25_jax.checkpoint.store import restore_params
 from k25_jax.config import Experiment, K25Config, RopeConfig
 from k25_jax.train.state import abstract_state
 

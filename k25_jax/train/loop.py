@@ -10,11 +10,13 @@ from jax.sharding import Mesh
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from k25_jax.checkpoint.store import Store, complete_steps
+from k25_jax.checkpoint.folders import complete_steps
+from k25_jax.checkpoint.store import Store
 from k25_jax.config import Experiment
 from k25_jax.data.mixture import realised
 from k25_jax.parallel import hosts
 from k25_jax.report.metrics import MetricsWriter, read_metrics
+from k25_jax.runtime.waiting import first_call
 from k25_jax.sharding import peers, processes
 from k25_jax.train.interrupts import between_steps
 from k25_jax.train.layout import data_states, mesh_of, open_data
@@ -32,21 +34,21 @@ class BadSteps(RuntimeError):
 def train(experiment: Experiment, directory: str | pathlib.Path, on_step=None) -> dict:
     """Run `experiment` in `directory` to its last step and return the last metrics; resumes what it finds there.
 
-    `on_step(step, metrics)` is called after each logged step. Ctrl-C ends the run after the step in hand. Several processes
-    (sharding/processes.py) all call this with the same arguments; process 0 writes what is not theirs together. One that
-    fails, or loses another, ends at once.
+    `on_step(step, metrics)` is called after each logged step. SIGTERM and Ctrl-C end the run after the step in hand, which
+    is saved, with Interrupted (train/interrupts.py). Several processes (sharding/processes.py) all call this with the same
+    arguments; process 0 writes what is not theirs together. One that fails, or loses another, ends at once.
     """
     directory, config, first = pathlib.Path(directory), experiment.train, jax.process_index() == 0
     watch = peers.watched(lambda: f"after step {max(complete_steps(directory / 'checkpoints'), default=0)}")
     calm = between_steps(alone=jax.process_count() == 1)
-    with watch as watcher, calm as stop_if_asked, contextlib.ExitStack() as stack, peers.leaving(watcher):
+    with watch as watcher, calm as stop, contextlib.ExitStack() as stack, peers.leaving(watcher):
         mesh = mesh_of(experiment)
         pipeline = stack.enter_context(contextlib.closing(open_data(experiment, mesh)))
         save_run(experiment, directory)
         store = stack.enter_context(contextlib.closing(Store(directory / "checkpoints", config.keep)))
         stack.enter_context(jax.set_mesh(mesh))
         state, start, bad = restore_or_init(experiment, store, pipeline, mesh)
-        step_fn = make_step(experiment, loss_of(experiment), mesh)
+        step_fn = first_call(make_step(experiment, loss_of(experiment), mesh), "compiling the training step")
         step_fn = watcher.together(step_fn) if watcher else step_fn
         writer = stack.enter_context(MetricsWriter(directory)) if first else None
         if writer:
@@ -59,6 +61,7 @@ def train(experiment: Experiment, directory: str | pathlib.Path, on_step=None) -
             placed = hosts.place(batch, mesh, experiment.model.vision, config.vision)
             state, on_device = step_fn(state, placed)
             metrics = {k: v.item() for k, v in jax.device_get(on_device).items()}
+            stop.arm()
             metrics |= hosts.metrics(batch, placed, mesh, experiment.model.vision, config.vision)
             seconds = time.perf_counter() - began + waited
             bad = bad + 1 if metrics["bad"] else 0
@@ -79,9 +82,11 @@ def train(experiment: Experiment, directory: str | pathlib.Path, on_step=None) -
             if step % config.checkpoint_every == 0:
                 saved = step
                 store.save(step, state, {"pipelines": data_states(pipeline, mesh), "bad_in_a_row": bad})
-            stop_if_asked()
-        if logged < step:
-            log_step(step, metrics, experiment, pipeline, mesh, writer, on_step)
+            if stop.number and step < config.steps:
+                break
+        else:
+            if logged < step:
+                log_step(step, metrics, experiment, pipeline, mesh, writer, on_step)
         if saved < step:
             store.save(step, state, {"pipelines": data_states(pipeline, mesh), "bad_in_a_row": bad})
     return (read_metrics(directory) or [{}])[-1]

@@ -3,18 +3,18 @@
 import importlib.metadata
 import json
 import pathlib
-import subprocess
 
 import jax
 from jax.sharding import Mesh
 
-from k25_jax.checkpoint.load import read_experiment
-from k25_jax.checkpoint.store import CheckpointError, Store
+from k25_jax.checkpoint.folders import CheckpointError, check_same_model
+from k25_jax.checkpoint.store import Store
 from k25_jax.config import ConfigError, Experiment, to_dict
 from k25_jax.parallel.pipeline import bubble
 from k25_jax.sharding import processes
 from k25_jax.train.handover import load_initial
 from k25_jax.train.layout import own_lanes
+from k25_jax.train.revision import revision
 from k25_jax.train.state import abstract_state, init_state, state_shardings
 
 
@@ -39,8 +39,7 @@ def restore_or_init(experiment: Experiment, store: Store, pipeline, mesh: Mesh):
 def save_run(experiment: Experiment, directory: pathlib.Path) -> None:
     """Write `experiment.json` (the configuration) and `run.json` (revision, versions, devices), in process 0."""
     directory.mkdir(parents=True, exist_ok=True)
-    if (directory / "experiment.json").exists() and read_experiment(directory).model != experiment.model:
-        raise ConfigError(f"{directory} holds a run of another model; choose another --workdir or delete it")
+    check_same_model(experiment, directory)
     if jax.process_index() == 0:
         _write_run(experiment, directory)
     processes.gathered(None)  # all wait for process 0
@@ -63,13 +62,3 @@ def _write_run(experiment: Experiment, directory: pathlib.Path) -> None:
         temporary = directory / f"{name}.tmp"  # a kill or a full disk must not leave half a file
         temporary.write_text(json.dumps(values, indent=1) + "\n")
         temporary.replace(directory / name)
-
-
-def revision() -> str:
-    """What git calls the code that runs."""
-    try:
-        command = ["git", "describe", "--always", "--dirty"]
-        git = subprocess.run(command, capture_output=True, text=True, cwd=pathlib.Path(__file__).parent)
-    except OSError:  # git is not installed
-        return "unknown"
-    return git.stdout.strip() or "unknown"

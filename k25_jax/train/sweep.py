@@ -6,6 +6,7 @@ runs are left alone, a killed one goes on, so the same command continues a sweep
 called first, to make the data, and `report(workdir)` last.
 """
 
+import contextlib
 import dataclasses
 import json
 import os
@@ -16,10 +17,13 @@ import time
 
 from rich.console import Console
 
+from k25_jax.checkpoint.folders import complete_steps
 from k25_jax.config import ConfigError, Experiment, from_dict, import_file, load_experiment, to_dict
 from k25_jax.report.metrics import read_metrics
+from k25_jax.train.interrupts import raising
 
 LOG, FINISHED = "log.txt", "finished"
+GRACE = 120.0  # seconds for a run to end its step and to save it
 
 
 @dataclasses.dataclass(frozen=True)
@@ -87,7 +91,8 @@ class Run:
         self.folder.mkdir(parents=True, exist_ok=True)
         self.began = time.perf_counter()
         with open(self.folder / LOG, "ab") as log:
-            self.process = subprocess.Popen(self.command, stdout=log, stderr=log)
+            # In a session of its own: Ctrl-C reaches it through here, once.
+            self.process = subprocess.Popen(self.command, stdout=log, stderr=log, start_new_session=True)
         os.sched_setaffinity(self.process.pid, cores)  # it has no other threads yet; those that come inherit this
 
 
@@ -101,20 +106,20 @@ def of_point(point: Point, config: str, workdir: pathlib.Path, overrides) -> Run
 
 
 def follow(runs: list[Run], jobs: int, say) -> list[str]:
-    """Start runs as others end, stop them all when interrupted; the names of those that failed, and of what they block."""
+    """Start runs as others end; the names of those that failed. A signal ends them all, each saved, then Interrupted."""
     cores = sorted(os.sched_getaffinity(0))
     jobs = max(1, min(jobs, len(cores)))
     free = [cores[i::jobs] for i in range(jobs)]
     waiting, active, failed = list(runs), [], []
-    try:
+    with raising(), saving(active, say):
         while waiting or active:
             while waiting and free and not failed:
                 run = waiting.pop(0)
                 if run.finished:
                     say(f"{run.point.name}: finished before")
                     continue
-                run.start(free[-1])
                 active.append((run, free.pop()))
+                run.start(active[-1][1])
                 say(f"{run.point.name}: started, {len(waiting)} to come; its output is in {run.folder / LOG}")
             if failed and not active:
                 break
@@ -123,10 +128,27 @@ def follow(runs: list[Run], jobs: int, say) -> list[str]:
                 active.remove((run, own))
                 free.append(own)
                 failed += [] if ended(run, say) else [run.point.name]
-    finally:
-        for run, _ in active:
-            run.process.terminate()
     return failed
+
+
+@contextlib.contextmanager
+def saving(active: list[tuple[Run, list[int]]], say):
+    """When this ends early, the runs that are under way end too, after the step in hand, which they save."""
+    try:
+        yield
+    except BaseException:
+        under_way = [run for run, _ in active if run.process]
+        for run in under_way:
+            run.process.terminate()
+        for run in under_way:
+            say(f"{run.point.name}: stopping")
+            try:
+                run.process.wait(GRACE)
+            except subprocess.TimeoutExpired:
+                run.process.kill()
+            step = max(complete_steps(run.folder / "checkpoints"), default=0)
+            say(f"{run.point.name}: stopped, goes on after step {step} when the sweep is started again")
+        raise
 
 
 def ended(run: Run, say) -> bool:

@@ -9,7 +9,8 @@ import shutil
 import pytest
 import transformers
 
-from k25_jax.checkpoint.load import BASE, load_model
+from k25_jax.checkpoint.folders import BASE
+from k25_jax.checkpoint.load import load_model
 from k25_jax.cli import main
 from k25_jax.config import DataConfig, SourceConfig, preset
 from k25_jax.data.pipeline import Preparer

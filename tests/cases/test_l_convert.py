@@ -12,9 +12,10 @@ import transformers
 from safetensors.numpy import load_file, save_file
 
 from k25_jax.checkpoint.convert import convert
+from k25_jax.checkpoint.folders import BASE
 from k25_jax.checkpoint.hf_config import read_config
 from k25_jax.checkpoint.huggingface import load_params
-from k25_jax.checkpoint.load import BASE, load_model
+from k25_jax.checkpoint.load import load_model
 from k25_jax.checkpoint.store import CheckpointError, Store
 from k25_jax.cli import main
 from k25_jax.config import Experiment, from_dict, to_dict

@@ -5,7 +5,8 @@ import shutil
 
 import pytest
 
-from k25_jax.checkpoint.load import BASE, load_model
+from k25_jax.checkpoint.folders import BASE
+from k25_jax.checkpoint.load import load_model
 from k25_jax.checkpoint.store import CheckpointError
 from k25_jax.cli import main
 

@@ -2,7 +2,8 @@
 
 import json
 
-from k25_jax.checkpoint.load import BASE, load_model
+from k25_jax.checkpoint.folders import BASE
+from k25_jax.checkpoint.load import load_model
 from k25_jax.evals.categories import evaluate_suite
 from k25_jax.evals.local import open_checkpoint
 

@@ -7,7 +7,8 @@ import numpy as np
 import pytest
 
 import runs
-from k25_jax.checkpoint.load import BASE, load_model
+from k25_jax.checkpoint.folders import BASE
+from k25_jax.checkpoint.load import load_model
 from k25_jax.config import import_file, load_experiment
 from k25_jax.data.tasks import PROGRAMMED
 from k25_jax.evals.local import identity_of

@@ -3,7 +3,7 @@
 import logging
 import threading
 
-from k25_jax.runtime.waiting import waiting
+from k25_jax.runtime.waiting import first_call, waiting
 
 
 def test_quick_work_is_silent(caplog):
@@ -30,3 +30,11 @@ def test_the_error_of_the_work_comes_through():
             raise ValueError("broken")
     except ValueError as problem:
         assert str(problem) == "broken"
+
+
+def test_only_the_first_call_is_waited_for(caplog):
+    slow = threading.Event()
+    call = first_call(lambda seconds: slow.wait(seconds) or seconds, "compiling")
+    with caplog.at_level(logging.INFO):
+        assert call(0) == 0 and caplog.text == ""
+        assert call(0.1) == 0.1 and caplog.text == ""

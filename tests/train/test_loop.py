@@ -131,10 +131,10 @@ def test_a_run_that_is_stopped_again_and_again_ends_as_if_nothing_had_happened(f
     assert redone[:kept] == timings[:kept] and redone[kept] != timings[kept]  # it went on from its last checkpoint
 
     step = runs.step_of(run)
-    assert stop_after(runs.start(*command), run, step + 25, signal.SIGTERM) == -signal.SIGTERM
-    step = runs.step_of(run)
-    assert stop_after(runs.start(*command), run, step + 25, signal.SIGINT) == 130
-    assert not unfinished(run)  # Ctrl-C waits for the checkpoint that is being written
+    for number, status in ((signal.SIGTERM, 143), (signal.SIGINT, 130)):
+        step = runs.step_of(run)
+        assert stop_after(runs.start(*command), run, step + 25, number) == status
+        assert not unfinished(run) and newest(run) == runs.step_of(run)  # the step in hand is saved
 
     last = train(finished, run)
     assert last.returncode == 0, last.stderr
@@ -241,6 +241,12 @@ def test_another_model_in_the_folder_is_refused(finished, tmp_path):
 
 def test_no_git_is_no_obstacle(monkeypatch):
     monkeypatch.setenv("PATH", "")
+    assert revision() == "unknown"
+
+
+def test_a_repository_around_an_installed_package_is_not_ours(monkeypatch, tmp_path):
+    assert revision() != "unknown"
+    monkeypatch.setattr("k25_jax.train.revision.ROOT", tmp_path)
     assert revision() == "unknown"
 
 

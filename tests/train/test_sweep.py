@@ -3,7 +3,7 @@
 import pytest
 
 import runs
-from k25_jax.checkpoint.store import complete_steps
+from k25_jax.checkpoint.folders import complete_steps
 from k25_jax.cli import main
 from k25_jax.config import ConfigError
 from k25_jax.train.sweep import points, sweep

@@ -1,0 +1,139 @@
+"""What each command does. Whatever is slow to import is imported here, after what the user wrote has been checked."""
+
+import dataclasses
+import json
+import pathlib
+import sys
+
+from k25_jax.cli import checks
+
+
+def run_train(args) -> None:
+    """Train, alone or with other processes; the first prints where the run lives."""
+    from k25_jax.config import load_experiment
+
+    experiment = load_experiment(args.config, args.overrides)
+    workdir = pathlib.Path(args.workdir or f"runs/{experiment.name}")
+    checks.run(experiment, workdir)
+
+    from k25_jax.checkpoint.folders import complete_steps
+    from k25_jax.sharding.processes import joined
+    from k25_jax.train.interrupts import Interrupted
+    from k25_jax.train.loop import train
+
+    try:
+        with joined() as index:
+            metrics = train(experiment, workdir)
+    except Interrupted as stop:
+        step = max(complete_steps(workdir / "checkpoints"), default=0)
+        saved = f"stopped; step {step} is saved in {workdir}, where the same command goes on"
+        raise Interrupted(stop.number, saved) from stop
+    if index == 0:
+        print(json.dumps(metrics) if args.json else f"finished: {workdir} (k25 report --workdir={workdir})")
+
+
+def run_sweep(args) -> int:
+    """Status 1 when a run failed."""
+    from k25_jax.train.sweep import sweep
+
+    return 1 if sweep(args.config, pathlib.Path(args.workdir), args.overrides, args.jobs, args.only) else 0
+
+
+def run_experiments(args) -> None:
+    """A line for each experiment file, or a copy of one."""
+    from k25_jax.config.experiments import copy, titles
+
+    if args.copy:
+        print(f"wrote {copy(args.copy, args.output)}")
+        return
+    if args.output:
+        args.parser.error("--output goes with --copy=NAME")
+    for name, title in titles().items():
+        print(f"{name:26s}{title}")
+
+
+def run_eval(args) -> None:
+    """Print a table, or JSON."""
+    from k25_jax.report.evals import evaluate_command
+
+    evaluate_command(args)
+
+
+def run_params(args) -> None:
+    """A table, or one JSON object."""
+    from k25_jax.config import load_experiment, preset
+
+    config = load_experiment(args.config, args.overrides).model if args.config else preset(args.preset)
+
+    from k25_jax.models.count import count_params
+
+    counts = count_params(config)
+    if args.json:
+        print(json.dumps(counts))
+        return
+    for name, number in counts.items():
+        print(f"{name:16s}{number:22,d}{100 * number / counts['total']:9.2f} %")
+
+
+def run_preflight(args) -> int:
+    """A report, or where every array lies. Status 1 when the step does not fit."""
+    from k25_jax.config import load_experiment
+
+    experiment = load_experiment(args.config, args.overrides)
+
+    from k25_jax.preflight import aot, table
+    from k25_jax.preflight.topology import parse_topology
+
+    topology = parse_topology(args.topology)
+    experiment = aot.with_rows(experiment, args.rows)
+    if args.layout:
+        tensors = aot.layout(experiment, topology)
+        rows = [dataclasses.asdict(tensor) for tensor in tensors]
+        print(json.dumps(rows) if args.json else table.render_layout(tensors))
+        return 0
+    report = aot.preflight(experiment, topology, say=lambda text: print(text, file=sys.stderr, flush=True))
+    print(json.dumps(dataclasses.asdict(report)) if args.json else table.render(report))
+    return 0 if report.fits else 1
+
+
+def run_generate(args) -> int:
+    """Print the answer as it comes, or JSON at the end."""
+    from k25_jax.sampling.console import generate
+
+    return generate(args)
+
+
+def run_chat(args) -> int:
+    """Read a line, answer, repeat."""
+    from k25_jax.sampling.console import chat
+
+    return chat(args)
+
+
+def run_serve(args) -> int:
+    """Answer requests until a signal comes."""
+    from k25_jax.serving.serve import serve
+
+    return serve(args)
+
+
+def run_convert(args) -> None:
+    """Write a model in the public format, and say what was left."""
+    from k25_jax.checkpoint.convert import convert
+
+    for line in convert(args.checkpoint, args.output, args.dtype, args.quantise):
+        print(line)
+
+
+def run_report(args) -> None:
+    """Curves and configuration of a run."""
+    from k25_jax.report.run import write_run_report
+
+    print(f"wrote {write_run_report(args.workdir)}")
+
+
+def run_demo(args) -> int:
+    """The whole demonstration."""
+    from k25_jax.demo import demo
+
+    return demo(pathlib.Path(args.workdir), args.steps)
