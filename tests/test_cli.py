@@ -259,7 +259,7 @@ MISTAKES = {
     "a temperature that is no number": ("{ask} --prompt=a --max_tokens=5 --temperature=nan", "temperature=nan"),
     "an impossible top_p": ("{ask} --prompt=a --top_p=1.5", "top_p=1.5"),
     "an empty stop text": ("{ask} --prompt=a --stop=", "--stop is empty"),
-    "a seed beyond 32 bits": ("{ask} --prompt=a --max_tokens=5 --seed=4294967296", "seed"),
+    "a seed beyond 64 bits": ("{ask} --prompt=a --max_tokens=5 --seed=9223372036854775808", "seed"),
     "a server for all without a key": ("serve --checkpoint={tmp}/no --host=0.0.0.0", "needs an API key"),
     "a key that is not there": ("serve --api_key_env=NO_SUCH_KEY", "$NO_SUCH_KEY holds no API key"),
     "two keys": ("serve --api_key_env=A --api_key_file={file}", "--api_key_file"),

@@ -52,14 +52,14 @@ class Writer:
     def __init__(self, tokenizer: Tokenizer):
         self.rendered = Rendered()
         self._tokenizer = tokenizer
-        self._text, self._weight, self._allowed = "", 0.0, ()
+        self._texts, self._weight, self._allowed = [], 0.0, ()
 
     def text(self, text: str, weight: float, allowed: Sequence[str] = ()):
         """Ordinary text; `allowed` names the special tokens that it may hold."""
         if (weight, allowed) != (self._weight, self._allowed):
             self.flush()
             self._weight, self._allowed = weight, allowed
-        self._text += text
+        self._texts.append(text)
 
     def special(self, name: str, weight: float):
         """One special token."""
@@ -83,8 +83,8 @@ class Writer:
 
     def flush(self):
         """Encode the text that waits for its end."""
-        self._append(self._tokenizer.encode(self._text, self._allowed), self._weight)
-        self._text = ""
+        texts, self._texts = self._texts, []
+        self._append(self._tokenizer.encode("".join(texts), self._allowed), self._weight)
 
     def lengths(self) -> tuple[int, ...]:
         """How much was written, for `cut`."""
@@ -93,7 +93,7 @@ class Writer:
 
     def cut(self, lengths: tuple[int, ...]):
         """Take back what was written since."""
-        self._text = ""
+        self._texts = []
         parts = (self.rendered.tokens, self.rendered.weights, self.rendered.media, self.rendered.clips)
         for part, length in zip(parts, lengths, strict=True):
             del part[length:]
