@@ -217,8 +217,9 @@ def test_every_command_says_the_same_and_reads_no_weights(k25, base, tmp_path):
         file.unlink()
     for command in (["generate", "--raw", "--prompt=hi"], ["generate", "--prompt=hi"], ["chat"], ["serve", "--port=0"]):
         status, out, err = k25(command[0], f"--checkpoint={base}", *command[1:])
-        assert (status, out) == (2, "") and err.count("\n") == 1, err
-        assert f"{base / 'tokenizer.json'} holds a vocabulary of kind 'Unigram'" in err and "tiktoken.model" in err
+        *before, line = err.splitlines()
+        assert (status, out) == (2, "") and [text[:9] for text in before] in ([], ["listening"]), err
+        assert f"{base / 'tokenizer.json'} holds a vocabulary of kind 'Unigram'" in line and "tiktoken.model" in line
     data = DataConfig(sources=(SourceConfig(path=str(tmp_path)),), tokenizer=str(base))
     with pytest.raises(TokenizerError, match="tokenizer.json holds a vocabulary of kind"):
         Preparer(load_tokenizer(data.tokenizer), data, preset("tiny"))
