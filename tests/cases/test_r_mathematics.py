@@ -29,7 +29,6 @@ def checker():
     "answer",
     [
         ENDLESS,
-        "\\boxed{9^{9^{9^{9}}} + 1}",
         "\\boxed{(10^{10})!}",
         "\\boxed{\\frac{1}{" * 12 + "2" + "}" * 13,
         "\\boxed{2^{10^{12}} \\bmod 7}",
@@ -149,7 +148,7 @@ sys.stdin.read(1)
 """
 
 
-@pytest.mark.parametrize("ending", ["exit", "SIGTERM", "SIGKILL"])
+@pytest.mark.parametrize("ending", ["exit", "SIGKILL"])
 def test_no_process_stays(ending):
     """Neither the one that waits nor its child that computes, however the program ends."""
     program = subprocess.Popen(

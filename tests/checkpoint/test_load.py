@@ -8,8 +8,9 @@ import jax
 import numpy as np
 import pytest
 
+from k25_jax.checkpoint.folders import read_experiment
 from k25_jax.checkpoint.huggingface import save_params
-from k25_jax.checkpoint.load import load_model, read_experiment
+from k25_jax.checkpoint.load import load_model
 from k25_jax.checkpoint.store import CheckpointError, Store
 from k25_jax.config import ConfigError, load_experiment
 from k25_jax.train.handover import load_initial
