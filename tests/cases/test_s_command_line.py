@@ -339,6 +339,35 @@ def test_warnings_are_one_line_and_said_once(capsys, monkeypatch):
     assert capsys.readouterr().err == "WARNING here: twice\nWARNING UserWarning: in two lines\n"
 
 
+IN_A_TERMINAL = """
+import logging, warnings
+from rich.console import Console
+from rich.progress import Progress
+from k25_jax import cli
+
+cli.set_up_logging()
+with Progress(console=Console(stderr=True)) as bar:
+    task = bar.add_task("train", total=2)
+    bar.refresh()
+    logging.getLogger("here").warning("ours")
+    warnings.warn("theirs")
+    bar.update(task, completed=2)
+"""
+
+
+def test_warnings_stand_above_a_progress_bar():
+    code = (
+        "import pty, sys; out = bytearray()\n"
+        "def read(fd):\n    data = __import__('os').read(fd, 4096); out.extend(data); return b'.' if data else data\n"
+        "pty.spawn([sys.executable, '-c', sys.argv[1]], read); print(repr(bytes(out)))"
+    )
+    done = python("-c", code, IN_A_TERMINAL, TERM="xterm")
+    text = done.stdout
+    assert "\\x1b[2KWARNING here: ours\\r\\n" in text and "\\x1b[2KWARNING UserWarning: theirs\\r\\n" in text, text
+    assert text.count("ours") == text.count("theirs") == 1
+    assert text.rindex("theirs") < text.rindex("100%")
+
+
 # -------------------------------------------------------------------------------------------------------------- the wheel
 def test_experiments_are_listed_and_copied(capsys, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
