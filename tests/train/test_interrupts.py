@@ -142,7 +142,7 @@ def start(body: str) -> subprocess.Popen:
     """A process of a command that does this, once it has printed its first line."""
     script = textwrap.dedent(COMMAND).format(body=body)
     pipe = subprocess.PIPE
-    command = [sys.executable, "-c", script]
+    command = [sys.executable, "-W", "ignore", "-c", script]
     process = subprocess.Popen(
         command, stdout=pipe, stderr=pipe, text=True, env=os.environ | {"PYTHONPATH": str(runs.ROOT)}
     )
