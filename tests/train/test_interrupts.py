@@ -146,7 +146,8 @@ def start(body: str) -> subprocess.Popen:
     process = subprocess.Popen(
         command, stdout=pipe, stderr=pipe, text=True, env=os.environ | {"PYTHONPATH": str(runs.ROOT)}
     )
-    process.stdout.readline()
+    while os.read(process.stdout.fileno(), 1) not in (b"\n", b""):
+        pass  # readline() would take more than the line, and communicate() would miss it
     return process
 
 
