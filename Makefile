@@ -3,7 +3,7 @@ SHELL := /bin/bash
 .SHELLFLAGS := -eu -o pipefail -c
 .DELETE_ON_ERROR:
 .DEFAULT_GOAL := help
-.PHONY: help demo base test test-all lint bench clean
+.PHONY: help demo base test test-all test-media lint bench clean
 
 BIN := .venv/bin
 REQUIREMENTS := setup.cfg pyproject.toml $(wildcard constraints/*.txt)
@@ -15,11 +15,21 @@ PYTHON ?= $(shell for python in python3 python3.11 python3.12 /usr/bin/python3.1
 PIP = $(BIN)/python -m pip install -q \
 	-c constraints/$$($(BIN)/python -c 'import sys; print("py%d%d" % sys.version_info[:2])').txt
 
+# The other Python, 3.12 beside a .venv of 3.11 or the reverse, on the PATH or pyenv's; empty where there is none.
+OTHER = $(shell .venv/bin/python -c 'import sys; print("3.11" if sys.version_info[1] == 12 else "3.12")')
+OTHER_PYTHON = $(shell for python in python$(OTHER) /usr/bin/python$(OTHER) $${HOME}/.pyenv/versions/$(OTHER).*/bin/python; do \
+	$$python -c 'import ensurepip, sys; sys.exit("%d.%d" % sys.version_info[:2] != "$(OTHER)")' >/dev/null 2>&1 && \
+	command -v $$python && break; done)
+# What depends most on the versions of libraries: pictures, videos, and the records that hold them. All without PyTorch.
+MEDIA_TESTS = tests/vision tests/data/test_sources.py tests/data/test_archives.py tests/data/test_forms.py \
+	$(wildcard tests/cases/test_[beg]_*.py tests/cases/test_q_clip_times.py tests/cases/test_q_animations.py \
+	tests/cases/test_r_images.py tests/cases/test_r_videos.py)
+
 # Large arrays in huge pages: on a CPU, a large training step takes about a fifth longer without.
 export GLIBC_TUNABLES ?= glibc.malloc.hugetlb=1
 
 help: ## list the commands
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-10s%s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-12s%s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 demo: .venv/.demo ## train a small model on this machine, ask it questions, write a report
 	$(BIN)/k25 demo
@@ -36,6 +46,13 @@ test: .venv/.test ## the tests that take minutes, not hours, on a CPU
 test-all: .venv/.test ## every test
 	JAX_PLATFORMS=cpu $(BIN)/python -m pytest -q $(IN_PARALLEL)
 
+test-media: | .venv/.made ## images and videos with the other Python, 3.12 beside 3.11, in an environment of its own
+	@if [ -z "$(OTHER_PYTHON)" ]; then \
+	  echo "test-media: Python $(OTHER) is not on this machine, so images and videos are not tried with it"; \
+	else \
+	  $(MAKE) --no-print-directory .venv-$(OTHER)/.media && \
+	  JAX_PLATFORMS=cpu .venv-$(OTHER)/bin/python -m pytest -q -m "not slow" $(MEDIA_TESTS); fi
+
 lint: .venv/.test ## style, format, and which layer imports which
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -50,7 +67,7 @@ bench: ## a benchmark: make bench NAME=<file of benchmarks/, without .py> [ARGS=
 	JAX_PLATFORMS=$${JAX_PLATFORMS:-cpu} $(BIN)/python -m benchmarks.$(NAME) $(ARGS)
 
 clean: ## remove .venv, caches and build outputs
-	rm -rf .venv build dist *.egg-info .pytest_cache .ruff_cache .import_linter_cache
+	rm -rf .venv .venv-3.11 .venv-3.12 build dist *.egg-info .pytest_cache .ruff_cache .import_linter_cache
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 .venv/.made:
@@ -81,3 +98,9 @@ clean: ## remove .venv, caches and build outputs
 .venv/.preflight: $(REQUIREMENTS) | .venv/.made
 	$(PIP) -e ".[demo,test,preflight]"
 	touch $@ .venv/.demo .venv/.test
+
+# The package and pytest alone, under the pins of that Python.
+.venv-3.11/.media .venv-3.12/.media: .venv-%/.media: $(REQUIREMENTS)
+	$(OTHER_PYTHON) -m venv .venv-$*
+	.venv-$*/bin/python -m pip install -q -c constraints/py$(subst .,,$*).txt -e . pytest
+	touch $@

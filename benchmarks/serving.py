@@ -43,7 +43,7 @@ TEXT = TextConfig(
     qk_rope_dim=4, v_dim=8, max_length=384, moe=MoEConfig(experts=4, top_k=2, ffn_dim=16),
 )  # fmt: skip
 VISION = VisionConfig(layers=1, width=16, heads=2, mlp_dim=16, pos_height=4, pos_width=4)
-IDS = {"media_begin_id": 261, "media_end_id": 263, "media_pad_id": 264, "bos_id": 256, "eos_id": 258, "pad_id": 276}
+IDS = {"media_begin_id": 261, "media_end_id": 263, "media_pad_id": 264, "bos_id": 256, "eos_ids": (258,), "pad_id": 276}
 CONFIG = K25Config(text=TEXT, vision=VISION, **IDS)
 SETTINGS = EngineConfig(
     rows=(16,), pieces=(4,), piece=16, pages=320, page_size=8, queue=4096, vision_patches=(64,), vision_tokens=32,

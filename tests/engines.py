@@ -18,7 +18,7 @@ TEXT = TextConfig(
 )  # fmt: skip
 VISION = VisionConfig(layers=1, width=16, heads=2, mlp_dim=12, patch_size=4, pos_height=4, pos_width=4)
 PAD = 50
-CONFIG = K25Config(text=TEXT, vision=VISION, media_pad_id=PAD, media_begin_id=51, media_end_id=52, eos_id=53)
+CONFIG = K25Config(text=TEXT, vision=VISION, media_pad_id=PAD, media_begin_id=51, media_end_id=52, eos_ids=(53,))
 PARAMS = reference.random_params(CONFIG, seed=1, std=0.25)
 SETTINGS = EngineConfig(
     rows=(5,), pieces=(3,), piece=5, pages=12, page_size=4, queue=64, vision_patches=(32,), vision_tokens=10,

@@ -27,7 +27,7 @@ def get_config(arg=""):
                 qk_rope_dim=4, v_dim=8, init_std=0.1, max_length=128)
     text |= dict(moe=dict(experts=4, top_k=2, ffn_dim=16), rope=dict(original_length=128))
     vision = dict(layers=1, width=16, heads=2, mlp_dim=16, pos_height=4, pos_width=4)
-    ids = dict(media_begin_id=261, media_end_id=263, media_pad_id=264, bos_id=256, eos_id=258, pad_id=276)
+    ids = dict(media_begin_id=261, media_end_id=263, media_pad_id=264, bos_id=256, eos_ids=(258,), pad_id=276)
     config.model = dict(text=text, vision=vision, **ids)
     config.data = dict(sources=[dict(path={path!r})], batch_size=2, seq_len=64, packs=1, pack_patches=64)
     config.optim = dict(peak_lr=1e-2, end_lr=1e-3, warmup_steps=2, decay_steps=20)

@@ -1,9 +1,9 @@
 """What a folder holds, by its files: one of our runs, or a checkpoint in the public format. Imports nothing heavy."""
 
-import json
 import pathlib
 
 from k25_jax.config import ConfigError, Experiment, from_dict
+from k25_jax.config.json_file import read_object
 
 BASE = pathlib.Path(__file__).parent / "base"
 
@@ -17,7 +17,7 @@ def find(directory: str | pathlib.Path) -> tuple[pathlib.Path, bool]:
     folder = BASE if str(directory) == "base" else pathlib.Path(directory)
     if (folder / "experiment.json").is_file():
         return folder, True
-    if (folder / "config.json").is_file():
+    if (folder / "config.json").exists():
         return folder, False
     raise CheckpointError(
         f"{folder} is neither a run (experiment.json) nor a public checkpoint (config.json); name the folder that "
@@ -29,9 +29,13 @@ def read_experiment(directory: pathlib.Path) -> Experiment:
     """The configuration that a run was started with."""
     file = directory / "experiment.json"
     try:
-        return from_dict(Experiment, json.loads(file.read_text()))
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"{file} cannot be read ({error}); restore it from the experiment file") from error
+        values = read_object(file)
+    except ValueError as error:
+        raise CheckpointError(f"{error}; restore it from the experiment file") from error
+    model = values.get("model")
+    if isinstance(model, dict) and "eos_id" in model:  # as runs were written when they had one end token
+        model["eos_ids"] = [model.pop("eos_id")]
+    return from_dict(Experiment, values)
 
 
 def check_same_model(experiment: Experiment, directory: pathlib.Path) -> None:

@@ -1,16 +1,18 @@
-"""`config.json` of Hugging Face checkpoints: reads every spelling, writes one that all can read (K2.5 §3.2).
+"""`config.json` and `generation_config.json` of Hugging Face: reads every spelling, writes one for all (K2.5 §3.2).
 
 The public checkpoint and `transformers` name the vision fields differently (`vt_hidden_size`, `hidden_size`). A
 language model alone (Kimi K2, Moonlight, DeepSeek-V3) has the text fields at the top level. What `K25Config` cannot
 represent raises `CheckpointError` with the file, the field and its value.
 """
 
-import json
+import math
 import pathlib
 
 from k25_jax.checkpoint.store import CheckpointError
 from k25_jax.config import ConfigError, K25Config, MoEConfig, RopeConfig, TextConfig, VisionConfig, from_dict
+from k25_jax.config.json_file import read_object, shown
 
+MOST = 2**31  # no size in a config is this large
 TEXT_TYPES = ("kimi_k2", "deepseek_v3")
 
 # field, its public name, its name in transformers, and the default of both
@@ -64,6 +66,9 @@ VISION_FIXED = {
     "mm_projector_type": "patchmerger",
     "projector_hidden_act": "gelu",
 }
+INT4 = {"num_bits": 4, "type": "int", "symmetric": True, "strategy": "group", "group_size": 32, "dynamic": False}
+BOS_AND_PAD = ("bos_token_id", "pad_token_id")
+GENERATION = "generation_config.json"
 YARN_FIELDS = ("factor", "original_max_position_embeddings", "beta_fast", "beta_slow", "mscale", "mscale_all_dim")
 YARN_FIXED = {"truncate": True, "partial_rotary_factor": 1.0, "attention_factor": None}
 
@@ -73,7 +78,7 @@ class _Section:
 
     def __init__(self, values, where: str):
         if not isinstance(values, dict):
-            raise CheckpointError(f"{where} must be an object, not {values!r}")
+            raise CheckpointError(f"{where} must be an object, not {shown(values)}")
         self.values, self.where = values, where
 
     def get(self, default, *names, null=None):
@@ -83,8 +88,9 @@ class _Section:
         """
         found = {name: self._typed(name, default, null) for name in names if name in self.values}
         found = {name: value for name, value in found.items() if value is not None}
-        if len(set(map(str, found.values()))) > 1:
-            raise CheckpointError(f"{self.where}: {' and '.join(f'{k}={v}' for k, v in found.items())} disagree")
+        if any(value != next(iter(found.values())) for value in found.values()):
+            both = " and ".join(f"{name}={shown(value)}" for name, value in found.items())
+            raise CheckpointError(f"{self.where}: {both} disagree")
         return next(iter(found.values()), default)
 
     def _typed(self, name, default, null):
@@ -92,20 +98,34 @@ class _Section:
         if value is None:
             return null
         if kind is float and type(value) is int:
-            return float(value)
+            value = float(max(min(value, MOST), -1))
         if type(value) is not kind:
-            raise CheckpointError(f"{self.where}: {name}={value!r} must be of type {kind.__name__}")
+            raise CheckpointError(f"{self.where}: {name}={shown(value)} must be of type {kind.__name__}")
+        if kind in (int, float) and not 0 <= value < (MOST if kind is int else math.inf):
+            raise CheckpointError(f"{self.where}: {name}={shown(value)} must lie between 0 and {MOST:,}")
         return value
+
+    def token_ids(self, name: str, vocabulary: int) -> list[int]:
+        """A token id or a list of them; none where the field is absent or null."""
+        value = self.values.get(name)
+        ids = [] if value is None else value if isinstance(value, list) else [value]
+        if not all(type(id_) is int and 0 <= id_ < vocabulary for id_ in ids):
+            raise CheckpointError(
+                f"{self.where}: {name}={shown(value)} must be a token id, or a list of them, below "
+                f"vocab_size={vocabulary}"
+            )
+        return ids
 
     def expect(self, name: str, *supported):
         """Raise unless field `name` is absent, null or one of `supported`."""
         value = self.values.get(name)
         if value is not None and value not in supported:
             allowed = " or ".join(map(repr, supported)) or "absent"
-            raise CheckpointError(f"{self.where}: {name}={value!r} is not supported; it can be {allowed}")
+            raise CheckpointError(f"{self.where}: {name}={shown(value)} is not supported; it can be {allowed}")
 
     def section(self, name: str) -> "_Section":
-        return _Section(self.values.get(name) or {}, f"{self.where}: {name}")
+        value = self.values.get(name)
+        return _Section({} if value is None else value, f"{self.where}: {name}")
 
 
 # ------------------------------------------------------------------------------------------------------------- reading
@@ -114,50 +134,67 @@ def read_config(directory) -> K25Config:
 
     A language model alone gets the default vision encoder: its checkpoint fills only the text part of the parameters.
     """
+    top = _top(directory)
+    _encoding(top)
+    try:
+        return _language_model(top) if _is_language_model(top) else _whole_model(top)
+    except ConfigError as error:
+        raise CheckpointError(f"{top.where}: {error}") from error
+
+
+def language_model_alone(directory) -> bool:
+    """Whether `directory` (or a config.json) describes a language model without vision encoder."""
+    top = _top(directory)
+    return _is_language_model(top) or top.values.get("vision_config") is None
+
+
+def declared_encoding(directory) -> str:
+    """What quantization_config says of the weights: "" (nothing), "int4" or "fp8", as in quantised.py."""
+    return _encoding(_top(directory))
+
+
+def _top(directory) -> _Section:
     path = pathlib.Path(directory)
     path = path / "config.json" if path.is_dir() else path
-    top = _Section(_read_json(path), str(path))
+    top = _Section(_read(path), str(path))
     model_type = top.values.get("model_type")
     if model_type not in ("kimi_k25", *TEXT_TYPES):
-        raise CheckpointError(f"{path}: model_type={model_type!r} is not one of kimi_k25, {', '.join(TEXT_TYPES)}")
-    try:
-        return _language_model(top) if model_type in TEXT_TYPES else _whole_model(top)
-    except ConfigError as error:
-        raise CheckpointError(f"{path}: {error}") from error
+        raise CheckpointError(f"{path}: model_type={shown(model_type)} is not one of kimi_k25, {', '.join(TEXT_TYPES)}")
+    return top
 
 
-def _read_json(path: pathlib.Path):
+def _is_language_model(top: _Section) -> bool:
+    return top.values["model_type"] in TEXT_TYPES
+
+
+def _read(path: pathlib.Path) -> dict:
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise CheckpointError(f"{path}: {error.strerror}") from error
-    except ValueError as error:  # broken JSON or broken UTF-8
-        raise CheckpointError(f"{path} is not valid JSON: {error}") from error
+        return read_object(path)
+    except ValueError as error:
+        raise CheckpointError(str(error)) from error
 
 
 def _language_model(top: _Section) -> K25Config:
-    _check_quantisation(top)
-    tied = top.get(False, "tie_word_embeddings")
-    return K25Config(text=_text(top, tied), **_token_ids(top, top))
+    text = _text(top, top.get(False, "tie_word_embeddings"))
+    return K25Config(text=text, **_token_ids(top, top, text.vocab_size))
 
 
 def _whole_model(top: _Section) -> K25Config:
     text, vision = top.section("text_config"), top.section("vision_config")
     text.expect("model_type", *TEXT_TYPES)
-    for section in (top, text):
-        _check_quantisation(section)
     by_transformers = "image_token_id" in top.values
     tied = top.get(True if by_transformers else text.get(False, "tie_word_embeddings"), "tie_word_embeddings")
+    language = _text(text, tied)
     config = K25Config(
         vision=_vision(vision),
-        text=_text(text, tied),
+        text=language,
         projector_eps=_Section(vision.values | top.values, top.where).get(
             1e-5, "projector_ln_eps", "projection_layer_norm_eps"
         ),
         media_pad_id=top.get(163605, "media_placeholder_token_id", "image_token_id"),
         media_begin_id=top.get(163602, "vision_start_token_id"),
         media_end_id=top.get(163604, "vision_end_token_id"),
-        **_token_ids(top, text),
+        **_token_ids(top, text, language.vocab_size),
     )
     for section, name in ((top, "projection_hidden_size"), (vision, "mm_hidden_size")):
         section.expect(name, config.vision.width)
@@ -208,6 +245,8 @@ def _rope(section: _Section, max_length: int) -> RopeConfig:
     for field, value in YARN_FIXED.items():
         rope.expect(field, value)
     original = rope.get(max_length, "original_max_position_embeddings")
+    if not original:
+        raise CheckpointError(f"{rope.where}: original_max_position_embeddings=0 must be positive")
     return RopeConfig(
         theta=theta,
         yarn=True,
@@ -220,39 +259,58 @@ def _rope(section: _Section, max_length: int) -> RopeConfig:
     )
 
 
-def _token_ids(top: _Section, text: _Section) -> dict[str, int]:
-    """Ids of begin, end and padding; generation_config.json, where there is one, knows better what ends a turn."""
-    defaults = K25Config()
-    bos = _first(top, "bos_token_id", _first(text, "bos_token_id", defaults.bos_id))
-    eos = _first(top, "eos_token_id", _first(text, "eos_token_id", defaults.eos_id))
-    generation = pathlib.Path(top.where).with_name("generation_config.json")
-    if generation.is_file():
-        eos = _first(_Section(_read_json(generation), str(generation)), "eos_token_id", eos)
-    return {"bos_id": bos, "eos_id": eos, "pad_id": _first(top, "pad_token_id", _first(text, "pad_token_id", eos))}
+def _token_ids(top: _Section, text: _Section, vocabulary: int) -> dict:
+    """Begin, padding and all ends: those of generation_config.json, of the top level and of text_config together."""
+    defaults, folder = K25Config(), pathlib.Path(top.where).parent
+    generation = _Section(read_generation(folder), str(folder / GENERATION))
+    bos, pad = (top.token_ids(name, vocabulary) or text.token_ids(name, vocabulary) for name in BOS_AND_PAD)
+    ends = [id_ for part in (generation, top, text) for id_ in part.token_ids("eos_token_id", vocabulary)]
+    ends = tuple(dict.fromkeys(ends)) or defaults.eos_ids
+    return {"bos_id": (bos or [defaults.bos_id])[0], "eos_ids": ends, "pad_id": (pad or ends)[0]}
 
 
-def _first(section: _Section, name: str, default):
-    """A token id; the first one of a list."""
-    value = section.values.get(name)
-    if isinstance(value, list) and value:
-        value = value[0]
-    if value is not None and type(value) is not int:
-        raise CheckpointError(f"{section.where}: {name}={value!r} must be a token id")
-    return default if value is None else value
+def read_generation(directory: pathlib.Path) -> dict:
+    """What generation_config.json says; {} where there is none."""
+    path = directory / GENERATION
+    return _read(path) if path.exists() else {}
 
 
-def _check_quantisation(section: _Section):
-    quantisation = section.section("quantization_config")
-    quantisation.expect("quant_method", "compressed-tensors", "fp8")
-    quantisation.expect("format", "pack-quantized")
-    quantisation.expect("weight_block_size", [128, 128])
+def _encoding(top: _Section) -> str:
+    """Raises CheckpointError where a scheme is not one that quantised.py reads, or two of them differ."""
+    found = {_scheme(part.section("quantization_config")) for part in (top, top.section("text_config"))} - {""}
+    if len(found) > 1:
+        raise CheckpointError(f"{top.where}: quantization_config says {' and '.join(sorted(found))}")
+    return next(iter(found), "")
+
+
+def _scheme(section: _Section) -> str:
+    """The encoding that one quantization_config describes."""
+    if not section.values:
+        return ""
+    section.expect("quant_method", "compressed-tensors", "fp8")
+    if section.values.get("quant_method") == "fp8":
+        section.expect("weight_block_size", [128, 128])
+        section.expect("fmt", "e4m3")
+        return "fp8"
+    section.expect("format", "pack-quantized")
+    groups = section.section("config_groups")
+    for name in groups.values:
+        weights = groups.section(name).section("weights")
+        for field, value in INT4.items():
+            weights.expect(field, value)
+    return "int4"
 
 
 # ------------------------------------------------------------------------------------------------------------- writing
-def write_config(config: K25Config) -> dict:
-    """The contents of config.json: public names, and beside them those that `transformers` reads."""
+def write_config(config: K25Config, text_only: bool = False) -> dict:
+    """The contents of config.json: public names, and beside them those that `transformers` reads.
+
+    `text_only` gives the layout of a language model alone.
+    """
     _check_writable(config)
-    v, ids = config.vision, _ids(config)
+    v, ids = config.vision, write_token_ids(config)
+    if text_only:
+        return _text_section(config.text) | ids
     vision = {name: getattr(v, field) for field, *names, _ in VISION_FIELDS for name in names}
     vision |= VISION_FIXED | {
         "hidden_act": "gelu_pytorch_tanh",
@@ -303,8 +361,10 @@ def _text_section(text: TextConfig) -> dict:
     }
 
 
-def _ids(config: K25Config) -> dict[str, int]:
-    return {"bos_token_id": config.bos_id, "eos_token_id": config.eos_id, "pad_token_id": config.pad_id}
+def write_token_ids(config: K25Config) -> dict:
+    """As both config files have them: several ends are a list."""
+    ends = list(config.eos_ids) if len(config.eos_ids) > 1 else config.eos_ids[0]
+    return {"bos_token_id": config.bos_id, "eos_token_id": ends, "pad_token_id": config.pad_id}
 
 
 def _check_writable(config: K25Config):

@@ -1,8 +1,7 @@
 """Hugging Face checkpoints of Kimi K2.5, read and written one tensor at a time (K2.5 §3.1, §3.2).
 
-`TABLE` says which tensor of the files is which leaf of the parameter tree, and how its axes are turned; reading,
-checking and writing all follow it. Files are in the safetensors format, under the public names; what `transformers`
-writes, and a language model alone, is read through `ALIASES`. Experts may be INT4, matrices FP8 (see quantised.py).
+Files are in the safetensors format (tensor_files.py). Their names and axes are those of layout.py. Experts may be
+INT4, matrices FP8 (quantised.py).
 """
 
 import contextlib
@@ -22,173 +21,15 @@ from einops import rearrange
 from flax.traverse_util import flatten_dict, unflatten_dict
 
 from k25_jax.checkpoint import quantised
-from k25_jax.checkpoint.hf_config import write_config
-from k25_jax.checkpoint.quantised import DTYPES, INDEX, TensorFiles, raise_problems
+from k25_jax.checkpoint.hf_config import GENERATION, declared_encoding, write_config, write_token_ids
+from k25_jax.checkpoint.layout import LANGUAGE, VISION, Bound, axes_of, bind, public_name
 from k25_jax.checkpoint.store import CheckpointError
+from k25_jax.checkpoint.tensor_files import DTYPES, INDEX, TensorFiles, raise_problems
 from k25_jax.config import K25Config
-from k25_jax.models.k25 import abstract_params
 
-# ------------------------------------------------------------------------------------------------------------ the table
-VECTOR, MATRIX = "d -> d", "o i -> i o"  # axes in the file -> axes of one layer (and expert) of the leaf
-
-
-@dataclasses.dataclass(frozen=True)
-class Tensor:
-    """A tensor of the files, one for each layer and expert if its name says so, and the leaf of the tree that it is.
-
-    Where it is two leaves, it holds them joined along their last axis.
-    """
-
-    name: str
-    leaves: str
-    axes: str = VECTOR
-    encodings: tuple[str, ...] = ()  # how `save_params` may quantise it
-    float32: bool = False  # written in float32, whatever the dtype of the rest
-
-
-def _table() -> tuple[Tensor, ...]:
-    layer, block = "language_model.model.layers.{layer}.", "vision_tower.encoder.blocks.{layer}."
-    experts = layer + "mlp.experts.{expert}."
-    fp8, any_encoding = ("fp8",), ("fp8", "int4")
-    tensors = [Tensor("language_model.model.embed_tokens.weight", "embed", "v d -> v d")]
-    for stack in ("dense", "moe"):
-        attention, leaf = layer + "self_attn.", f"{stack}/attention/"
-        tensors += [
-            Tensor(layer + "input_layernorm.weight", f"{stack}/attention_norm"),
-            Tensor(attention + "q_proj.weight", leaf + "q", "(h d) i -> i h d", fp8),
-            Tensor(attention + "q_a_proj.weight", leaf + "q_a", MATRIX, fp8),
-            Tensor(attention + "q_a_proj.bias", leaf + "q_a_bias"),
-            Tensor(attention + "q_a_layernorm.weight", leaf + "q_a_norm"),
-            Tensor(attention + "q_b_proj.weight", leaf + "q_b", "(h d) i -> i h d", fp8),
-            Tensor(attention + "kv_a_proj_with_mqa.weight", leaf + "kv_a", MATRIX, fp8),
-            Tensor(attention + "kv_a_proj_with_mqa.bias", leaf + "kv_a_bias"),
-            Tensor(attention + "kv_a_layernorm.weight", leaf + "kv_a_norm"),
-            Tensor(attention + "kv_b_proj.weight", f"{leaf}k_b {leaf}v_b", "(h d) i -> i h d", fp8),
-            Tensor(attention + "o_proj.weight", leaf + "o", "o (h d) -> h d o", fp8),
-            Tensor(attention + "o_proj.bias", leaf + "o_bias"),
-            Tensor(layer + "post_attention_layernorm.weight", f"{stack}/mlp_norm"),
-        ]
-    tensors += [
-        Tensor(layer + "mlp.gate.weight", "moe/moe/router", MATRIX),
-        Tensor(layer + "mlp.gate.e_score_correction_bias", "moe/moe/router_bias", float32=True),
-    ]
-    for part in ("gate", "up", "down"):
-        tensors += [
-            Tensor(f"{layer}mlp.{part}_proj.weight", f"dense/mlp/{part}", MATRIX, fp8),
-            Tensor(f"{layer}mlp.shared_experts.{part}_proj.weight", f"moe/moe/shared/{part}", MATRIX, fp8),
-            Tensor(f"{experts}{part}_proj.weight", f"moe/moe/experts/{part}", MATRIX, any_encoding),
-        ]
-    tensors += [
-        Tensor("language_model.model.norm.weight", "final_norm"),
-        Tensor("language_model.lm_head.weight", "head", MATRIX),
-        Tensor("vision_tower.patch_embed.proj.weight", "vision/patch_embed/kernel", "o c h w -> (c h w) o"),
-        Tensor("vision_tower.patch_embed.proj.bias", "vision/patch_embed/bias"),
-        Tensor("vision_tower.patch_embed.pos_emb.weight", "vision/pos_table", "y x d -> y x d"),
-        Tensor(block + "wqkv.weight", "vision/blocks/qkv", "(t h d) i -> i t h d"),
-        Tensor(block + "wqkv.bias", "vision/blocks/qkv_bias", "(t h d) -> t h d"),
-        Tensor(block + "wo.weight", "vision/blocks/out", "o (h d) -> h d o"),
-        Tensor(block + "wo.bias", "vision/blocks/out_bias"),
-    ]
-    for layer_norm, leaf in (
-        (block + "norm0", "vision/blocks/norm0"),
-        (block + "norm1", "vision/blocks/norm1"),
-        ("vision_tower.encoder.final_layernorm", "vision/final_norm"),
-        ("mm_projector.pre_norm", "projector/norm"),
-    ):
-        tensors += [Tensor(layer_norm + ".weight", leaf + "/scale"), Tensor(layer_norm + ".bias", leaf + "/bias")]
-    for linear, leaf in (
-        (block + "mlp.fc0", "vision/blocks/fc0"),
-        (block + "mlp.fc1", "vision/blocks/fc1"),
-        ("mm_projector.proj.0", "projector/fc0"),
-        ("mm_projector.proj.2", "projector/fc1"),
-    ):
-        tensors += [Tensor(linear + ".weight", leaf, MATRIX), Tensor(linear + ".bias", leaf + "_bias")]
-    return tuple(tensors)
-
-
-TABLE = _table()
-
-
-# beginnings of names in other layouts -> the public ones
-ALIASES = (
-    ("language_model.model.blocks.", "language_model.model.layers."),  # transformers
-    ("model.mm_projector.", "mm_projector."),
-    ("vision_tower.encoder.patch_embed.", "vision_tower.patch_embed."),
-    ("model.layers.", "language_model.model.layers."),  # a language model alone
-    ("model.embed_tokens.", "language_model.model.embed_tokens."),
-    ("model.norm.", "language_model.model.norm."),
-    ("lm_head.", "language_model.lm_head."),
-)
-VISION = ("vision_tower.", "mm_projector.")
-
-
-def public_name(name: str) -> str:
-    """The public name of a tensor, whichever layout it was stored in."""
-    for other, public in ALIASES:
-        if name.startswith(other):
-            return public + name[len(other) :]
-    return name
-
-
-@dataclasses.dataclass(frozen=True)
-class Bound:
-    """A row of the table in a model of known size.
-
-    A `place` says which layer and expert of the stacked leaf: (), (y,) or (y, e).
-    """
-
-    tensor: Tensor
-    leaves: dict[str, tuple[int, ...]]  # path in the tree -> shape
-    stack: tuple[int, ...]  # leading sizes of the leaves: layers, experts
-    first_layer: int  # number of layer y = 0 in the names
-    lengths: dict[str, int]  # sizes of the axes that `tensor.axes` names
-    shape: tuple[int, ...]  # in the files
-
-    def name(self, place: tuple[int, ...]) -> str:
-        layer, expert = (*place, 0, 0)[:2]
-        return self.tensor.name.format(layer=self.first_layer + layer, expert=expert)
-
-    def to_leaf(self, array: np.ndarray) -> np.ndarray:
-        return rearrange(array, self.tensor.axes, **self.lengths)
-
-    def to_file(self, array: np.ndarray) -> np.ndarray:
-        return rearrange(array, " -> ".join(reversed(self.tensor.axes.split(" -> "))), **self.lengths)
-
-
-def _axes(tensor: Tensor) -> tuple[list[str], list[str]]:
-    """The axes in the file and in the leaf: "(h d) i -> i h d" gives ["(h d)", "i"], ["i", "h", "d"]."""
-    before, after = (re.findall(r"\([^)]*\)|\w+", side) for side in tensor.axes.split(" -> "))
-    return before, after
-
-
-def bind(config: K25Config, text_only: bool = False) -> list[Bound]:
-    """The rows of the table that a model of this config has."""
-    tree = {path: leaf.shape for path, leaf in flatten_dict(abstract_params(config), sep="/").items()}
-    if text_only:
-        tree = {path: shape for path, shape in tree.items() if not path.startswith(("vision/", "projector/"))}
-    rows = []
-    for tensor in TABLE:
-        leaves = {path: tree[path] for path in tensor.leaves.split() if path in tree}
-        if not leaves:
-            continue
-        count = tensor.name.count("{")
-        *shapes, last = (shape[count:] for shape in leaves.values())
-        joined = (*last[:-1], last[-1] + sum(shape[-1] for shape in shapes))
-        before, after = _axes(tensor)
-        lengths = {"c": 3, "h": config.vision.patch_size, "w": config.vision.patch_size}
-        lengths |= dict(zip(after, joined, strict=True))
-        groups = [axis.strip("()").split() for axis in before]
-        rows.append(
-            Bound(
-                tensor,
-                leaves,
-                stack=leaves[next(iter(leaves))][:count],
-                first_layer=config.text.dense_layers if tensor.leaves.startswith("moe/") else 0,
-                lengths={name: lengths[name] for group in groups for name in group},
-                shape=tuple(math.prod(lengths[name] for name in group) for group in groups),
-            )
-        )
-    return rows
+WRITTEN = (INDEX, "config.json", GENERATION)
+EMBED, HEAD, NORM = (f"{LANGUAGE}{name}.weight" for name in ("model.embed_tokens", "lm_head", "model.norm"))
+CHUNK = 2**22  # numbers that are compared at once
 
 
 # ------------------------------------------------------------------------------------------------------------- reading
@@ -221,9 +62,22 @@ def load_params(
 
 
 def _check_files(files: TensorFiles, rows: list[Bound], config: K25Config, text_only: bool):
+    """Raise CheckpointError unless the files hold this model: first what bounds the work, then each tensor."""
     present = files.tensors.keys() | files.lost
     if not text_only and present and not any(name.startswith(VISION) for name in present):
-        raise CheckpointError(f"{files.source} holds a language model alone: load it with text_only=True")
+        raise CheckpointError(
+            f"{files.source} holds a language model alone, but its config an encoder: fetch the other files, or load it with "
+            "text_only=True"
+        )
+    asked = sum(math.prod(bound.stack) for bound in rows)
+    if asked > 10 * len(present) + 10_000:
+        sizes = f"num_hidden_layers={config.text.layers}, n_routed_experts={config.text.moe.experts}"
+        raise CheckpointError(
+            f"{files.source}: the config asks for {asked:,} tensors ({sizes}, vision layers={config.vision.layers}), the "
+            f"files hold {len(present):,}: correct config.json, or fetch the files again"
+        )
+    _check_encoding(files)
+    tied = config.text.tie_embeddings
 
     def harmless(name: str) -> bool:
         layer = re.match(r"language_model\.model\.layers\.(\d+)\.", name)
@@ -231,9 +85,39 @@ def _check_files(files: TensorFiles, rows: list[Bound], config: K25Config, text_
             name.endswith(".rotary_emb.inv_freq")
             or (layer and int(layer[1]) >= config.text.layers)  # multi-token prediction
             or (text_only and name.startswith(VISION))
+            or (tied and name == HEAD)
         )
 
     files.check({bound.name(place): bound.shape for bound in rows for place in np.ndindex(bound.stack)}, harmless)
+    if tied and HEAD in files.tensors:
+        _check_tied(files, (config.text.vocab_size, config.text.d_model))
+    if not files.read(NORM).any():
+        raise CheckpointError(f"{files.tensors[NORM].file}: {NORM} is all zeros: these are not the weights of a model")
+
+
+def _check_encoding(files: TensorFiles):
+    """Raise CheckpointError where quantization_config says other than the files."""
+    file = files.source / "config.json"
+    declared = declared_encoding(file) if file.is_file() else ""
+    for encoding, name in files.encodings().items():
+        if declared not in ("", encoding):
+            raise CheckpointError(
+                f"{file}: quantization_config says {declared}, but {name} is stored as {encoding}: fetch both again"
+            )
+
+
+def _check_tied(files: TensorFiles, shape: tuple[int, int]):
+    """Raise CheckpointError unless the head that the files keep beside a tied embedding is equal to it."""
+    vocabulary, width = shape
+    rows, equal = max(1, CHUNK // width), files.tensors[HEAD].shape == shape
+    for first in range(0, vocabulary if equal else 0, rows):
+        embed, head = (files.values(name, shape, first, min(first + rows, vocabulary)) for name in (EMBED, HEAD))
+        equal = equal and bool((embed.astype(np.float32) == head.astype(np.float32)).all())
+    if not equal:
+        raise CheckpointError(
+            f"{files.source}: tie_word_embeddings is true, but lm_head.weight is not embed_tokens.weight: set it to "
+            "false in config.json to use both"
+        )
 
 
 def _leaf(files: TensorFiles, bound: Bound, path: str, shape, dtype: np.dtype, sharding) -> jax.Array:
@@ -263,7 +147,7 @@ def _shard(files: TensorFiles, bound: Bound, path: str, spans, dtype: np.dtype) 
 
 def _read(files: TensorFiles, bound: Bound, path: str, name: str, spans) -> np.ndarray:
     """The part of one tensor that leaf `path` has between `spans`, its axes turned."""
-    before, after = _axes(bound.tensor)
+    before, after = axes_of(bound.tensor)
     cuts = [slice(*span) for span in spans]
     if before[0] in after and len(bound.leaves) == 1:  # the file's rows are an axis of the leaf: read no others
         axis = after.index(before[0])
@@ -305,23 +189,27 @@ def save_params(
     quantise: str | None = None,
     shard_bytes: float = 5e9,
     progress: Callable[[str, int, int], None] | None = None,
+    text_only: bool = False,
+    generation: dict | None = None,
 ):
-    """Write a checkpoint under the public names, with its index and config.json, one tensor in memory at a time.
+    """Write a checkpoint under the public names, with its index and configs, one tensor in memory at a time.
 
     `dtype` is float32, bfloat16 or float16. `quantise` is None, "int4" (routed experts) or "fp8" (the matrices of the
-    language model's layers). The folder appears whole or not at all; in an older checkpoint's place, it keeps the
+    language model's layers). `text_only` writes the layout of a language model alone; `generation` are further fields of
+    generation_config.json. The folder appears whole or not at all; in an older checkpoint's place, it keeps the
     files that are not weights. `progress(file, done, total)` is called after each file.
     """
     names = {kind: name for name, kind in DTYPES.items() if name in quantised.FLOATS}
     if np.dtype(dtype) not in names or (quantise or "") not in quantised.ENCODINGS:
         raise CheckpointError(f"{directory}: cannot write dtype={np.dtype(dtype)}, quantise={quantise!r}")
-    contents = write_config(config) | {"dtype": np.dtype(dtype).name}
+    contents = write_config(config, text_only) | {"dtype": np.dtype(dtype).name}
     if quantise:
-        contents["text_config"]["quantization_config"] = quantised.describe(quantise)
+        (contents if text_only else contents["text_config"])["quantization_config"] = quantised.describe(quantise)
+    configs = {"config.json": contents, GENERATION: (generation or {}) | write_token_ids(config)}
     flat = flatten_dict(params, sep="/")
-    rows = bind(config)
+    rows = bind(config, text_only)
     _check_tree(directory, flat, rows)
-    shards = _split(_entries(rows, names[np.dtype(dtype)], quantise or ""), shard_bytes)
+    shards = _split(_entries(rows, names[np.dtype(dtype)], quantise or "", text_only), shard_bytes)
     weight_map, total = {}, 0
     with _replacing(pathlib.Path(directory).absolute()) as folder:
         for number, shard in enumerate(shards, 1):
@@ -332,7 +220,7 @@ def save_params(
             if progress:
                 progress(file, number, len(shards))
         index = {"metadata": {"total_size": total}, "weight_map": weight_map}
-        for file, values in ((INDEX, index), ("config.json", contents)):
+        for file, values in ({INDEX: index} | configs).items():
             (folder / file).write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
 
 
@@ -348,14 +236,15 @@ def _check_tree(directory, flat: dict, rows: list[Bound]):
     raise_problems(directory, problems)
 
 
-def _entries(rows: list[Bound], dtype: str, quantise: str) -> list[Entry]:
+def _entries(rows: list[Bound], dtype: str, quantise: str, text_only: bool) -> list[Entry]:
     """All tensors, layer by layer."""
     entries, groups = [], [bound.tensor.name.partition("{layer}")[0] for bound in rows]
     for bound in rows:
         encoding = quantise if quantise in bound.tensor.encodings else ""
         kept = "F32" if bound.tensor.float32 else dtype
         for place in np.ndindex(bound.stack):
-            stored = quantised.parts(bound.name(place), bound.shape, encoding)
+            name = bound.name(place).removeprefix(LANGUAGE if text_only else "")
+            stored = quantised.parts(name, bound.shape, encoding)
             parts = {name: (dtypes[0] if encoding else kept, shape) for name, (dtypes, shape) in stored.items()}
             entries.append(Entry(bound, place, encoding, parts))
     entries.sort(key=lambda entry: (groups.index(entry.bound.tensor.name.partition("{layer}")[0]), entry.layer))
@@ -431,8 +320,10 @@ def _replacing(target: pathlib.Path):
         yield folder
         if target.exists():
             for item in target.iterdir():
-                if not (item.name in (INDEX, "config.json") or item.suffix == ".safetensors"):
-                    (shutil.copytree if item.is_dir() else shutil.copy2)(item, folder / item.name)
+                if item.is_dir() and not item.is_symlink():
+                    shutil.copytree(item, folder / item.name, symlinks=True)
+                elif item.name not in WRITTEN and item.suffix != ".safetensors":
+                    shutil.copy2(item, folder / item.name, follow_symlinks=False)
             target.rename(old)
         folder.rename(target)
     except OSError as error:

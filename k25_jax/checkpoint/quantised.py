@@ -1,4 +1,4 @@
-"""Tensors as public checkpoints store them: safetensors files, with INT4 or FP8 matrices in them (K2.5 §3.2).
+"""Matrices as public checkpoints store them: in floating point, INT4 or FP8 (K2.5 §3.2).
 
 The experts of K2.5 are INT4, all matrices of K2 are FP8. A matrix `x.weight` [rows, columns] is stored in one of the
 `ENCODINGS`; `parts` says which tensors hold it:
@@ -8,39 +8,15 @@ The experts of K2.5 are INT4, all matrices of K2 are FP8. A matrix `x.weight` [r
     fp8   x.weight: E4M3 values; x.weight_scale_inv: one factor for every block of 128 by 128, the last ones ragged
 """
 
-import dataclasses
-import json
-import math
-import pathlib
-from collections.abc import Callable
-
 import ml_dtypes
 import numpy as np
-
-from k25_jax.checkpoint.store import CheckpointError
 
 ENCODINGS = ("", "int4", "fp8")
 FLOATS = ("F32", "BF16", "F16")  # as safetensors calls them
 GROUP = 32
 BLOCK = 128
-MAX_HEADER = 100_000_000  # bytes, by the definition of safetensors
 FP8 = np.dtype(ml_dtypes.float8_e4m3fn)
 FP8_MAX = float(ml_dtypes.finfo(FP8).max)
-INDEX = "model.safetensors.index.json"
-DTYPES = {
-    "F32": np.dtype(np.float32),
-    "BF16": np.dtype(ml_dtypes.bfloat16),
-    "F16": np.dtype(np.float16),
-    "F8_E4M3": FP8,
-    "I32": np.dtype(np.int32),
-    "I64": np.dtype(np.int64),
-    "F64": np.dtype(np.float64),
-    "F8_E5M2": np.dtype(ml_dtypes.float8_e5m2),
-    "I16": np.dtype(np.int16),
-    "I8": np.dtype(np.int8),
-    "U8": np.dtype(np.uint8),
-    "BOOL": np.dtype(np.bool_),
-}
 
 
 # --------------------------------------------------------------------------------------------------------- encodings
@@ -132,145 +108,3 @@ def describe(encoding: str) -> dict:
     group = {"targets": ["Linear"], "weights": weights, "input_activations": None, "output_activations": None}
     scheme = {"quant_method": "compressed-tensors", "format": "pack-quantized", "quantization_status": "compressed"}
     return scheme | {"config_groups": {"group_0": group}, "ignore": others}
-
-
-# ------------------------------------------------------------------------------------------------------------- files
-@dataclasses.dataclass(frozen=True)
-class Stored:
-    """A tensor in a safetensors file, from byte `start`."""
-
-    file: pathlib.Path
-    name: str
-    dtype: str
-    shape: tuple[int, ...]
-    start: int
-
-
-def read_header(path: pathlib.Path) -> list[Stored]:
-    """What a safetensors file holds. Raises CheckpointError unless its tensors fill it exactly."""
-    size = path.stat().st_size
-    with open(path, "rb") as file:
-        length = int.from_bytes(file.read(8), "little")
-        if length > min(size - 8, MAX_HEADER):
-            raise CheckpointError(f"{path} is not a safetensors file, or cut off inside its header")
-        try:
-            header = json.loads(file.read(length))
-            header.pop("__metadata__", None)
-            entries = [
-                (*map(int, info["data_offsets"]), DTYPES[info["dtype"]], tuple(map(int, info["shape"])), name)
-                for name, info in header.items()
-            ]
-        except (ValueError, TypeError, AttributeError, KeyError) as error:
-            raise CheckpointError(f"{path} has a corrupt header: {error!r}") from error
-    stored, position = [], 0
-    for start, end, dtype, shape, name in sorted(entries, key=lambda entry: entry[:2]):
-        if start != position or end - start != math.prod(shape) * dtype.itemsize:
-            raise CheckpointError(f"{path} has a corrupt header: {name} cannot lie at bytes {start} to {end}")
-        stored.append(Stored(path, name, header[name]["dtype"], shape, 8 + length + start))
-        position = end
-    if 8 + length + position != size:
-        raise CheckpointError(f"{path} should be {8 + length + position} bytes long, but is {size}: cut off or damaged")
-    return stored
-
-
-class TensorFiles:
-    """The tensors of a checkpoint (a folder or one file), by `public_name` of their names; reads the headers alone.
-
-    What is wrong with the files is gathered in `problems`; `lost` are the names that cannot be judged because of it.
-    """
-
-    def __init__(self, source, public_name: Callable[[str], str]):
-        self.source, self.public_name = pathlib.Path(source), public_name
-        self.tensors: dict[str, Stored] = {}
-        self.lost: set[str] = set()
-        self.problems: list[str] = []
-        single = self.source if self.source.is_file() else self.source / "model.safetensors"
-        if single.is_file():
-            self._add(read_header(single))
-        elif (self.source / INDEX).is_file():
-            self._open_shards(self.source / INDEX)
-        else:
-            raise CheckpointError(f"{self.source} has neither model.safetensors nor {INDEX}")
-
-    def _open_shards(self, index: pathlib.Path):
-        try:
-            shards = {}
-            for name, file in json.loads(index.read_text(encoding="utf-8"))["weight_map"].items():
-                shards.setdefault(index.with_name(file), set()).add(name)
-        except (ValueError, TypeError, AttributeError, KeyError) as error:
-            raise CheckpointError(f"{index} is not an index of tensors: {error!r}") from error
-        for path, named in sorted(shards.items()):
-            try:
-                stored = read_header(path)
-            except (OSError, CheckpointError) as error:
-                self.problems.append(f"{path}, which the index names, is missing" if not path.exists() else str(error))
-                self.lost |= set(map(self.public_name, named))
-                continue
-            self._add(stored)
-            for name in sorted(named - {tensor.name for tensor in stored}):
-                self.problems.append(f"{name} is not in {path.name}, where the index puts it")
-                self.lost.add(self.public_name(name))
-
-    def _add(self, stored: list[Stored]):
-        for tensor in stored:
-            name = self.public_name(tensor.name)
-            if name in self.tensors:
-                other = self.tensors[name]
-                self.problems.append(f"{tensor.name} in {tensor.file.name} repeats {other.name} in {other.file.name}")
-            self.tensors[name] = tensor
-
-    def encoding(self, name: str, shape: tuple[int, ...]) -> str:
-        """How tensor `name` is stored: one of ENCODINGS."""
-        if len(shape) == 2 and (f"{name}_packed" in self.tensors or f"{name}_packed" in self.lost):
-            return "int4"
-        return "fp8" if len(shape) == 2 and name in self.tensors and self.tensors[name].dtype == "F8_E4M3" else ""
-
-    def check(self, expected: dict[str, tuple[int, ...]], harmless: Callable[[str], bool]):
-        """Raise ONE CheckpointError with all that is wrong, from the headers, unless exactly `expected` is there."""
-        problems, used = list(self.problems), set()
-        for name, shape in expected.items():
-            for part, (dtypes, part_shape) in parts(name, shape, self.encoding(name, shape)).items():
-                used.add(part)
-                stored = self.tensors.get(part)
-                if stored is None:
-                    problems += [] if part in self.lost else [f"{part} is missing"]
-                elif stored.shape != part_shape:
-                    problems.append(f"{part} has shape {list(stored.shape)}; the config asks for {list(part_shape)}")
-                elif stored.dtype not in dtypes:
-                    problems.append(f"{part} is {stored.dtype}; it must be {' or '.join(dtypes)}")
-        for name in sorted(self.tensors.keys() - used):
-            if 0 not in self.tensors[name].shape and not harmless(name):
-                problems.append(f"{self.tensors[name].name} is not part of this model")
-        raise_problems(self.source, problems)
-
-    def read(self, name: str, first: int = 0, last: int | None = None) -> np.ndarray:
-        """Rows `first` to `last` of a tensor, as they are stored."""
-        stored = self.tensors[name]
-        dtype, row = DTYPES[stored.dtype], math.prod(stored.shape[1:])
-        rows = (stored.shape[0] if last is None else last) - first
-        size = rows * row * dtype.itemsize
-        data = np.fromfile(stored.file, np.uint8, size, offset=stored.start + first * row * dtype.itemsize)
-        if data.size != size:
-            raise CheckpointError(f"{stored.file} ended while {stored.name} was read: it changed after it was opened")
-        return data.view(dtype).reshape(rows, *stored.shape[1:])
-
-    def values(self, name: str, shape: tuple[int, ...], first: int, last: int) -> np.ndarray:
-        """Rows `first` to `last` of a checked tensor, in floating point."""
-        encoding = self.encoding(name, shape)
-        if encoding == "int4":
-            if tuple(self.read(f"{name}_shape")) != shape:
-                raise CheckpointError(f"{self.tensors[f'{name}_shape'].file}: {name}_shape is not {list(shape)}")
-            packed, scale = (self.read(name + part, first, last) for part in ("_packed", "_scale"))
-            return unpack_int4(packed, scale, (last - first, shape[1]))
-        if encoding == "fp8":
-            start = first // BLOCK * BLOCK  # scales are for whole blocks
-            scale_inv = self.read(f"{name}_scale_inv", start // BLOCK, -(-last // BLOCK))
-            return dequantise_fp8(self.read(name, start, last), scale_inv)[first - start :]
-        return self.read(name, first, last)
-
-
-def raise_problems(source, problems: list[str]):
-    """One error that lists the first 50 problems and counts them; none, no error."""
-    if problems:
-        shown = "\n  ".join(problems[:50]) + ("\n  ..." if len(problems) > 50 else "")
-        raise CheckpointError(f"{source}: {len(problems)} problem{'s' * (len(problems) > 1)}\n  {shown}")

@@ -7,8 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 from einops import rearrange
 
-from k25_jax.checkpoint.quantised import TensorFiles
 from k25_jax.checkpoint.store import CheckpointError
+from k25_jax.checkpoint.tensor_files import TensorFiles
 from k25_jax.config import VisionConfig
 from k25_jax.models.moonvit3d import cubic_taps
 

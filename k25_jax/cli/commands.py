@@ -3,7 +3,6 @@
 import dataclasses
 import json
 import pathlib
-import shutil
 import sys
 
 from k25_jax.cli import checks
@@ -119,17 +118,11 @@ def run_serve(args) -> int:
 
 
 def run_convert(args) -> None:
-    """Read a model, write it in the public format, with its vocabulary if it has one."""
-    from k25_jax.checkpoint.huggingface import save_params
-    from k25_jax.checkpoint.load import load_model
+    """Write a model in the public format, and say what was left."""
+    from k25_jax.checkpoint.convert import convert
 
-    model = load_model(args.checkpoint)
-    save_params(model.params, model.config, args.output, args.dtype, args.quantise)
-    source, target = model.experiment.data.tokenizer if model.experiment else args.checkpoint, pathlib.Path(args.output)
-    for name in ("tiktoken.model", "tokenizer_config.json"):
-        if source and pathlib.Path(source, name).is_file() and not (target / name).exists():
-            shutil.copy2(pathlib.Path(source, name), target)
-    print(f"wrote {args.output}")
+    for line in convert(args.checkpoint, args.output, args.dtype, args.quantise):
+        print(line)
 
 
 def run_report(args) -> None:

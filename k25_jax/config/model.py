@@ -23,6 +23,8 @@ class VisionConfig:
 
     def __post_init__(self):
         require_positive(self, "layers width heads mlp_dim patch_size pos_height pos_width pos_time".split())
+        if min(self.merge) < 1:
+            raise ConfigError(f"vision.merge={self.merge} must be positive")
         if self.width % self.heads or (self.width // self.heads) % 4:
             raise ConfigError(
                 f"vision.width={self.width} must be heads={self.heads} times a multiple of 4 (axial RoPE turns pairs "
@@ -80,6 +82,7 @@ class MoEConfig:
     dispatch: str = "gather"  # gather | alltoall: how token copies reach experts on other devices
 
     def __post_init__(self):
+        require_positive(self, "experts ffn_dim groups".split())
         if not 1 <= self.top_k <= self.experts:
             raise ConfigError(f"moe.top_k={self.top_k} must lie between 1 and moe.experts={self.experts}")
         if self.experts % self.groups or not 1 <= self.top_groups <= self.groups:
@@ -149,9 +152,11 @@ class K25Config:
     media_begin_id: int = 163602
     media_end_id: int = 163604
     bos_id: int = 163584
-    eos_id: int = 163586
+    eos_ids: tuple[int, ...] = (163586, 163585)  # each of them ends an answer
     pad_id: int = 163839
 
     def __post_init__(self):
         if not 0 <= self.media_pad_id:
             raise ConfigError(f"media_pad_id={self.media_pad_id} must not be negative")
+        if min(self.eos_ids, default=-1) < 0:
+            raise ConfigError(f"eos_ids={self.eos_ids} must be one or more token ids, none of them negative")

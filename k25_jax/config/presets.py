@@ -4,7 +4,7 @@ from k25_jax.config.checks import ConfigError, nearest
 from k25_jax.config.model import K25Config, MoEConfig, RopeConfig, TextConfig, VisionConfig
 
 # Byte-level models: 256 bytes, then the special tokens of text/tokenizer.py.
-BYTE_IDS = dict(media_begin_id=261, media_end_id=263, media_pad_id=264, bos_id=256, eos_id=258, pad_id=276)
+BYTE_IDS = dict(media_begin_id=261, media_end_id=263, media_pad_id=264, bos_id=256, eos_ids=(258,), pad_id=276)
 
 
 def preset(name: str) -> K25Config:

@@ -43,7 +43,7 @@ class DataConfig:
     max_image_patches: int = 16384
     max_frame_patches: int = 4096
     video_fps: float = 2.0
-    tokenizer: str = ""  # a directory with tiktoken.model; empty: byte-level
+    tokenizer: str = ""  # a directory with tiktoken.model or tokenizer.json; empty: byte-level
     shuffle: bool = True
     seed: int = 0
     lanes: int = 1  # a multiple of the hosts that read

@@ -6,22 +6,30 @@ was killed goes on with the shards that are missing and ends with the same bytes
 """
 
 import base64
+import datetime
+import decimal
 import fcntl
+import functools
 import hashlib
 import io
 import json
 import os
 import shutil
+import uuid
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from fractions import Fraction
 from pathlib import Path
 
+import av
 import numpy as np
 from array_record.python.array_record_module import ArrayRecordWriter
 from PIL import Image
 
 from k25_jax.config import to_dict
-from k25_jax.data.forms import MEDIA, form_of, resolve_media
+from k25_jax.data.attach import as_list
+from k25_jax.data.media import MEDIA, checked_pixels, resolve_media
+from k25_jax.data.normalise import canonical
 from k25_jax.data.records import MAX_RECORD_BYTES, DataError, Record, RecordError, parse_record, read_bytes
 from k25_jax.data.sources import MANIFEST
 from k25_jax.data.statistics import Counts, Joined, Reader
@@ -29,14 +37,6 @@ from k25_jax.data.workers import DEADLINE, Lost, Unit, run
 from k25_jax.text.tokenizer import load_tokenizer
 
 SHARD_RECORDS = 2048  # in a shard, unless the number of shards is given
-FIELDS = {
-    "text": ("text",),
-    "pair": ("text", "caption"),
-    "video-text": ("text", "caption"),
-    "ocr": ("ocr",),
-    "grounding": ("boxes", "caption"),
-    "screen": ("elements", "caption"),
-}
 
 
 @dataclass(frozen=True)
@@ -51,13 +51,15 @@ class Shards:
         """In a worker: write shards."""
         joined, tokenizer = Joined(self.reader.sources), load_tokenizer(self.reader.data.tokenizer)
 
+        contain = functools.partial(contained, fps=self.reader.data.video_fps)
+
         def work(unit: Unit, lost: Lost, begin: Callable[[int], None]) -> dict:
             name, counts = shard_name(unit.number, self.count), Counts()
             draft = Path(self.folder, f"draft-{unit.number}-{os.getpid()}")
             writer = ArrayRecordWriter(str(draft), "group_size:1")
             for index in range(*unit[1:]):
                 begin(index)
-                record = self.reader.examine(index, joined, tokenizer, lost, counts, contained)
+                record = self.reader.examine(index, joined, tokenizer, lost, counts, contain)
                 if record is not None:
                     writer.write(json.dumps(record.data).encode())
             writer.close()
@@ -74,17 +76,17 @@ def shard_name(number: int, count: int) -> str:
     return f"data.array_record-{number:05d}-of-{count:05d}"
 
 
-def contained(record: Record) -> Record:
-    """The record with its media inside, in base64, and nothing that its form does not need; raises RecordError."""
-    form, data, root = form_of(record.data), record.data, record.root
-    out: dict = {"from": record.name}
-    if form == "conversation":
-        out["messages"] = [_contain_message(message, root) for message in _list(data["messages"], "messages")]
-    elif form == "interleaved":
-        out["parts"] = [_contain(part, root) for part in _list(data["parts"], "parts")]
-    else:
-        keys = (*FIELDS[form], *MEDIA, *(f"{kind}_base64" for kind in MEDIA))
-        out |= _contain({key: data[key] for key in keys if data.get(key) is not None}, root)
+def contained(record: Record, fps: float = 2.0) -> Record:
+    """The record in our spelling with its media inside, in base64; `fps` frames in memory are a second of a video.
+
+    All fields stay, so that whatever reads the one reads the other the same. Raises RecordError.
+    """
+    data, root = canonical(record).data, record.root
+    out = {"from": record.name} | _contain(data, root, fps)
+    if "messages" in data:
+        out["messages"] = [_contain_message(message, root, fps) for message in as_list(data, "messages")]
+    if "parts" in data:
+        out["parts"] = [_contain(part, root, fps) for part in as_list(data, "parts")]
     try:
         line = json.dumps(out, default=_plain).encode()
     except (TypeError, ValueError, RecursionError) as problem:
@@ -94,19 +96,13 @@ def contained(record: Record) -> Record:
     return Record(record.name, parse_record(line))
 
 
-def _list(value, name: str):
-    if not isinstance(value, (list, tuple)):
-        raise RecordError("form", f"{name} must be a list, not {type(value).__name__}")
-    return value
-
-
-def _contain_message(message, root):
+def _contain_message(message, root, fps: float):
     if isinstance(message, Mapping) and isinstance(message.get("content"), (list, tuple)):
-        return {**message, "content": [_contain(part, root) for part in message["content"]]}
+        return {**message, "content": [_contain(part, root, fps) for part in message["content"]]}
     return message
 
 
-def _contain(part, root):
+def _contain(part, root, fps: float):
     """A part with its media in base64; what is odd about it, reading it will say."""
     if not isinstance(part, Mapping):
         return part
@@ -116,7 +112,7 @@ def _contain(part, root):
         if isinstance(value, os.PathLike):
             value = read_bytes(Path(value))
         elif isinstance(value, np.ndarray):
-            value = _png(value)
+            value = _png(value) if kind == "image" else _film(value, fps)
         if isinstance(value, bytes):
             del part[kind]
             part[f"{kind}_base64"] = base64.b64encode(value).decode()
@@ -125,17 +121,33 @@ def _contain(part, root):
 
 def _png(pixels: np.ndarray) -> bytes:
     file = io.BytesIO()
-    try:
-        Image.fromarray(pixels).save(file, "PNG")
-    except (TypeError, ValueError) as problem:
-        raise RecordError("image", f"an array that is no picture: {pixels.dtype} {pixels.shape} ({problem})") from None
+    Image.fromarray(checked_pixels(pixels)).save(file, "PNG")
+    return file.getvalue()
+
+
+def _film(frames: np.ndarray, fps: float) -> bytes:
+    """A video that gives these very pixels again, in Matroska."""
+    if frames.ndim != 4 or frames.shape[3] != 3 or frames.dtype != np.uint8 or not frames.size:
+        raise RecordError("video", f"frames must be uint8 [frames, h, w, 3], not {frames.dtype} {frames.shape}")
+    file, millisecond = io.BytesIO(), Fraction(1, 1000)
+    with av.open(file, "w", format="matroska") as container:
+        stream = container.add_stream("ffv1", rate=Fraction(fps).limit_denominator(1000))
+        stream.height, stream.width, stream.pix_fmt = *frames.shape[1:3], "bgr0"
+        stream.codec_context.time_base = millisecond
+        for number, pixels in enumerate(frames):
+            frame = av.VideoFrame.from_ndarray(pixels, format="rgb24")
+            frame.pts, frame.time_base = round(number / fps / millisecond), millisecond
+            container.mux(stream.encode(frame))
+        container.mux(stream.encode())
     return file.getvalue()
 
 
 def _plain(value):
-    """Numbers and lists of NumPy, for JSON."""
+    """Numbers and lists of NumPy, dates and decimals, for JSON."""
     if isinstance(value, (np.ndarray, np.generic)):
         return value.tolist()
+    if isinstance(value, (datetime.date, datetime.time, datetime.timedelta, decimal.Decimal, uuid.UUID)):
+        return str(value)
     raise TypeError(f"{type(value).__name__} is no JSON")
 
 
@@ -212,8 +224,8 @@ def _check_plan(file: Path, plan: dict, output: Path):
     if before != plan:
         changed = [key for key in plan if before.get(key) != plan[key]]
         raise DataError(
-            f"{output} holds an unfinished build with other {' and '.join(changed)}; give another --output, or remove "
-            f"{file.parent}"
+            f"{output} holds an unfinished build with other {' and '.join(changed)}; give another --output, or begin "
+            f"anew: what was built so far is in {file.parent}"
         )
 
 

@@ -3,22 +3,46 @@
 import argparse
 import contextlib
 import json
+import logging
+import re
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+from k25_jax.data.examples import EXAMPLES, NOTE
+
 BAD_SHOWN = 3  # records named for each reason
+OVERRIDE = re.compile(r"[A-Za-z_]\w*(\.\w+)+=")  # a task has a colon before
+
+
+class _Paths(argparse.ArgumentParser):
+    """Sources by their paths, wherever they stand; what reads `section.key=value` is an override."""
+
+    def parse_known_args(self, args=None, namespace=None):
+        found, rest = super().parse_known_args(args, namespace)
+        words = [*found.paths, *(word for word in rest if not word.startswith("-"))]
+        found.source = [*found.source, *(word for word in words if not OVERRIDE.match(word))]
+        return found, [word for word in rest if word.startswith("-")] + [word for word in words if OVERRIDE.match(word)]
 
 
 def add_commands(parser: argparse.ArgumentParser) -> None:
     """The three commands below `k25 data`."""
-    actions = parser.add_subparsers(dest="action", metavar="build|inspect|check")
+    records = "\n".join(f"  {form:13s} {json.dumps(record)}" for form, record in EXAMPLES.items())
+    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    parser.epilog = f"one record of each form, as a line of a .jsonl file:\n\n{records}\n\n{NOTE}"
+
+    class Parser(_Paths, type(parser)):
+        """A command below `k25 data`."""
+
+    actions = parser.add_subparsers(dest="action", metavar="build|inspect|check", parser_class=Parser)
 
     def action(name: str, run, text: str) -> argparse.ArgumentParser:
         added = actions.add_parser(name, help=text, description=text[0].upper() + text[1:] + ".", allow_abbrev=False)
-        added.set_defaults(run=run, parser=added)
-        source = "folder, .jsonl, .parquet, .tar, .array_record, or a task such as digits:train; may be repeated"
-        added.add_argument("--source", action="append", default=[], metavar="PATH", help=source)
-        config = "experiment whose tokenizer, packs and sources (without --source) count"
+        added.set_defaults(run=lambda args: _warned_once(run, args), parser=added)
+        source = "folder, .jsonl, .parquet, .tar, .array_record, or a task such as digits:train"
+        added.add_argument("paths", nargs="*", metavar="PATH", help=source)
+        added.add_argument("--source", action="append", default=[], metavar="PATH", help="the same; may be repeated")
+        config = "experiment whose tokenizer, packs and sources (where none is given) count"
         added.add_argument("--config", metavar="FILE[:ARG]", help=config)
         added.add_argument("--workers", type=int, default=0, help="processes; default one for each processor")
         added.add_argument("--deadline", type=float, default=120.0, help="seconds for one record; default 120")
@@ -119,7 +143,7 @@ def _reader(args):
         data, model = DataConfig(seq_len=2048, batch_size=8, packs=8, pack_patches=16900), preset("tiny")
     sources = tuple(SourceConfig(path) for path in args.source) or data.sources
     if not sources:
-        args.parser.error("give --source, or --config with data.sources")
+        args.parser.error("give the path of a source, or --config with data.sources")
     return Reader(sources, data, model)
 
 
@@ -138,14 +162,45 @@ def _progress(title: str) -> Iterator[Callable[[int, int, int], None]]:
         TextColumn("{task.fields[rate]} records/s"),
         TimeRemainingColumn(),
     )
+    handlers = [handler for handler in logging.getLogger().handlers if getattr(handler, "stream", None) is sys.stderr]
     with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
+        for handler in handlers:
+            handler.setStream(sys.stderr)  # which on a terminal now writes above the bar
         task = progress.add_task(title, total=None, bad=0, rate="-")
 
         def report(done: int, total: int, bad: int):
             speed = progress.tasks[0].speed
             progress.update(task, completed=done, total=total, bad=bad, rate=f"{speed:.0f}" if speed else "-")
 
-        yield report
+        try:
+            yield report
+        finally:
+            progress.stop()
+            for handler in handlers:
+                handler.setStream(sys.stderr)
+
+
+class _Once(logging.Filter):
+    """Lets each message pass once: a source is opened for every pass over it."""
+
+    def __init__(self):
+        super().__init__()
+        self._seen: set[tuple[str, str]] = set()
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        key = record.name, record.getMessage()
+        return not (key in self._seen or self._seen.add(key))
+
+
+def _warned_once(run: Callable, args) -> int:
+    filters = [(handler, _Once()) for handler in logging.getLogger().handlers]
+    for handler, once in filters:
+        handler.addFilter(once)
+    try:
+        return run(args)
+    finally:
+        for handler, once in filters:
+            handler.removeFilter(once)
 
 
 def _print_summary(title: str, summary: dict):

@@ -1,5 +1,6 @@
 """A picture of packed rows as training sees them: documents, images, text and what of it is learnt (K2.5 §3.3)."""
 
+import bisect
 import dataclasses
 import re
 from collections.abc import Iterator, Sequence
@@ -17,8 +18,9 @@ from k25_jax.data.statistics import Reader
 from k25_jax.text.tokenizer import Tokenizer, load_tokenizer
 
 WIDTH, MARGIN, PAD = 1680, 48, 18
-MAX_LINES = 16  # of a row; what does not fit is left out, and said
-THUMBNAIL = (260, 92)  # width and height at most
+COLUMNS, MOST_ROWS = 2, 12  # rows of the batch beside each other, and in all: a picture is read at one glance
+BODY = 290  # pixels of height for a row's tokens; what does not fit is left out, and said
+THUMBNAIL = (200, 84)  # width and height at most
 PAPER, CARD, INK, FAINT, EDGE = "#f5f4f0", "#ffffff", "#22262e", "#8a8f99", "#e3e1da"
 LEARNT, LEARNT_INK = "#ffd9a0", "#6b3d00"
 CONTEXT, CONTEXT_INK = "#eceef2", "#4a5160"
@@ -94,11 +96,12 @@ class _Item(NamedTuple):
 
     width: int
     height: int
-    span: Span | None  # None: the number of a document
-    first: int  # its token in the row
+    span: Span  # of the document whose number it is, where it has no text or image of its own
     text: str = ""
     image: Image.Image | None = None
     newline: bool = False  # a line ends after it
+    badge: bool = False  # the number of a document
+    offset: int = 0  # characters of the span before it
 
 
 class ContactSheet:
@@ -116,19 +119,24 @@ class ContactSheet:
         self._title = ImageFont.truetype(folder / "DejaVuSans-Bold.ttf", 26)
 
     def draw(self, title: str, rows: Sequence[int]) -> Image.Image:
-        """The whole picture."""
-        cards = [self._card(row) for row in rows]
-        head = self._head(title)
-        height = head.height + sum(card.height + PAD for card in cards) + MARGIN
+        """The whole picture: at most MOST_ROWS of the rows, and how many are left out."""
+        shown = list(rows)[:MOST_ROWS]
+        columns = min(COLUMNS, len(shown)) or 1
+        width = (WIDTH - 2 * MARGIN - (columns - 1) * PAD) // columns
+        cards = [self._card(row, width) for row in shown]
+        lines = [cards[i : i + columns] for i in range(0, len(cards), columns)]
+        head = self._head(title, len(rows) - len(shown))
+        height = head.height + sum(max(card.height for card in line) + PAD for line in lines) + MARGIN - PAD
         out = Image.new("RGB", (WIDTH, height), PAPER)
         out.paste(head, (0, 0))
         y = head.height
-        for card in cards:
-            out.paste(card, (MARGIN, y))
-            y += card.height + PAD
+        for line in lines:
+            for column, card in enumerate(line):
+                out.paste(card, (MARGIN + column * (width + PAD), y))
+            y += max(card.height for card in line) + PAD
         return out
 
-    def _head(self, title: str) -> Image.Image:
+    def _head(self, title: str, left_out: int) -> Image.Image:
         out = Image.new("RGB", (WIDTH, 150), PAPER)
         draw = ImageDraw.Draw(out)
         draw.text((MARGIN, 34), title, INK, self._title)
@@ -145,14 +153,15 @@ class ContactSheet:
             draw.rounded_rectangle((x, 110, x + 26, 126), 4, colour, EDGE)
             draw.text((x + 34, 109), name, CONTEXT_INK, self._plain)
             x += 60 + int(self._plain.getlength(name))
+        if left_out:
+            draw.text((x, 109), f"{left_out} more rows are not shown", FAINT, self._plain)
         return out
 
-    def _card(self, row: int) -> Image.Image:
-        width = WIDTH - 2 * MARGIN
+    def _card(self, row: int, width: int) -> Image.Image:
         parts = spans(self._batch, row, self._special, self._model.vision.group)
-        lines, cut = self._lines(parts, width - 2 * PAD)
-        heights = [max(item.height for item in line) + 6 for line in lines]
-        out = Image.new("RGB", (width, 70 + sum(heights) + (24 if cut else 0) + 10), PAPER)
+        lines, left_out = self._lines(parts, width - 2 * PAD)
+        heights = [_height(line) for line in lines]
+        out = Image.new("RGB", (width, 70 + sum(heights) + (24 if left_out else 0) + 10), PAPER)
         draw = ImageDraw.Draw(out)
         draw.rounded_rectangle((0, 0, width - 1, out.height - 1), 10, CARD, EDGE)
         used = int(np.count_nonzero(self._batch.segments_BL[row]))
@@ -171,8 +180,8 @@ class ContactSheet:
                 self._draw_item(out, draw, item, x, y + (height - 6 - item.height) // 2)
                 x += item.width
             y += height
-        if cut:
-            draw.text((PAD, y + 2), f".. {cut} more tokens", FAINT, self._small)
+        if left_out:
+            draw.text((PAD, y + 2), f"{left_out:,d} more tokens are not shown", FAINT, self._small)
         return out
 
     def _bar(self, draw: ImageDraw.ImageDraw, parts: Sequence[Span], box: tuple[int, int, int, int]):
@@ -188,40 +197,49 @@ class ContactSheet:
             before = span.segment
 
     def _lines(self, parts: Sequence[Span], width: int) -> tuple[list[list[_Item]], int]:
-        """Items line by line, and the number of tokens that found no place."""
-        lines, line, x = [], [], 0
-        for item in self._items(parts, width):
-            if line and x + item.width > width:
+        """The lines of items that fit, and the number of tokens that found no place in them."""
+        lines, line, x, height = [], [], 0, 0
+        for item in [*self._items(parts, width), None]:
+            if line and (item is None or line[-1].newline or x + item.width > width):
+                height += _height(line)
+                if height > BODY:
+                    return lines, self._tokens_from(line[0])
                 lines.append(line)
                 line, x = [], 0
-            if len(lines) == MAX_LINES:
-                return lines, self._batch.tokens_BL.shape[1] - item.first
-            line.append(item)
-            x += item.width
-            if item.newline:
-                lines.append(line)
-                line, x = [], 0
-        return lines + ([line] if line else []), 0
+            if item is not None:
+                line.append(item)
+                x += item.width
+        return lines, 0
+
+    def _tokens_from(self, item: _Item) -> int:
+        """Tokens of documents from this item to the end of its row."""
+        span = item.span
+        tokens = self._batch.tokens_BL[span.row, span.first : span.last]
+        before = 0
+        if item.offset:
+            counts = range(len(tokens) + 1)
+            before = bisect.bisect_left(counts, item.offset, key=lambda n: len(self._tokenizer.decode(tokens[:n])))
+        return int(np.count_nonzero(self._batch.segments_BL[span.row, span.first + before :]))
 
     def _items(self, parts: Sequence[Span], width: int) -> Iterator[_Item]:
         advance, before = self._mono.getlength("M"), 0
         for span in parts:
             if span.segment != before and span.segment:
-                yield _Item(32, 24, None, span.first, str(span.segment))
+                yield _Item(32, 24, span, str(span.segment), badge=True)
             before = span.segment
             tokens = self._batch.tokens_BL[span.row, span.first : span.last]
             if span.kind == "media":
                 image = self._thumbnail(span)
-                yield _Item(image.width + 8, image.height + 4, span, span.first, image=image)
+                yield _Item(image.width + 8, image.height + 4, span, image=image)
             elif span.kind == "special":
                 name = self._names.get(int(tokens[0]), "?")
-                yield _Item(int(self._small.getlength(name)) + 14, 20, span, span.first, name)
+                yield _Item(int(self._small.getlength(name)) + 14, 20, span, name)
             elif span.kind == "padding":
                 text = f"{span.last - span.first} padding"
-                yield _Item(min(width, int(self._small.getlength(text)) + 80), 22, span, span.first, text)
+                yield _Item(min(width, int(self._small.getlength(text)) + 80), 22, span, text)
             else:
-                for piece, newline in _pieces(self._tokenizer.decode(tokens)):
-                    yield _Item(round(len(piece) * advance), 22, span, span.first, piece, newline=newline)
+                for piece, offset, newline in _pieces(self._tokenizer.decode(tokens)):
+                    yield _Item(round(len(piece) * advance), 22, span, piece, newline=newline, offset=offset)
 
     def _thumbnail(self, span: Span) -> Image.Image:
         """The clip: a picture, or its frames side by side."""
@@ -237,7 +255,7 @@ class ContactSheet:
 
     def _draw_item(self, out: Image.Image, draw: ImageDraw.ImageDraw, item: _Item, x: int, y: int):
         span, box = item.span, (x, y, x + item.width, y + item.height)
-        if span is None:
+        if item.badge:
             colour = DOCUMENTS[(int(item.text) - 1) % len(DOCUMENTS)]
             draw.rounded_rectangle((x + 3, y + 1, x + 27, y + 22), 6, colour)
             draw.text((x + 15, y + 12), item.text, "#ffffff", self._small, anchor="mm")
@@ -258,10 +276,15 @@ class ContactSheet:
             draw.text((x, y + 3), item.text, LEARNT_INK if span.learnt else CONTEXT_INK, self._mono)
 
 
-def _pieces(text: str) -> Iterator[tuple[str, bool]]:
-    """Words with the space after them, so that lines break between words; and whether a line ends there."""
-    for word in re.findall(r"\n|[^\s]{1,60}[^\S\n]{0,8}|[^\S\n]{1,8}", text):
-        yield ("↵", True) if word == "\n" else (word.replace("\t", "  "), False)
+def _height(line: Sequence[_Item]) -> int:
+    return max(item.height for item in line) + 6
+
+
+def _pieces(text: str) -> Iterator[tuple[str, int, bool]]:
+    """Words with the space after them, so that lines break between words; where each begins; whether a line ends there."""
+    for match in re.finditer(r"\n|[^\s]{1,60}[^\S\n]{0,8}|[^\S\n]{1,8}", text):
+        word = match[0]
+        yield ("↵" if word == "\n" else word.replace("\t", "  ")), match.start(), word == "\n"
 
 
 def write_sheet(path: Path, reader: Reader, rows: int) -> Path:

@@ -13,7 +13,7 @@ import grain
 import numpy as np
 
 from k25_jax.config import DataConfig, K25Config
-from k25_jax.data.forms import prepare
+from k25_jax.data.forms import prepare, unforeseen
 from k25_jax.data.lane import Lane, Prepared, Stream
 from k25_jax.data.mixture import Mixture, check_mixture, modality_of
 from k25_jax.data.packing import Batch, Example, Filling, build, truncate
@@ -83,13 +83,13 @@ class Preparer:
         self._tokenizer = tokenizer
 
     def __call__(self, record: Record) -> Prepared:
-        """Never raises: a record that cannot be used must not stop a run."""
+        """A record that cannot be used must not stop a run: raises only for a fault of our own code."""
         try:
             return Prepared(record.name, self._example(record))
         except RecordError as problem:
             return Prepared(record.name, problem=problem)
         except Exception as cause:  # a damaged file can break a library in ways that its documents do not name
-            problem = RecordError("unknown", f"{type(cause).__name__}: {cause}")
+            problem = unforeseen(cause)
             problem.__cause__ = cause  # for the log
             return Prepared(record.name, problem=problem)
 

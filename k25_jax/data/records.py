@@ -10,16 +10,17 @@ raises `DataError`, which stops the run. The reasons of a `RecordError`, under w
     box          a box has no four numbers, is empty or inverted, or lies outside the picture
     image, video the media cannot be decoded, or exceed a limit of pixels, frames or work
     media        there are media, but the configuration takes none
-    path         a path leads out of its folder, or there is no folder
-    missing      a path leads to no file
+    path         a path or link leads out of its folder or archive, or there is no folder
+    missing      a path or link leads to no file, or a caption has no picture or video
     file         a file cannot be read, or is no regular file
     too large    a record or a file exceeds a limit of bytes
     truncated    the archive ends before the record does
     archive      the archive's bytes are damaged there
+    unknown medium  a picture, sound or the like in a format that nothing here reads
     memory       more memory was asked for than a worker has (`data.workers`)
     deadline     a worker took too long over it, and was ended
     crash        a decoder ended its worker
-    unknown      a library failed in a way that it does not document
+    unknown      a library failed in a way that it does not document; a fault of our own code stops the run instead
 """
 
 import collections

@@ -1,4 +1,4 @@
-"""Kinds of sources: a folder, JSONL, ArrayRecord, Parquet, WebDataset tar, and rendered tasks (K2.5 §3.3).
+"""Kinds of sources: a folder, JSON, ArrayRecord, Parquet, WebDataset tar, and rendered tasks (K2.5 §3.3).
 
 What their records look like is in `data.forms`.
 """
@@ -11,25 +11,48 @@ import re
 from collections.abc import Mapping
 from pathlib import Path
 
-import numpy as np
 from array_record.python.array_record_data_source import ArrayRecordDataSource
 
 from k25_jax.config import SourceConfig
-from k25_jax.data.archives import (
-    IMAGES,
-    VIDEOS,
-    ParquetTables,
-    TarFiles,
-    archive_files,
-    with_medium,
-)  # fmt: skip
-from k25_jax.data.records import MAX_RECORD_BYTES, DataError, RecordError, Source, parse_record, read_text
+from k25_jax.data.archives import archive_files
+from k25_jax.data.captions import (
+    CAPTIONS,
+    OTHER_MEDIA,
+    TEXTS,
+    captions_of,
+    ending,
+    is_system_file,
+    medium_kind,
+    printable,
+)
+from k25_jax.data.folder import Folder
+from k25_jax.data.jsonl import METADATA, ImageFolder, Json, Jsonl, metadata_files
+from k25_jax.data.parquet import ParquetTables
+from k25_jax.data.records import DataError, RecordError, Source, parse_record
+from k25_jax.data.tar import TarFiles
 
 logger = logging.getLogger(__name__)
 
-TEXTS = (".txt", ".md", ".py")
 ARRAY_RECORD = (".array_record", ".arrayrecord")
 MANIFEST = "manifest.json"  # `k25 data build` writes it beside its shards
+PACKED = (".gz", ".tgz", ".bz2", ".tbz2", ".xz", ".txz", ".zst", ".tzst", ".lz4")
+ADVICE = {  # endings of files that are not read -> what to do
+    PACKED: "it is compressed, which allows no random access; decompress it",
+    (".zip", ".7z", ".rar"): "unpack it, and give the folder",
+    (
+        ".csv",
+        ".tsv",
+        ".xlsx",
+        ".xls",
+        ".ods",
+    ): "write it as JSONL or Parquet (pandas: to_json(.., orient='records', lines=True))",
+    (".arrow", ".feather", ".orc", ".avro", ".h5", ".hdf5", ".tfrecord"): "write it as Parquet or JSONL",
+    (".pdf", ".docx", ".doc", ".html", ".htm", ".epub", ".rtf"): "write its text to a .txt file",
+    OTHER_MEDIA: "convert it to PNG, JPEG, WebP or MP4",
+}
+READ = ("a folder of texts or of pictures and videos with captions, a text (.txt, .md, .py), a picture or video with its "
+        "caption beside it, .jsonl, .json, .parquet, .tar, .array_record, a pattern of these, or a task such as digits:train"
+)  # fmt: skip
 
 
 def open_source(config: SourceConfig) -> Source:
@@ -37,136 +60,85 @@ def open_source(config: SourceConfig) -> Source:
     path, kind = config.path, config.kind
     if kind == "auto":
         kind = _guess_kind(path)
-    if kind in ("folder", "jsonl") and not Path(path).exists():
+    if kind in ("folder", "jsonl") and not glob.has_magic(path) and not Path(path).exists():
         raise DataError(f"data.sources: there is nothing at {path}; check the path")
-    kinds = {"folder": Folder, "jsonl": Jsonl, "parquet": ParquetTables, "webdataset": TarFiles, "task": Task}
     try:
-        source = (kinds | {"arrayrecord": ArrayRecords})[kind](path)
+        source = KINDS[kind](path)
     except OSError as problem:
         raise DataError(f"data.sources: {path} cannot be read ({problem}); check its permissions") from problem
+    left_out = ", ".join(f"{count} x {reason}" for reason, count in source.left_out.items())
+    left_out = f"left out: {left_out}" if left_out else "nothing was left out"
     if not len(source):
-        raise DataError(f"data.sources: {path} holds no record ({kind}; left out: {dict(source.left_out)}); remove it")
-    logger.info("%s: %d records (%s), left out: %s", path, len(source), kind, dict(source.left_out))
+        raise DataError(f"data.sources: {path} holds no record ({left_out}); {_remedy(path, kind)}")
+    logger.info("%s: %d records (%s), %s", path, len(source), kind, left_out)
     return source
+
+
+def _remedy(path: str, kind: str) -> str:
+    if kind != "folder":
+        return "give a source that has some"
+    for folder, _, names in os.walk(path):
+        for name in names:
+            if _kind_of_file(name) and not is_system_file(name):
+                pattern = (
+                    os.path.join(path, "**", f"*{Path(name).suffix}") if folder != path else os.path.join(folder, name)
+                )
+                return f"to read {name} and the like, give {pattern}"
+    return "a picture or video needs its caption beside it, in cat.txt or cat.json for cat.png"
 
 
 def _guess_kind(path: str) -> str:
     file = Path(path)
     if file.is_dir():
-        if _shards(path):
-            return "arrayrecord"
-        if archive_files(path, ParquetTables.suffixes):
-            return "parquet"
-        return "webdataset" if archive_files(path, TarFiles.suffixes) else "folder"
-    name = file.name.lower()
+        return _kind_of_folder(path)
+    kind = _kind_of_file(file.name)
+    if kind and not (kind == "folder" and glob.has_magic(path) and not file.exists()):
+        return kind
+    if not os.path.lexists(path):
+        if re.fullmatch(r"\w+(:[\w.=+,-]+)+", path):
+            return "task"
+        kinds = {_kind_of_file(found.name) for found in archive_files(path, ())} - {"folder"}
+        if len(kinds) == 1 and "" not in kinds:
+            return kinds.pop()
+        what = "give a pattern of one kind of files" if kinds else "check the path"
+        what = "download it, and give the file" if "://" in path else what
+        raise DataError(f"data.sources: there is nothing at {path} that can be read; {what}")
+    if not file.is_file():
+        raise DataError(f"data.sources: {path} is no regular file, and cannot be read twice; write its records to one")
+    advice = next((advice for endings, advice in ADVICE.items() if file.name.lower().endswith(endings)), f"give {READ}")
+    raise DataError(f"data.sources: cannot tell what {path} is: {advice}")
+
+
+def _kind_of_folder(path: str) -> str:
+    names = [name for name in os.listdir(path) if not is_system_file(name)]
+    if _shards(path):
+        return "arrayrecord"
+    for kind in ("parquet", "webdataset"):
+        if any(name.lower().endswith(KINDS[kind].suffixes) for name in names):
+            return kind
+    if metadata_files(path):
+        return "imagefolder"
+    media, captions = (
+        [name for name in names if medium_kind(name)],
+        [name for name in names if ending(name) in CAPTIONS],
+    )
+    has_shards = any(name.lower().endswith(Jsonl.suffixes) for name in names)
+    return "jsonl" if has_shards and not captions_of(media, captions) else "folder"
+
+
+def _kind_of_file(name: str) -> str:
+    """The kind of a file by its name, which may be a pattern; "" when it has none."""
+    name = name.lower()
     if any(suffix in name for suffix in ARRAY_RECORD):
         return "arrayrecord"
-    for kind, suffixes in (
-        ("jsonl", (".jsonl", ".ndjson")),
-        ("parquet", ParquetTables.suffixes),
-        ("webdataset", (*TarFiles.suffixes, ".tar.gz", ".tgz", ".tar.bz2", ".tar.xz", ".tar.zst")),
-    ):
-        if name.endswith(suffixes):
+    if name == METADATA:
+        return "imagefolder"
+    if name.endswith((".tar.gz", ".tgz", ".tar.bz2", ".tar.xz", ".tar.zst")):
+        return "webdataset"
+    for kind in ("jsonl", "json", "parquet", "webdataset"):
+        if name.endswith(KINDS[kind].suffixes):
             return kind
-    if not file.exists() and re.fullmatch(r"\w+(:[\w.=+,-]+)+", path):
-        return "task"
-    if not file.exists():
-        raise DataError(f"data.sources: there is nothing at {path}; check the path")
-    raise DataError(
-        f"data.sources: cannot tell what {path} is; set kind to folder, jsonl, parquet, webdataset, arrayrecord or task, "
-        "or rename it to .jsonl, .parquet, .tar or .array_record"
-    )
-
-
-class Folder(Source):
-    """All files below a folder, in order of their names: texts; images and videos with a caption beside them.
-
-    The caption of `cat.png` is `cat.txt`, or `cat.json` with the rest of a record such as "caption", "ocr" or "boxes",
-    or with a whole record. Links to files are followed; paths within records do not lead out of the folder.
-    """
-
-    def __init__(self, path: str):
-        super().__init__()
-        self._folder = Path(path)
-        if not self._folder.is_dir():
-            raise DataError(f"data.sources: {path} is not a folder; set kind to what it is")
-        self._files: list[tuple[Path, Path | None]] = []  # file, caption
-        for folder, folders, names in os.walk(path):
-            folders[:] = sorted(name for name in folders if not name.startswith("."))
-            self._collect(Path(folder), sorted(name for name in names if not name.startswith(".")))
-
-    def _collect(self, folder: Path, names: list[str]):
-        captions = set()
-        for name in names:
-            file = folder / name
-            if file.suffix.lower() in IMAGES + VIDEOS:
-                caption = next((s for s in (".json", ".txt") if f"{file.stem}{s}" in names), None)
-                if caption is None:
-                    self.left_out["no caption"] += 1
-                    if self.left_out["no caption"] <= 20:
-                        logger.warning("%s: left out, no caption in %s.txt or .json", file, file.stem)
-                else:
-                    captions |= {f"{file.stem}.json", f"{file.stem}.txt"}
-                    self._files.append((file, folder / f"{file.stem}{caption}"))
-        texts = [name for name in names if Path(name).suffix.lower() in TEXTS and name not in captions]
-        self._files += [(folder / name, None) for name in texts]
-
-    def __len__(self) -> int:
-        return len(self._files)
-
-    def label(self, index: int) -> str:
-        return str(self._files[index][0])
-
-    def read(self, index: int) -> Mapping:
-        file, caption = self._files[index]
-        if caption is None:
-            return {"text": read_text(file)}
-        kind = "image" if file.suffix.lower() in IMAGES else "video"
-        text = read_text(caption)
-        return with_medium(parse_record(text.encode()) if caption.suffix == ".json" else {"text": text}, kind, file)
-
-    def root(self, index: int) -> Path:
-        return self._files[index][0].parent
-
-    def files(self) -> list[Path]:
-        return [file for pair in self._files for file in pair if file is not None]
-
-
-class Jsonl(Source):
-    """One JSON record a line. Only the offsets of the lines are held; media paths are relative to the file's folder."""
-
-    def __init__(self, path: str):
-        super().__init__()
-        self._path = Path(path)
-        if not self._path.is_file():
-            raise DataError(f"data.sources: {path} is not a file; set kind to what it is")
-        self._file = open(path, "rb")
-        self._bounds = _line_bounds(self._file.fileno())  # line k is [bounds[k], bounds[k + 1] - 1)
-        self._kept = np.flatnonzero(np.diff(self._bounds) > 2)  # a record has at least two bytes
-
-    def __len__(self) -> int:
-        return len(self._kept)
-
-    def label(self, index: int) -> str:
-        return f"{self._path}:{self._kept[index] + 1}"
-
-    def read(self, index: int) -> Mapping:
-        line = self._kept[index]
-        start, size = int(self._bounds[line]), int(self._bounds[line + 1] - 1 - self._bounds[line])
-        if size > MAX_RECORD_BYTES:
-            raise RecordError("too large", f"{size} bytes exceed {MAX_RECORD_BYTES}")
-        try:
-            return parse_record(os.pread(self._file.fileno(), size, start))
-        except OSError as problem:
-            raise DataError(
-                f"data.sources: {self._path} can no longer be read ({problem}); check the disk"
-            ) from problem
-
-    def root(self, index: int) -> Path:
-        return self._path.parent
-
-    def files(self) -> list[Path]:
-        return [self._path]
+    return "folder" if medium_kind(name) or ending(name) in TEXTS else ""
 
 
 class ArrayRecords(Source):
@@ -189,7 +161,7 @@ class ArrayRecords(Source):
         return len(self._records)
 
     def label(self, index: int) -> str:
-        return f"{self._path}[{index}]"
+        return printable(f"{self._path}[{index}]")
 
     def read(self, index: int) -> Mapping:
         try:
@@ -239,17 +211,19 @@ class Task(Source):
 
 
 def _shards(path: str) -> list[str]:
+    """The ArrayRecord files at a path; those in a folder that are links out of it are not there."""
     if os.path.isdir(path):
-        names = sorted(os.listdir(path))
-        return [os.path.join(path, name) for name in names if any(suffix in name for suffix in ARRAY_RECORD)]
-    return [path] if os.path.isfile(path) else sorted(glob.glob(path))
+        return [str(file) for file in archive_files(path, ("",)) if any(suffix in file.name for suffix in ARRAY_RECORD)]
+    return [str(file) for file in archive_files(path, ())]
 
 
-def _line_bounds(descriptor: int) -> np.ndarray:
-    """int64: where each line starts, and one past the newline that the last line ends with or lacks."""
-    size, block = os.fstat(descriptor).st_size, 2**24
-    breaks = [
-        offset + 1 + np.flatnonzero(np.frombuffer(os.pread(descriptor, block, offset), np.uint8) == 10)
-        for offset in range(0, size, block)
-    ]
-    return np.concatenate([[0], *breaks, [size + 1]]).astype(np.int64)
+KINDS: dict[str, type[Source]] = {
+    "folder": Folder,
+    "jsonl": Jsonl,
+    "json": Json,
+    "imagefolder": ImageFolder,
+    "parquet": ParquetTables,
+    "webdataset": TarFiles,
+    "arrayrecord": ArrayRecords,
+    "task": Task,
+}

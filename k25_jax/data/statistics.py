@@ -13,7 +13,8 @@ from typing import NamedTuple
 import numpy as np
 
 from k25_jax.config import DataConfig, K25Config, SourceConfig
-from k25_jax.data.forms import form_of, prepare
+from k25_jax.data.forms import form_of, prepare, unforeseen
+from k25_jax.data.normalise import canonical
 from k25_jax.data.packing import Example
 from k25_jax.data.records import DataError, Record, RecordError, Source
 from k25_jax.data.sources import open_source
@@ -160,10 +161,7 @@ class Reader:
         try:
             if index in lost:
                 raise RecordError(*lost[index])
-            record = joined[index]
-            if isinstance(record.data, RecordError):
-                raise record.data
-            record = change(record)
+            record = change(canonical(joined[index]))
             example = prepare(record, tokenizer, self.data, self.model)
             counts.add(form_of(record.data), example, self.model.media_pad_id)
             return record
@@ -174,7 +172,7 @@ class Reader:
         except MemoryError:
             reason, detail = "memory", "more memory was asked for than a worker has"
         except Exception as problem:  # a damaged file can break a library in ways that its documents do not name
-            reason, detail = "unknown", f"{type(problem).__name__}: {problem}"[:500]
+            reason, detail = "unknown", str(unforeseen(problem))
         counts.bad.append(Bad(index, name, reason, detail))
         return None
 

@@ -45,7 +45,7 @@ class Player:
     def answer(self, requests: Iterable[Request]) -> Iterator[tuple[int, Answer]]:
         """See `Answerer`."""
         engine, tokenizer = self._checkpoint.open()
-        ends, reader = (tokenizer.special["<|im_end|>"], engine.config.eos_id), MediaReader(engine.config)
+        ends, reader = (tokenizer.special["<|im_end|>"], *engine.config.eos_ids), MediaReader(engine.config)
         numbered = enumerate(requests)
         while part := list(itertools.islice(numbered, self._width)):
             while len(self._sandboxes) < len(part):

@@ -38,7 +38,7 @@ class Checkpoint:
             model = self._load()
             self._tokenizer, self._reader = model.tokenizer, MediaReader(model.config)
             special = model.tokenizer.special
-            self._ends = (special["<|im_end|>"], model.config.eos_id)
+            self._ends = (special["<|im_end|>"], *model.config.eos_ids)
             self._think, self._thought = special.get("<think>"), special.get("</think>")
             self._engine = Engine(model.params, model.config, fitting(model.config, self.batch))
         return self._engine, self._tokenizer
@@ -105,7 +105,7 @@ def identity_of(directory: str | pathlib.Path) -> dict:
     folder = BASE if str(directory) == "base" else pathlib.Path(directory)
     step = max(complete_steps(folder / "checkpoints"), default=None)
     if step is None:
-        files = [folder / "config.json", *sorted(folder.glob("*.safetensors"))]
+        files = [folder / "config.json", folder / "generation_config.json", *sorted(folder.glob("*.safetensors"))]
         if not any(path.is_file() for path in files):
             raise CheckpointError(f"{folder} holds no checkpoint (experiment.json with checkpoints/, or config.json)")
         return {"weights": fingerprint(folder, files)}

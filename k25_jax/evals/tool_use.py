@@ -49,7 +49,7 @@ class Asker:
     def __init__(self, engine: Engine, tokenizer: Tokenizer, width: int = 8, max_tokens: int = 256):
         end = tokenizer.special["<|im_end|>"]
         self._engine, self._tokenizer = engine, tokenizer
-        self._sampling = SampleConfig(max_tokens=max_tokens, temperature=0.0, stop_ids=(end, engine.config.eos_id))
+        self._sampling = SampleConfig(max_tokens=max_tokens, temperature=0.0, stop_ids=(end, *engine.config.eos_ids))
         self._reader = MediaReader(engine.config)
         self._sandboxes: list[Sandbox] = []
         try:

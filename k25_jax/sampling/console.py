@@ -10,10 +10,11 @@ from k25_jax.checkpoint.load import Model, load_model
 from k25_jax.sampling.engine import Engine
 from k25_jax.sampling.prompt import MediaReader, Prompt, default_mode, from_ids, from_messages
 from k25_jax.sampling.requests import EngineError, Request, TokenEvent, fitting
-from k25_jax.sampling.sample import PromptError, SampleConfig
+from k25_jax.sampling.sample import SEEDS, PromptError, SampleConfig, fold_seed
 from k25_jax.text.chat import THINK
 from k25_jax.text.conversation import Conversation
-from k25_jax.text.tokenizer import StreamDecoder
+from k25_jax.text.stops import StopTexts
+from k25_jax.text.turn import TurnForm
 
 LEAST_ROOM = 4096  # tokens of a conversation that an engine is built for, where the model has as many
 HELP = "/image FILE and /video FILE attach media to your next message, /reset forgets the conversation, /quit ends."
@@ -74,40 +75,43 @@ class Console:
         if self.args.ignore_eos:
             return ()
         turn = {self.model.tokenizer.special["<|im_end|>"]} if templated else set()
-        return tuple({self.model.config.eos_id} | turn)
+        return tuple({*self.model.config.eos_ids} | turn)
 
-    def answer(self, prompt: Prompt, ends: tuple[int, ...], show: Callable[[str], None]) -> dict:
-        """Sample until an end token, a stop text or --max_tokens; `show` gets the text piece by piece."""
+    def answer(
+        self, prompt: Prompt, ends: tuple[int, ...], show: Callable[[str], None], form: TurnForm | None = None
+    ) -> dict:
+        """Sample until an end token, a stop text or --max_tokens; `show` gets the text piece by piece.
+
+        `form` is that of the turn, in whose content the stop texts count; without one they count everywhere.
+        """
         args, tokenizer = self.args, self.model.tokenizer
         if "" in args.stop:
             raise PromptError("--stop is empty: give the text that ends the answer")
-        if not (args.temperature >= 0 and 0 <= args.seed < 2**32):
-            raise PromptError(f"temperature={args.temperature} must be at least 0, seed={args.seed} in [0, 2**32)")
+        if not (args.temperature >= 0 and SEEDS[0] <= args.seed <= SEEDS[1]):
+            problem = f"temperature={args.temperature} must be at least 0, seed={args.seed} a signed number of 64 bits"
+            raise PromptError(problem)
         try:
-            how = SampleConfig(args.max_tokens, args.temperature, args.top_p, args.seed, ends)
+            how = SampleConfig(args.max_tokens, args.temperature, args.top_p, fold_seed(args.seed), ends)
         except ValueError as error:
             raise PromptError(str(error)) from None
-        stream, text, tokens, logprobs = StreamDecoder(tokenizer, skip_special=True), "", [], []
+        stops, texts, tokens, logprobs = StopTexts(tokenizer, args.stop, form), [], [], []
         marks = {tokenizer.special[name]: name for name in THINK if name in tokenizer.special}  # the others are no text
-        held = max(map(len, args.stop), default=1) - 1  # characters that may turn out to begin a stop text
-        shown = 0
+
+        def say(units: list[tuple[int | None, str]]):
+            for token, text in units:
+                texts.append(marks.get(token) or text)
+                show(texts[-1])
+
         for event in self.events(Request(prompt.tokens, prompt.clips, how)):
             tokens.append(event.token)
             logprobs.append(event.logprob)
             if event.token in ends:
-                text += stream.flush()
                 break
-            text += marks.get(event.token) or stream.push(event.token)
-            cut = min((text.find(stop) for stop in args.stop if stop in text), default=-1)
-            if cut >= 0:
-                text = text[:cut]
+            say(stops.push(event.token))
+            if stops.found:
                 break
-            show(text[shown : max(len(text) - held, shown)])
-            shown = max(len(text) - held, shown)
-        else:
-            text += stream.flush()
-        show(text[shown:])
-        return {"tokens": tokens, "logprobs": logprobs, "text": text}
+        say(stops.flush())
+        return {"tokens": tokens, "logprobs": logprobs, "text": "".join(texts)}
 
     def events(self, request: Request) -> Iterator[TokenEvent]:
         """The tokens of one answer as they are drawn; whoever stops listening ends it."""
@@ -145,8 +149,9 @@ def user(parts: list[dict], text: str) -> dict:
 def generate(args) -> int:
     """One answer."""
     console = Console(args)
-    ends = console.ends(templated=args.prompt_ids is None and not args.raw)
-    out = console.answer(console.prompt(), ends, (lambda _: None) if args.json else show)
+    templated = args.prompt_ids is None and not args.raw
+    form = TurnForm(console.mode) if templated else None
+    out = console.answer(console.prompt(), console.ends(templated), (lambda _: None) if args.json else show, form)
     print(json.dumps(out) if args.json else "")
     return 0
 
@@ -185,11 +190,11 @@ def reply(console: Console, conversation: Conversation, turn: dict) -> list[int]
     """Add a message and the model's answer to it, which is shown; returns the answer's tokens, up to the turn's end."""
     conversation.add(turn)
     prompt = from_ids(conversation.prompt(), conversation.rendered.clips, console.model.config)
-    tokens = console.answer(prompt, console.ends(templated=True), show)["tokens"]
-    end, eos = console.model.tokenizer.special["<|im_end|>"], console.model.config.eos_id
+    tokens = console.answer(prompt, console.ends(templated=True), show, TurnForm(console.mode))["tokens"]
+    end = console.model.tokenizer.special["<|im_end|>"]
     if end in tokens:
         tokens = tokens[: tokens.index(end) + 1]
-    elif tokens[-1:] == [eos]:
+    elif set(tokens[-1:]) & {*console.model.config.eos_ids}:
         tokens = tokens[:-1]
     conversation.say(tokens)
     return tokens

@@ -32,7 +32,8 @@ from k25_jax.sampling.requests import (
     check_request,
 )
 from k25_jax.sampling.sequences import Sequence, images_of
-from k25_jax.text.tokenizer import StreamDecoder, Tokenizer
+from k25_jax.text.stops import StopTexts
+from k25_jax.text.tokenizer import Tokenizer
 
 
 class Flight(NamedTuple):
@@ -96,9 +97,9 @@ class Engine:
             )
         number, images = next(self._ids), images_of(request, self.config.media_pad_id)
         for sample in range(request.n):
-            stream = StreamDecoder(self.tokenizer, skip_special=True) if request.stop else None
+            stops = StopTexts(self.tokenizer, request.stop, request.form) if request.stop else None
             self._waiting.append(
-                Sequence(number, sample, next(self._orders), request, images, stream, [int(t) for t in request.tokens])
+                Sequence(number, sample, next(self._orders), request, images, stops, [int(t) for t in request.tokens])
             )
         return number
 

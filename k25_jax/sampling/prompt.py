@@ -1,5 +1,6 @@
 """From messages or token ids with media to what the sampler takes: tokens with media_pads expanded, and clips."""
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -29,7 +30,7 @@ class MediaReader:
     """Reads images and videos for one model.
 
     `max_image_patches` and `max_frame_patches` bound the tokens they take: what is larger is scaled down. `max_pixels` bounds
-    what is decoded: a larger picture is refused.
+    what is decoded: a larger picture is refused, as is a video that takes longer than `video_seconds`.
     """
 
     config: K25Config
@@ -38,6 +39,7 @@ class MediaReader:
     fps: float = 2.0
     max_frames: int = 256
     max_pixels: int = MAX_PIXELS
+    video_seconds: float = math.inf
 
     def image(self, source, name: str = "") -> Clip:
         """One image from a path, bytes or a uint8 RGB array; `name` stands for it in errors."""
@@ -49,8 +51,10 @@ class MediaReader:
         """Chunks of up to four frames, each with its time; an array holds frames, `fps` of them a second."""
         vision, limits = self.config.vision, (self.max_frames, self.max_frame_patches)
         name = name or ("video" if isinstance(source, (np.ndarray, bytes)) else str(source))
-        frames, seconds = load_video(source, self.fps, *limits, config=vision, max_pixels=self.max_pixels, name=name)
-        return [(format_timestamp(time), clip) for time, clip in chunks(frames, seconds, vision, name)]
+        frames, times = load_video(
+            source, self.fps, *limits, vision, max_pixels=self.max_pixels, name=name, seconds=self.video_seconds
+        )
+        return [(format_timestamp(time), clip) for time, clip in chunks(frames, times, vision, name)]
 
     def load(self, part: Mapping) -> list[tuple[str | None, Clip]]:
         """A part of a message, for `text.chat.render`; it may have a `name` for errors."""
@@ -60,7 +64,7 @@ class MediaReader:
 
 def default_mode(model: Model) -> str:
     """How answers of a model begin where nobody says: weights from elsewhere with Kimi's vocabulary think first."""
-    kimi = model.tokenizer.special["<|im_end|>"] == PUBLIC_SPECIAL["<|im_end|>"]
+    kimi = model.tokenizer.special.get("<|im_end|>") == PUBLIC_SPECIAL["<|im_end|>"]
     return "thinking" if kimi and model.experiment is None else "plain"
 
 

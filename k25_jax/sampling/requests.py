@@ -7,6 +7,7 @@ import jax.numpy as jnp
 
 from k25_jax.config import K25Config
 from k25_jax.sampling.sample import PromptError, SampleConfig, check_prompts
+from k25_jax.text.turn import TurnForm
 from k25_jax.vision.patchpack import Clip
 
 CACHE_TOKENS = 2**16  # of all answers under way, as `fitting` has it
@@ -82,7 +83,8 @@ def fitting(
 class Request:
     """A prompt, one media_pad per vision token, with its images and video chunks, and how to answer it `n` times.
 
-    `stop` are texts that end an answer, and need the engine's tokenizer. Sample i draws its token at place t with
+    `stop` are texts that end an answer (`text.stops`), and need the engine's tokenizer; `form` is that of the turn in which
+    they are looked for, and without one the answer is a text from end to end. Sample i draws its token at place t with
     fold_in(fold_in(key(seed), i), t), whatever else the engine does.
     """
 
@@ -92,6 +94,7 @@ class Request:
     n: int = 1
     stop: tuple[str, ...] = ()
     alternatives: int = 0
+    form: TurnForm | None = None
 
 
 def check_request(

@@ -6,6 +6,7 @@ are for sampling/engine.py, whose benchmark runs against it.
 
 import dataclasses
 import functools
+import hashlib
 from collections.abc import Iterator, Sequence
 
 import jax
@@ -17,6 +18,15 @@ from k25_jax.models import decoder
 from k25_jax.models.k25 import cast, embed, splice, vision_features
 from k25_jax.sampling.latent_cache import grow
 from k25_jax.vision.patchpack import Clip, pack_clips
+
+SEEDS = (-(2**63), 2**63 - 1)  # the least and the greatest
+
+
+def fold_seed(seed: int) -> int:
+    """A seed of 64 bits as the 32 that keys are made of: those below 2**32 as they are, others mixed."""
+    if 0 <= seed < 2**32:
+        return seed
+    return int.from_bytes(hashlib.blake2b(seed.to_bytes(8, "big", signed=True), digest_size=4).digest(), "big")
 
 
 class PromptError(ValueError):

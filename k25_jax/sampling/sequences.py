@@ -10,7 +10,7 @@ import numpy as np
 from k25_jax.sampling.encoder_cache import Encoded
 from k25_jax.sampling.paged_cache import clip_digest, page_keys
 from k25_jax.sampling.requests import Request
-from k25_jax.text.tokenizer import StreamDecoder
+from k25_jax.text.stops import StopTexts
 from k25_jax.vision.patchpack import Clip
 
 
@@ -43,7 +43,7 @@ class Sequence:
     order: int
     request: Request
     shown: Items[Shown]
-    stream: StreamDecoder | None
+    stops: StopTexts | None
     tokens: list[int]
     keys: list[bytes] = dataclasses.field(default_factory=list)
     slot: int = -1
@@ -54,7 +54,6 @@ class Sequence:
     decoding: bool = False  # its last token is on the device
     epoch: int = -1  # which weights its latents are of
     features: dict[int, Encoded] = dataclasses.field(default_factory=dict)  # by number of the image
-    text: str = ""
     done: bool = False
 
     @property
@@ -95,12 +94,10 @@ class Sequence:
             return "error", None
         if token in sampling.stop_ids:
             return "stop", token
-        if self.stream is not None:
-            self.text += self.stream.push(token)
-            found = [stop for stop in self.request.stop if stop in self.text]
-            if found:
-                return "stop", min(found, key=self.text.find)
-            self.text = self.text[-max(map(len, self.request.stop)) :]  # what may still begin a stop text
+        if self.stops is not None:
+            self.stops.push(token)
+            if self.stops.found:
+                return "stop", self.stops.found
         if len(self.tokens) - self.prompt_length >= sampling.max_tokens:
             return "length", None
         return "", None

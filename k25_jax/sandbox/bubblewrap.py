@@ -45,7 +45,9 @@ def command(
     for name, value in env.items():
         inner += ["--setenv", name, value]
     inner += [*_memory(disk_bytes, "/tmp"), *_view([])]  # in this order: this Python may lie below /tmp
-    inner += ["--proc", "/proc", "--dev", "/dev", *_memory(disk_bytes, "/dev/shm"), "--remount-ro", "/dev"]
+    inner += ["--proc", "/proc", "--dev", "/dev", *_memory(disk_bytes, "/dev/shm")]
+    inner += ["--dev-bind", "/dev/full", "/dev/zero"]  # reads the same, and cannot be mapped: memory that nobody counts
+    inner += ["--remount-ro", "/dev"]
     inner += ["--dir", "/tmp/work", "--dir", "/tmp/home", *_memory(2**20, "/run")]
     for inside, here in files.items():
         inner += ["--ro-bind", here, inside]
@@ -56,7 +58,13 @@ def command(
     outer += ["--perms", "1777", "--dir", "/tmp", *_view([*files.values(), bwrap])]
     outer += ["--cap-drop", "ALL", "--cap-add", "CAP_SETUID", "--cap-add", "CAP_SETGID", "--chdir", "/"]
     outer += ["--bind", "/proc", "/proc", "--dev", "/dev", "--proc", "/pids"]
-    return [*outer, "--", sys.executable, "-I", "-S", "-c", _BECOME.format(NOBODY), *inner]
+    return [*outer, "--", python(), "-I", "-S", "-c", _BECOME.format(NOBODY), *inner]
+
+
+def python() -> str:
+    """This Python by a path that bubblewrap finds: whole, with no "..", and no link but the last name."""
+    folder, name = os.path.split(sys.executable)
+    return os.path.join(os.path.realpath(folder), name)
 
 
 def layers() -> int:
@@ -72,7 +80,10 @@ def root(pids: list[int]) -> str:
 
 def _pythons() -> list[str]:
     """The folders of this Python that are not below /usr."""
-    folders = {os.path.realpath(prefix) for prefix in (sys.prefix, sys.base_prefix)} | {sys.prefix, sys.base_prefix}
+    prefixes = (sys.prefix, sys.base_prefix)
+    folders = {os.path.realpath(prefix) for prefix in prefixes}
+    given = {os.path.abspath(prefix) for prefix in prefixes}  # which scripts name in their first line
+    folders |= {folder for folder in given if os.path.realpath(folder) in folders}
     home = os.path.realpath(Path.home())
     for folder in folders:
         if Path(home).is_relative_to(folder):

@@ -37,8 +37,20 @@ class Excerpt:
         if rest := text[more:]:
             self._tail = (self._tail + rest)[-self._room[1] :] if self._room[1] else ""
 
+    def join(self, other: "Excerpt"):
+        """More of the text, itself an excerpt of the same size."""
+        self.add(other._head)
+        self._length += other._left_out()  # there is none unless the head is full
+        self.add(other._tail)
+
+    def ends_line(self) -> bool:
+        """Whether what comes next begins a line."""
+        return not self._length or (self._tail or self._head).endswith("\n")
+
+    def _left_out(self) -> int:
+        return self._length - len(self._head) - len(self._tail)
+
     def __str__(self) -> str:
-        left_out = self._length - len(self._head) - len(self._tail)
-        if not left_out:
+        if not self._left_out():
             return self._head + self._tail
-        return f"{self._head}\n[.. {left_out} characters left out ..]\n{self._tail}"
+        return f"{self._head}\n[.. {self._left_out()} characters left out ..]\n{self._tail}"

@@ -5,21 +5,24 @@ is this machine's doing.
 """
 
 import base64
-import binascii
 import functools
 import io
 import re
+import threading
+import time
 from collections.abc import Callable, Mapping
 
 import numpy as np
 from PIL import Image
 
 from k25_jax.sandbox.bubblewrap import SandboxError
+from k25_jax.sandbox.images import ImageCheck
 from k25_jax.sandbox.kernel import Kernel, Limits
-from k25_jax.sandbox.observation import Excerpt, Observation
-from k25_jax.vision.image import ImageError, load_image
+from k25_jax.sandbox.observation import Observation
+from k25_jax.sandbox.outputs import Outputs
+from k25_jax.vision.cost import too_costly
 
-MOST_PIXELS = 2**24  # of an image that the code shows
+SPARE = 0.3  # seconds for images after the end of a call whose deadline has passed
 _FILE = "application/x-k25-file"
 _COLOURS = re.compile(r"\x1b\[[0-9;]*m")
 _NAME = re.compile(r"\w[\w .-]{0,99}")
@@ -27,10 +30,13 @@ _PUT = (
     "__import__('pathlib').Path({name!r}).write_bytes("
     "__import__('IPython').get_ipython().kernel.get_parent()['buffers'][0]); None"
 )
-_GET = (
-    "__import__('IPython').display.publish_display_data({{{mime!r}: "
-    "__import__('base64').b64encode(__import__('pathlib').Path({name!r}).read_bytes()).decode()}})"
-)
+_GET = """
+with __import__('pathlib').Path({name!r}).open('rb') as k25_file:
+    for k25_piece in iter(lambda: k25_file.read({piece}), b''):
+        __import__('IPython').display.publish_display_data(
+            {{{mime!r}: __import__('base64').b64encode(k25_piece).decode()}})
+"""
+_PIECE = 2**21  # bytes of a file in one message
 
 
 class Sandbox:
@@ -46,6 +52,7 @@ class Sandbox:
         self._limits = limits or Limits()
         self._start = start or functools.partial(Kernel, self._limits, unconfined)
         self._files: dict[str, bytes] = {}
+        self._images, self._closing = ImageCheck(), None
         self._kernel: Kernel | None = self._start()
         self._closed = False
 
@@ -59,6 +66,8 @@ class Sandbox:
         """End all its processes; nothing is left of it."""
         if self._kernel is not None:
             self._kernel.close()
+        self._join()
+        self._images.close()
         self._kernel, self._closed = None, True
 
     def put(self, name: str, data: bytes | np.ndarray, seconds: float = 60.0):
@@ -78,18 +87,21 @@ class Sandbox:
 
     def get(self, name: str, seconds: float = 60.0) -> bytes | None:
         """The bytes of a file, by its path in the working folder; None if there is none, or if it cannot be had."""
-        found: list[bytes] = []
+        found, failed = bytearray(), []
 
-        def heard(kind: str, content: Mapping):
-            data = content["data"].get(_FILE) if kind == "display_data" else None
-            if isinstance(data, str):
-                found.append(base64.b64decode(data, validate=True))
+        def heard(kind: str, content: Mapping | None, size: int):
+            if kind == "error":
+                failed.append(content)
+            elif kind == "display_data":
+                found.extend(base64.b64decode(content["data"][_FILE], validate=True))
+                if len(found) > self._limits.disk_mb * 2**20:
+                    raise ValueError("more than a file can hold")
 
         if self._kernel is None:
             return None
         self._kernel.wait()
-        self._kernel.execute(_GET.format(mime=_FILE, name=name), seconds, heard, data=b"")
-        return found[0] if found else None
+        end = self._kernel.execute(_GET.format(mime=_FILE, name=name, piece=_PIECE), seconds, heard, data=b"")
+        return None if end or failed else bytes(found)
 
     def run(self, code: str, seconds: float = 60.0) -> Observation:
         """Run code: what it prints and shows, the value of its last line, its error; and what became of it."""
@@ -103,7 +115,8 @@ class Sandbox:
             text = f"[The interpreter had ended since the last call ({ending}). This code was not run. {_ANEW}]"
             return Observation(text, status="died")
         self._ready()
-        heard = _Outputs(self._limits)
+        until = time.monotonic() + seconds + self._limits.stop_seconds + SPARE
+        heard = Outputs(self._limits.output_chars, self._limits.images, lambda image: self._problem(image, until))
         end = self._kernel.execute(code, seconds, heard.add)
         if not end:
             return heard.observation("error" if heard.failed else "ok", "")
@@ -116,11 +129,15 @@ class Sandbox:
         status = "deadline" if "deadline" in end else "died"
         return heard.observation(status, f"[The interpreter was lost: {end}. {_ANEW}]")
 
+    def _problem(self, image: bytes, until: float) -> str:
+        return too_costly(image) or self._images.problem(image, until)
+
     def _ready(self):
         """A kernel that can be spoken to."""
         if self._closed:
             raise SandboxError("the sandbox was closed")
         if self._kernel is None:
+            self._join()
             self._kernel = self._start()
             self._kernel.wait()
             for name, data in self._files.items():
@@ -128,13 +145,20 @@ class Sandbox:
         self._kernel.wait()
 
     def _restart(self):
-        self._kernel.close()
+        """Close the kernel, which may take a second, and start another one when it is needed."""
+        self._closing = threading.Thread(target=self._kernel.close, name="k25-kernel-close")
+        self._closing.start()
         self._kernel = None
+
+    def _join(self):
+        if self._closing is not None:
+            self._closing.join()
+            self._closing = None
 
     def _write(self, name: str, data: bytes, seconds: float):
         problems = []
 
-        def heard(kind: str, content: Mapping):
+        def heard(kind: str, content: Mapping | None, size: int):
             if kind == "error":
                 problems.append(content)
 
@@ -146,47 +170,3 @@ class Sandbox:
 
 
 _ANEW = "A new one has no variables and only the files that were given at the start."
-
-
-class _Outputs:
-    """What one call prints and shows, cut to the limits."""
-
-    def __init__(self, limits: Limits):
-        self._text, self._images, self._most = Excerpt(limits.output_chars), [], limits.images
-        self.failed = False
-
-    def add(self, kind: str, content: Mapping):
-        """One message of the kernel; raises an exception of any kind if it is not as it should be."""
-        if kind == "stream":
-            self._text.add(content["text"])
-        elif kind in ("display_data", "execute_result"):
-            self._show(content["data"])
-        elif kind == "error":
-            self.failed = True
-            self._line(_COLOURS.sub("", "\n".join(content["traceback"])))
-
-    def observation(self, status: str, note: str) -> Observation:
-        text = str(self._text).rstrip("\n")
-        return Observation("\n".join(part for part in (text, note) if part), tuple(self._images), status)
-
-    def _line(self, text: str):
-        self._text.add(text if text.endswith("\n") else f"{text}\n")
-
-    def _show(self, data: Mapping):
-        for kind in ("image/png", "image/jpeg"):
-            if kind in data:
-                return self._line(self._image(data[kind]))
-        if "text/plain" in data:
-            self._line(data["text/plain"])
-
-    def _image(self, encoded: str) -> str:
-        """Keep an image; the text that stands for it."""
-        if len(self._images) == self._most:
-            return f"[an image is left out: {self._most} are the most]"
-        try:
-            image = base64.b64decode(encoded)
-            load_image(image, MOST_PIXELS)
-        except (ImageError, binascii.Error) as problem:
-            return f"[an image cannot be shown: {problem}]"
-        self._images.append(image)
-        return f"[image {len(self._images)}]"

@@ -3,7 +3,6 @@
 An answer is whatever a model wrote: no function here raises, or takes long, on any string.
 """
 
-import ast
 import itertools
 import math
 import re
@@ -101,7 +100,7 @@ def _within(line: str, options: Sequence[str]) -> int | None:
 
 # -------------------------------------------------------------------------------------------------------------- numbers
 _WORDS = "zero one two three four five six seven eight nine ten eleven twelve".split()
-_UNSIGNED = r"(?:\d{1,3}(?:,\d{2,3})*,\d{3}|\d{1,3}(?:['’ ]\d{3})+|\d+)(?![\d'’])(?:\.\d+)?|(?<![\w.])\.\d+"
+_UNSIGNED = r"(?:\d{1,3}(?:,\d{2,3}){0,8},\d{3}|\d{1,3}(?:['’ ]\d{3}){1,8}|\d+)(?![\d'’])(?:\.\d+)?|(?<![\w.])\.\d+"
 _NUMBER = re.compile(
     rf"(?<![A-Za-z\d_^.])(?:(?<![\d)]\s)(?<![\d)])[-+])?\s?(?:{_UNSIGNED})(?:[eE][-+]?\d{{1,3}}(?![\w.]))?"
 )
@@ -200,11 +199,9 @@ def number_list(text: str) -> list[float] | None:
     bare = said != text.strip() and "," in said and re.fullmatch(r"\(?[-+−.\deE\s,]{3,2000}\)?", said)
     alone = [said.strip("()")] if bare else []
     for inside in [*reversed(re.findall(r"\[([^\[\]]{1,2000})\]", text)), *alone]:
-        try:
-            values = [float(value) for value in ast.literal_eval(f"[{inside.replace('−', '-')}]")]
-        except (ValueError, SyntaxError, TypeError, OverflowError, MemoryError, RecursionError):
-            continue
-        if all(map(math.isfinite, values)):
+        parts = [part.strip() for part in inside.replace("−", "-").rstrip(", ").split(",")]
+        values = [float(part) for part in parts if _is_float(part)]
+        if len(values) == len(parts) and all(map(math.isfinite, values)):
             return values
     return None
 

@@ -37,10 +37,11 @@ def clean(text: str) -> str:
 
 # ------------------------------------------------------------------------------------------------------------ one letter
 _NOUN = r"(?:options?|choices?|letter|alternative|answer)"
-_OPEN = r"[\s:=>(\[<|'‘#\\.…→–—-]{0,12}"
+_OPEN = r"[\s:=>,(\[<|'‘#\\.…→–—-]{0,12}"
 _FILLER = (
-    r"(?:(?:(?:therefore|thus|hence|then|indeed|clearly|definitely|certainly|probably|most likely|likely|simply|just|only|"
-    rf"actually|still|also|the|it is|it's|i think|i believe|number|{_NOUN})(?=[\s:,_#(\[])[\s:,_#]?|(?:选项|選項|选|選)\s?)"
+    r"(?:(?:(?:therefore|thus|hence|then|indeed|clearly|definitely|certainly|probably|most likely|likely|simply|just|"
+    rf"only|of course|actually|still|also|the|it is|it's|i think|i believe|number|{_NOUN})(?=[\s:,_#(\[])[\s:,_#]?"
+    r"|(?:选项|選項|选|選)\s?)"
     r"\s?){0,5}"
 )
 _WRONG = r"(?![)}\]]?\s(?:isn't|cannot|can't|(?:is|was|are|can) (?:clearly |also )?(?:not|wrong|incorrect|false|impossible)))"
@@ -56,12 +57,12 @@ _WORDS = (
     "hence|if|when|where|while|rather|instead|according|porque|weil|denn|parce"
 )
 _CLOSED = re.compile(rf" ?(?:$|\n|[)\]}}>.,;:!?/|。，；、]|[–—-] |\(|[぀-鿿가-힣]|(?:{_WORDS})\b(?!-))")  # no article
-_ENDED = re.compile(r" ?(?:$|\n|[)\]}.,;!?。])")
+_ENDED = re.compile(r" ?(?:$|\n|[)\]}.,;!?。，、])")
 
 
 def _read(found: re.Match | None, text: str, last: int, ending: re.Pattern | None) -> int | None:
     """The number of a letter that was found, NONE for one of two or for none of the options, None for a word."""
-    if found is None:
+    if found is None or not found[1].isascii():  # "ı" is an I to whoever looks past case
         return None
     letter, end = found[1], found.end(1)
     if _ALSO.match(text, end):
@@ -132,18 +133,25 @@ _BRACKETS = re.compile(
     r"(?![)\]}]? (?:is|are|was|can|could|does|would|has)\b)"
 )
 _ENDING = re.compile(
-    r"(?:\b(?i:is|be|it's|with|for|option|choice|choose|pick|select|say|only|therefore|thus|hence|so|letter|but)[,:]?"
+    r"(?:\b(?i:(?<!so )is|be|it's|with|for|option|choice|choose|pick|select|say|only|therefore|thus|hence|so|letter|but"
+    r"|actually|rather|no|yes)[,:]?"
     r"|[:=>→]) ?[(\[]?([A-Z])[)\]}.!。]{0,3}$"
 )
 
 
-def _lone(lines: list[str], text: str, last: int) -> int | None:
-    """A letter alone on the last line, or on the first, but not among others."""
-    for at, beside in ((-1, -2), (0, 1)):
-        found = _LONE.fullmatch(lines[at])
-        if found and not (len(lines) > 1 and _LONE.fullmatch(lines[beside])):
-            return _read(found, lines[at], last, _ENDED)
-    return None
+def _lone_last(lines: list[str], text: str, last: int) -> int | None:
+    """A letter alone on the last line, and not below another."""
+    return _lone(lines[-1], lines[-2:-1], last)
+
+
+def _lone_first(lines: list[str], text: str, last: int) -> int | None:
+    """A letter alone on the first line, and not above another."""
+    return _lone(lines[0], lines[1:2], last)
+
+
+def _lone(line: str, beside: list[str], last: int) -> int | None:
+    found = _LONE.fullmatch(line)
+    return _read(found, line, last, _ENDED) if found and not any(map(_LONE.fullmatch, beside)) else None
 
 
 def _is_right(lines: list[str], text: str, last: int) -> int | None:
@@ -175,7 +183,7 @@ def _ending(lines: list[str], text: str, last: int) -> int | None:
     return _read(_ENDING.search(lines[-1]), lines[-1], last, None)
 
 
-FORMS = (_lone, _is_right, _label, _bracket, _ending)
+FORMS = (_lone_last, _is_right, _ending, _lone_first, _label, _bracket)
 
 
 def unannounced(text: str, options: int) -> int | None:

@@ -20,6 +20,7 @@ import socket
 import subprocess
 import sys
 import threading
+import time
 import weakref
 
 from k25_jax.scoring.statements import MOST_TEXT, ascii_forms, boxes
@@ -79,6 +80,7 @@ class MathChecker:
         """The reply of a child of the process; b"" when it was ended, or ran out of memory."""
         for _ in range(2):  # the process itself may have been ended in the meantime
             process, line = self._started()
+            start = time.monotonic()
             ours, theirs = socket.socketpair()
             with ours:
                 with theirs:
@@ -94,7 +96,7 @@ class MathChecker:
                     reply = b""
                 if reply:
                     return reply
-                if process.poll() is None:
+                if _lives(process, 0.3 if time.monotonic() - start < self.deadline else 0.0):
                     return b""
         return b""
 
@@ -133,6 +135,15 @@ class MathChecker:
                 process.kill()
                 process.wait()
                 self._process = self._socket = None
+
+
+def _lives(process: subprocess.Popen, seconds: float) -> bool:
+    """Whether a process is there yet after `seconds`: one that is being killed takes a moment."""
+    try:
+        process.wait(seconds)
+        return False
+    except subprocess.TimeoutExpired:
+        return True
 
 
 @functools.cache

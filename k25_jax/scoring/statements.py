@@ -7,6 +7,7 @@ import re
 import unicodedata
 
 MOST_TEXT = 20_000  # characters that are read, from the end
+MOST_LINE = 2_000  # characters that are read after a cue
 WRAP = " \t\n*_`$.,;:\"'“”"
 
 _THOUGHT = re.compile(r"</think(?:ing)?>|◁/think▷")
@@ -28,7 +29,7 @@ _WORDS = (
     "الإجابة|الجواب|إجابة|উত্তর|उत्तर"
 )
 _CHINESE = (
-    r"(?:答案|正解|答え|答复|回答|解答|答|정답|답변|답)\s{0,3}"
+    r"(?:答案|正确选项|正解|答え|答复|回答|解答|答|정답|답변|답)\s{0,3}"
     r"(?:(?:应该?|應該?)?[是为為选選]|は|은|는|[:：])[\s*:：]{0,4}"
 )
 ANSWER_IS = rf"(?:(?<![^\W_])(?:{_WORDS})(?![^\W_]){_MARKS}{_ABOUT}{_MARKS}{_IS}|{_CHINESE}|^####)"
@@ -73,7 +74,7 @@ def final_part(text: str) -> str:
     said = [(start, inside.strip(WRAP)) for start, _, inside in boxes(text)]
     said += [(match.start(1), match[1].strip(WRAP)) for match in _TAG.finditer(text)]
     for match in _CUE.finditer(text):
-        line = text[match.end() :].lstrip(WRAP).split("\n", 1)[0].strip(WRAP)
+        line = text[match.end() : match.end() + MOST_LINE].lstrip(WRAP).split("\n", 1)[0].strip(WRAP)
         if line and not line.startswith("<") and not (_COMMENT.match(line) and not match[0].endswith((":", "："))):
             said.append((match.start(), line))
     last = max((item for item in said if item[1]), default=None)

@@ -61,13 +61,13 @@ class Fields:
         return value
 
     def neutral(self, **allowed):
-        """Fields that may only say what happens anyway."""
-        for name, value in allowed.items():
+        """Fields that may only say what happens anyway: a value, or one of a tuple; None: nothing."""
+        for name, values in allowed.items():
             self._known.add(name)
-            if name in self._left and self._left.pop(name) != value:
-                raise self.error(
-                    name, f"is not supported; leave it out, or send {json.dumps(value)}", "unsupported_parameter"
-                )
+            values = values if isinstance(values, tuple) else (values,)
+            if name in self._left and self._left.pop(name) not in values:
+                remedy = "leave it out" if values == (None,) else f"leave it out, or send {json.dumps(values[0])}"
+                raise self.error(name, f"is not supported; {remedy}", "unsupported_parameter")
 
     def ignored(self, *names: str):
         """Fields that change nothing here, whatever they say."""

@@ -25,12 +25,14 @@ class ServerConfig:
     stall_seconds: float = 60.0  # a client that takes nothing for so long is left
     unread_bytes: int = 2**18  # of an answer that the system holds for a client
     grace_seconds: float = 30.0  # for requests under way when the server stops
-    readers: int = 2  # threads that read bodies
+    readers: int = 2  # threads that read small bodies without media, and as many for the others
+    small_bytes: int = 2**16  # of a body that is small
     callers: int = 16  # threads that wait for the engine
 
     def __post_init__(self):
         seconds = ("body_seconds", "start_seconds", "stall_seconds")
-        for name in ("concurrency", "body_bytes", "held_bytes", *seconds, "unread_bytes", "readers", "callers"):
+        sizes = ("body_bytes", "held_bytes", "small_bytes", "unread_bytes")
+        for name in (*sizes, *seconds, "concurrency", "readers", "callers"):
             if getattr(self, name) <= 0:
                 raise ServerError(f"{name}={getattr(self, name)} must be positive")
 

@@ -9,6 +9,9 @@ from k25_jax.serving.fields import Fields
 from k25_jax.serving.media import MediaOpener
 
 MEDIA = {"image_url": "image", "video_url": "video"}
+SHOWN = ("detail", "format", "mime_type", "media_type")  # how many patches it gets the server says; its kind, its bytes
+THOUGHTS = ("reasoning_content", "reasoning")  # names of one thing
+CACHE = "cache_control"  # of other servers; here prompts that begin alike share what was computed anyway
 
 
 class ToolUse(NamedTuple):
@@ -17,6 +20,8 @@ class ToolUse(NamedTuple):
     tools: list[dict]
     read: bool
     forced: str | None
+    names: Sequence[str] = ()
+    strict: Sequence[str] = ()  # those whose arguments were to be constrained, which they are not
 
 
 def convert_messages(messages: list, opener: MediaOpener, mode: str) -> list[dict]:
@@ -39,12 +44,32 @@ def _message(message, where: str, opener: MediaOpener, mode: str) -> dict:
     if isinstance(content, list):
         parts = enumerate(content)
         content = [_part(part, f"{where}.content[{number}]", opener) for number, part in parts]
-    for name, kind in (("name", str), ("tool_calls", list), ("tool_call_id", str), ("reasoning_content", str)):
+    for name, kind in (("name", str), ("tool_calls", list), ("tool_call_id", str)):
         out[name] = fields.take(name, kind)
+    thought = _thought(fields, where)
+    fields.ignored(CACHE)
     fields.end()
-    if mode == "plain":
-        out["reasoning_content"] = None  # the thinking of earlier turns has no place in this form of the template
+    if content is None and thought and out["role"] == "assistant":
+        content = ""  # it was cut off while it thought
+    # in the plain form of the template the thinking of earlier turns has no place
+    out["reasoning_content"] = None if mode == "plain" and out["role"] == "assistant" else thought
     return {name: value for name, value in (out | {"content": content}).items() if value is not None}
+
+
+def _thought(fields: Fields, where: str) -> str | None:
+    """The thinking of an earlier answer, under any of its names; `reasoning_details` count where the others are missing."""
+    said = {name: text for name in THOUGHTS if (text := fields.take(name, str))}
+    details = fields.take("reasoning_details", list, default=[])
+    if len(set(said.values())) > 1:
+        raise fields.error("reasoning", "and reasoning_content differ; send one of them", "invalid_value")
+    if said or not details:
+        return next(iter(said.values()), None)
+    texts = [detail.get("text") or detail.get("summary") if isinstance(detail, dict) else None for detail in details]
+    for number, text in enumerate(texts):
+        if not isinstance(text, str):
+            place = f"reasoning_details[{number}]"
+            raise fields.error(place, "has no text that can be read; send the thinking as reasoning_content")
+    return "".join(texts)
 
 
 def _part(part, where: str, opener: MediaOpener) -> dict:
@@ -55,6 +80,7 @@ def _part(part, where: str, opener: MediaOpener) -> dict:
         )
     fields = Fields(part, where)
     kind = fields.take("type", str, required=True)
+    fields.ignored(CACHE)
     if kind == "text":
         text = fields.take("text", str, required=True)
         fields.end()
@@ -67,7 +93,7 @@ def _part(part, where: str, opener: MediaOpener) -> dict:
     place = f"{where}.{kind}"
     if isinstance(source, dict):
         inner = Fields(source, place)
-        inner.ignored("detail")  # how many patches an image gets is for the server to say
+        inner.ignored(*SHOWN)
         source, place = inner.take("url", str, required=True), f"{place}.url"
         inner.end()
     return {"type": MEDIA[kind], MEDIA[kind]: opener.read(source, place), "name": place}
@@ -75,24 +101,27 @@ def _part(part, where: str, opener: MediaOpener) -> dict:
 
 def read_tools(fields: Fields, mode: str) -> ToolUse:
     """`tools` and `tool_choice`. What cannot be kept is refused; raises ApiError."""
-    tools = fields.take("tools", list, default=[])
-    names = [_check_tool(tool, f"tools[{number}]") for number, tool in enumerate(tools)]
+    tools = [
+        _checked_tool(tool, f"tools[{number}]") for number, tool in enumerate(fields.take("tools", list, default=[]))
+    ]
+    names = [tool["function"]["name"] for tool in tools]
+    strict = [name for name, tool in zip(names, tools, strict=True) if tool["function"].get("strict")]
     choice = fields.take("tool_choice", str, dict, default="auto" if tools else "none")
     if choice == "none":
         return ToolUse([], False, None)
     if not tools:
         raise fields.error("tool_choice", "needs tools to choose from", "invalid_value")
     if choice == "auto":
-        return ToolUse(tools, True, None)
+        return ToolUse(tools, True, None, names, strict)
     name = _forced(fields, choice, names)
     if mode == "thinking":
         problem = "can only be kept without thinking: add chat_template_kwargs={'thinking': false}, or send 'auto'"
         raise fields.error("tool_choice", problem, "unsupported_value")
-    return ToolUse(tools, True, name)
+    return ToolUse(tools, True, name, names, strict)
 
 
-def _check_tool(tool, where: str) -> str:
-    """The name of a declared tool."""
+def _checked_tool(tool, where: str) -> dict:
+    """A declared tool, without what is not for the model."""
     if not isinstance(tool, dict):
         raise ApiError(f"{where} must be an object, not {show(tool)}", where, "invalid_type")
     fields = Fields(tool, where)
@@ -100,20 +129,18 @@ def _check_tool(tool, where: str) -> str:
     if kind != "function":
         raise fields.error("type", f"must be 'function', not {show(kind)}", "invalid_value")
     function = Fields(fields.take("function", dict, required=True), f"{where}.function")
+    fields.ignored(CACHE)
     fields.end()
     name = function.take("name", str, required=True)
     if not re.fullmatch(r"[\w.-]{1,64}", name):
         raise function.error(
             "name", f"must be up to 64 letters, digits, '_', '.' and '-', not {show(name)}", "invalid_value"
         )
-    function.take("description", str)
-    function.take("parameters", dict)
-    if function.take("strict", bool):
-        raise function.error(
-            "strict", "cannot be promised: answers are not constrained; leave it out", "unsupported_value"
-        )
+    rest = {"description": function.take("description", str), "parameters": function.take("parameters", dict)}
+    rest["strict"] = function.take("strict", bool)
+    function.ignored(CACHE)
     function.end()
-    return name
+    return {"type": kind, "function": {"name": name} | {k: v for k, v in rest.items() if v is not None}}
 
 
 def _forced(fields: Fields, choice: str | dict, names: Sequence[str]) -> str:

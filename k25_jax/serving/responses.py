@@ -11,9 +11,11 @@ import time
 
 from k25_jax.sampling.requests import Event, TokenEvent
 from k25_jax.serving.errors import ApiError
-from k25_jax.serving.output_parser import OutputParser, Piece, StopTexts, call_name
+from k25_jax.serving.output_parser import OutputParser, Piece
 from k25_jax.serving.requests import Ask, Served
+from k25_jax.text.stops import StopTexts
 from k25_jax.text.tokenizer import Tokenizer
+from k25_jax.text.tool_calls import named
 
 
 @dataclasses.dataclass
@@ -35,12 +37,17 @@ class Choice:
     """One answer in the making."""
 
     def __init__(self, ask: Ask, tokenizer: Tokenizer, stop: tuple[str, ...]):
-        self._stops = StopTexts(tokenizer, stop)
-        self._reader = OutputParser(tokenizer, ask.mode, ask.reads_calls, ask.call_id)
-        self._chat, self._calls, self._part = ask.chat, 0, Part()
-        self.drawn, self.thought, self.finished = 0, 0, False
+        self._stops = StopTexts(tokenizer, stop, ask.form)
+        self._parser = OutputParser(tokenizer, ask.form, ask.names, ask.ids.copy()) if ask.form else None
+        self._calls, self._part = 0, Part()
+        self.drawn, self.finished = 0, False
         if ask.call_id:
-            self._add(Piece("call", ask.call_id))
+            self._add(Piece("call", ask.call_id, named(ask.call_id)))
+
+    @property
+    def thought(self) -> int:
+        """Tokens of the thinking."""
+        return self._stops.thought
 
     def add(self, event: Event) -> None:
         """The next event of this answer; raises ApiError when there will be no more of it."""
@@ -54,9 +61,9 @@ class Choice:
         if event.reason not in ("stop", "length"):
             raise ApiError(event.error or "the answer was ended before it was done", status=500)
         self._take(self._stops.flush())
-        for piece in self._reader.finish():
+        for piece in self._parser.finish(event.reason == "stop") if self._parser else ():
             self._add(piece)
-        called = event.reason == "stop" and self._calls and not self._stops.found
+        called = event.reason == "stop" and self._calls and not isinstance(event.stopped_by, str)
         self._part.finish_reason = "tool_calls" if called else event.reason
 
     def take(self) -> Part:
@@ -66,8 +73,7 @@ class Choice:
 
     def _take(self, units: list[tuple[int | None, str]]) -> None:
         for token, text in units:
-            self.thought += self._chat and token is not None and self._reader.state == "reasoning"
-            for piece in self._reader.push(token, text) if self._chat else [Piece("content", text)]:
+            for piece in self._parser.push(token, text) if self._parser else [Piece("content", text)]:
                 self._add(piece)
 
     def _add(self, piece: Piece) -> None:
@@ -77,7 +83,7 @@ class Choice:
         elif piece.kind == "content":
             part.content += piece.text
         elif piece.kind == "call":
-            function = {"name": call_name(piece.text), "arguments": ""}
+            function = {"name": piece.name, "arguments": ""}
             part.calls.append({"index": self._calls, "id": piece.text, "type": "function", "function": function})
             self._calls += 1
         else:
@@ -90,7 +96,7 @@ class Answer:
     """The answers to all prompts of a body."""
 
     def __init__(self, ask: Ask, served: Served):
-        self._ask, self._tokenizer = ask, served.tokenizer
+        self._ask, self._tokenizer, self.notes = ask, served.tokenizer, ask.notes
         self._n = ask.requests[0].n
         self._choices = [
             Choice(ask, served.tokenizer, request.stop) for request in ask.requests for _ in range(request.n)

@@ -29,6 +29,7 @@ from k25_jax.serving.requests import Served
 from k25_jax.serving.server import Server
 
 TOP_LOGPROBS = 20
+VIDEO_SECONDS = 60.0  # that decoding one video may take; others wait for its reader
 
 
 def serve(args) -> int:
@@ -62,7 +63,12 @@ def engine_config(args) -> EngineConfig:
 
 def _served(args, model: Model, engine: Engine, root: pathlib.Path | None) -> Served:
     reader = MediaReader(
-        model.config, args.max_image_patches, args.max_frame_patches, args.fps, max_pixels=args.max_pixels
+        model.config,
+        args.max_image_patches,
+        args.max_frame_patches,
+        args.fps,
+        max_pixels=args.max_pixels,
+        video_seconds=VIDEO_SECONDS,
     )
     return Served(
         args.model_name or pathlib.Path(args.checkpoint).resolve().name,

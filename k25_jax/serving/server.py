@@ -20,7 +20,8 @@ from k25_jax.sampling.async_engine import AsyncEngine, Stream
 from k25_jax.sampling.requests import EngineError, Overloaded
 from k25_jax.sampling.sample import PromptError
 from k25_jax.serving.access import Access
-from k25_jax.serving.errors import ApiError, from_text, overloaded, starting, stopped, too_large, unavailable
+from k25_jax.serving.connection_log import ConnectionLog
+from k25_jax.serving.errors import ApiError, from_text, overloaded, show, starting, stopped, too_large, unavailable
 from k25_jax.serving.event_queue import EventQueue
 from k25_jax.serving.limits import ServerConfig, check_reach
 from k25_jax.serving.metrics import Metrics
@@ -31,6 +32,7 @@ logger = logging.getLogger(__name__)
 
 KEEP_OPEN = 75.0  # seconds that an idle connection stays
 OPEN_ROUTES = ("/health",)  # for these no key is needed
+TOIL = (b"_url", b"\\u00")  # what names media in a body, also with its letters escaped
 
 
 class Server:
@@ -51,8 +53,9 @@ class Server:
         self._access = Access(key)
         self._metrics, self._created = Metrics(), int(time.time())
         self._reading = ThreadPoolExecutor(self._config.readers, "k25-read")
+        self._toiling = ThreadPoolExecutor(self._config.readers, "k25-toil")
         self._calling = ThreadPoolExecutor(self._config.callers, "k25-call")
-        self._open, self._held, self._queues = 0, 0, set()
+        self._open, self._held, self._queues, self._noted = 0, 0, set(), set()
         self._stopping, self._idle, self._hurry, self._ending = False, *(asyncio.Event() for _ in range(3))
         self._idle.set()
         self._began, self._waits_for, self._opened = time.monotonic(), "", asyncio.Event()
@@ -67,11 +70,17 @@ class Server:
         app.router.add_post("/v1/chat/completions", self._chat)
         app.router.add_post("/v1/completions", self._complete)
         app.router.add_get("/v1/models", self._models)
-        app.router.add_get("/v1/models/{name}", self._model)
+        app.router.add_get("/v1/models/{name:.+}", self._model)  # a slash in a name need not be escaped
         app.router.add_get("/health", self._health)
         app.router.add_get("/metrics", self._show_metrics)
         self._runner = web.AppRunner(
-            app, handler_cancellation=True, access_log=None, keepalive_timeout=KEEP_OPEN, shutdown_timeout=1.0
+            app,
+            handler_cancellation=True,
+            access_log=None,
+            keepalive_timeout=KEEP_OPEN,
+            shutdown_timeout=1.0,
+            auto_decompress=False,
+            logger=ConnectionLog(logger),
         )
         await self._runner.setup()
         await web.TCPSite(self._runner, self._config.host, self._config.port).start()
@@ -99,8 +108,8 @@ class Server:
             queue.fail(stopped())
         await self._runner.cleanup()
         await self._idle.wait()  # what was cancelled gives its place back
-        for pool in (self._reading, self._calling):
-            await asyncio.to_thread(pool.shutdown, cancel_futures=pool is self._reading)
+        for pool in (self._reading, self._toiling, self._calling):
+            await asyncio.to_thread(pool.shutdown, cancel_futures=pool is not self._calling)
 
     def hurry(self) -> None:
         """Let `stop` wait no longer."""
@@ -228,6 +237,7 @@ class Server:
         with self._place():
             await self._until_open()
             ask = await self._read(http, read)
+            self._note(ask)
             queue = EventQueue()
             streams = await self._submit(ask, queue)
             self._metrics.tokens.labels("prompt").inc(sum(len(request.tokens) for request in ask.requests))
@@ -244,20 +254,34 @@ class Server:
                     self._calling.submit(self._abort, streams)
 
     async def _read(self, http: web.Request, read: Callable[[bytes, Served], Ask]) -> Ask:
-        """The body, read in another thread; what is held of all bodies at once is bounded."""
+        """The body, read in another thread; what is held of all large bodies at once is bounded.
+
+        Those that take work, being large or with media, have threads of their own, so that the others wait for none of them.
+        """
         size = http.content_length or self._config.body_bytes
-        if self._held and self._held + size > self._config.held_bytes:
+        large = size > self._config.small_bytes
+        if large and self._held and self._held + size > self._config.held_bytes:
             raise overloaded("too many large bodies are being read; try again later")
         self._held += size
         try:
             raw = await self._body(http)
-            return await asyncio.wrap_future(self._reading.submit(read, raw, self._served))
+            pool = self._toiling if large or any(sign in raw for sign in TOIL) else self._reading
+            return await asyncio.wrap_future(pool.submit(read, raw, self._served))
         finally:
             self._held -= size
+
+    def _note(self, ask: Ask) -> None:
+        """Say in the log, once, what requests ask for and do not get; they are told each time."""
+        for note in set(ask.notes) - self._noted:
+            self._noted.add(note)
+            logger.warning("%s (further ones are not logged)", note)
 
     async def _body(self, http: web.Request) -> bytes:
         if http.content_type != "application/json":
             raise ApiError("the header must say Content-Type: application/json", status=415)
+        if (encoding := http.headers.get("Content-Encoding", "")).lower() not in ("", "identity"):
+            problem = f"a body of Content-Encoding {show(encoding)} is not taken; send it as it is, without the header"
+            raise ApiError(problem, status=415)
         if (http.content_length or 0) > self._config.body_bytes:
             raise too_large(self._config.body_bytes)
         try:
@@ -310,7 +334,7 @@ class Server:
                 break
             events = await queue.take()
         data = json.dumps(answer.body()).encode()
-        response = web.StreamResponse(headers={"Content-Type": "application/json"})
+        response = web.StreamResponse(headers={"Content-Type": "application/json"} | _warnings(answer))
         response.content_length = len(data)
         await self._prepare(http, response)
         await self._send(http, response, data)
@@ -320,7 +344,7 @@ class Server:
     async def _stream(self, http: web.Request, answer: Answer, queue: EventQueue, events) -> web.StreamResponse:
         """Server-sent events. What fails after the first is an event too, behind which there is no [DONE]."""
         headers = {"Content-Type": "text/event-stream; charset=utf-8", "Cache-Control": "no-cache"}
-        response = web.StreamResponse(headers=headers)
+        response = web.StreamResponse(headers=headers | _warnings(answer))
         await self._prepare(http, response)
         try:
             while True:
@@ -360,6 +384,11 @@ class Server:
 
 def _event(body: dict) -> bytes:
     return b"data: " + json.dumps(body).encode() + b"\n\n"
+
+
+def _warnings(answer: Answer) -> dict[str, str]:
+    """What the answer does not keep, as a header."""
+    return {"Warning": ", ".join(f'299 k25 "{note}"' for note in answer.notes)} if answer.notes else {}
 
 
 def _error_response(error: ApiError) -> web.Response:

@@ -25,6 +25,7 @@ from k25_jax.text.tool_calls import CallError, CallIds, call_parts
 ROLES = ("system", "user", "assistant", "tool")
 MODES = ("plain", "thinking", "instant")
 KINDS = ("text", "image", "video")
+MAX_WEIGHT = 1000
 THINK = ("<think>", "</think>")  # special tokens in what the assistant says; ordinary text from anybody else
 FIELDS = {"tool_calls": "assistant", "reasoning_content": "assistant", "tool_call_id": "tool"}  # and who has them
 
@@ -52,20 +53,20 @@ class Writer:
     def __init__(self, tokenizer: Tokenizer):
         self.rendered = Rendered()
         self._tokenizer = tokenizer
-        self._text, self._weight, self._allowed = "", 0.0, ()
+        self._texts, self._weight, self._allowed = [], 0.0, ()
 
     def text(self, text: str, weight: float, allowed: Sequence[str] = ()):
         """Ordinary text; `allowed` names the special tokens that it may hold."""
         if (weight, allowed) != (self._weight, self._allowed):
             self.flush()
             self._weight, self._allowed = weight, allowed
-        self._text += text
+        self._texts.append(text)
 
     def special(self, name: str, weight: float):
         """One special token."""
         self.flush()
         if name not in self._tokenizer.special:
-            raise ChatError(f"the tokenizer has no {name}; add it to added_tokens_decoder in tokenizer_config.json")
+            raise ChatError(self._tokenizer.special.lack(name))
         self._append([self._tokenizer.special[name]], weight)
 
     def media(self, part: Mapping, kind: str, load_media: LoadMedia):
@@ -83,8 +84,8 @@ class Writer:
 
     def flush(self):
         """Encode the text that waits for its end."""
-        self._append(self._tokenizer.encode(self._text, self._allowed), self._weight)
-        self._text = ""
+        texts, self._texts = self._texts, []
+        self._append(self._tokenizer.encode("".join(texts), self._allowed), self._weight)
 
     def lengths(self) -> tuple[int, ...]:
         """How much was written, for `cut`."""
@@ -93,7 +94,7 @@ class Writer:
 
     def cut(self, lengths: tuple[int, ...]):
         """Take back what was written since."""
-        self._text = ""
+        self._texts = []
         parts = (self.rendered.tokens, self.rendered.weights, self.rendered.media, self.rendered.clips)
         for part, length in zip(parts, lengths, strict=True):
             del part[length:]
@@ -144,7 +145,7 @@ class Renderer:
         if reasoning and self._mode == "plain":
             raise ChatError(f"{where}.reasoning_content needs the mode thinking or instant; or write it into content")
         dropped = bool(reasoning) and not keep_thinking and self._mode == "thinking"
-        weight = float(role == "assistant" and not dropped)
+        weight = _weight(message, where) if role == "assistant" and not dropped else 0.0
         if role == "assistant":
             self.open_assistant(message.get("name") or role)
             if self._mode == "thinking":
@@ -219,9 +220,10 @@ def render(
 
     `content` is a string or a list of parts: {"type": "text", "text": ..}, {"type": "image", "image": source},
     {"type": "video", "video": source}. Without `load_media`, parts other than text are refused. The assistant may have
-    `reasoning_content` and `tool_calls`, a result of a call (role tool) has its `tool_call_id`; `tools` are those of
-    `text.declarations`. `keep_thinking=False` is the public template's default: of the turns up to the last answer
-    without calls the thinking is left out, and what was said after it has weight 0. Raises ChatError.
+    `reasoning_content`, `tool_calls` and a `weight` (0: read and not learnt), a result of a call (role tool) has its
+    `tool_call_id`; `tools` are those of `text.declarations`. `keep_thinking=False` is the public template's default: of
+    the turns up to the last answer without calls the thinking is left out, and what was said after it has weight 0.
+    Raises ChatError.
     """
     if isinstance(messages, (str, bytes)) or not isinstance(messages, Sequence) or not messages:
         raise ChatError(f"messages must be a list of at least one message, not {_show(messages)}")
@@ -250,6 +252,18 @@ def part_kind(part: Mapping, where: str) -> str:
     return kind
 
 
+def check_weight(weight, where: str) -> float:
+    """How much a turn or a record counts in the loss; raises ChatError."""
+    if isinstance(weight, bool) or not isinstance(weight, (int, float)) or not 0 <= weight <= MAX_WEIGHT:
+        raise ChatError(f"{where} must be a number from 0 to {MAX_WEIGHT}, not {_show(weight)}")
+    return float(weight)
+
+
+def _weight(message: Mapping, where: str) -> float:
+    given = message.get("weight")
+    return 1.0 if given is None else check_weight(given, f"{where}.weight")
+
+
 def _is_answer(message) -> bool:
     return isinstance(message, Mapping) and message.get("role") == "assistant" and not message.get("tool_calls")
 
@@ -272,7 +286,11 @@ def _check_message(message: Mapping, where: str) -> tuple[str, Sequence[Mapping]
     calls = message.get("tool_calls") or []
     if not isinstance(calls, Sequence) or isinstance(calls, (str, bytes)):
         raise ChatError(f"{where}.tool_calls must be a list of calls, not {_show(calls)}")
-    if content is None and not calls:
+    if _weight(message, where) and message.get("weight") and role != "assistant":
+        raise ChatError(
+            f"{where}.weight: only what the assistant says is learnt; leave it out for the role {role}, or 0"
+        )
+    if content is None and not calls and not message.get("reasoning_content"):
         raise ChatError(f"{where}.content is missing; give a string or a list of parts")
     if content is None or isinstance(content, str):
         return role, [{"type": "text", "text": content or ""}]

@@ -23,6 +23,7 @@ class Conversation:
     ):
         self._tokenizer, self._mode = tokenizer, mode
         self._renderer = Renderer(tokenizer, load_media, mode, tools)
+        self._names = frozenset(tool["function"]["name"] for tool in tools)
         self._turns, self._open = 0, False
 
     @property
@@ -59,8 +60,7 @@ class Conversation:
             tokens = tokens[: tokens.index(pad)]
         if end in tokens[:-1]:
             raise ChatError(f"turn {self._turns}: sampling must stop at <|im_end|> (token {end})")
-        said = parse(tokens, self._tokenizer, self._mode)
-        self._renderer.ids.count += len(said.calls)
+        said = parse(tokens, self._tokenizer, self._mode, self._names, self._renderer.ids)
         rendered = self.rendered
         rendered.tokens += tokens
         rendered.weights += [1.0] * len(tokens)

@@ -1,4 +1,4 @@
-"""Text to token ids and back: Kimi's byte-pair vocabulary, or plain bytes for small models (K2.5 §3.1).
+"""Text to token ids and back: a model's byte-pair vocabulary, or plain bytes for small models (K2.5 §3.1).
 
 Text that merely looks like a special token is ordinary text unless the caller allows it. So nothing that a user or a
 file says can open a turn, close one, or stand for an image.
@@ -7,15 +7,13 @@ file says can open a turn, close one, or stand for an image.
 import base64
 import binascii
 import codecs
-import json
-import logging
 import re
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from pathlib import Path
 
 import tiktoken
 
-logger = logging.getLogger(__name__)
+from k25_jax.config.json_file import read_object, require_file, shown
 
 PUBLIC_SPECIAL = {
     "[BOS]": 163584,
@@ -67,6 +65,20 @@ REQUIRED = (
     *("[BOS]", "[EOS]", "[PAD]", "<|im_end|>", "<|im_user|>", "<|im_assistant|>", "<|im_system|>", "<|im_middle|>"),
     *("<|media_begin|>", "<|media_content|>", "<|media_end|>", "<|media_pad|>"),
 )
+VOCABULARIES = ("tiktoken.model", "tokenizer.json")  # that are read: the first that is there
+OTHERS = {  # files of vocabularies that are not, and what they are
+    "vocab.json": "half of a byte-pair vocabulary",
+    "merges.txt": "half of a byte-pair vocabulary",
+    "vocab.bpe": "half of a byte-pair vocabulary",
+    "encoder.json": "half of a byte-pair vocabulary",
+    "vocab.txt": "a WordPiece vocabulary",
+    "tekken.json": "a Tekken vocabulary",
+    ".model": "a SentencePiece vocabulary",
+    ".spm": "a SentencePiece vocabulary",
+    ".tiktoken": "a tiktoken vocabulary of another model",
+}
+MOST_BYTES = 100_000_000  # of a vocabulary
+REMEDY = "put the model's own tiktoken.model there, or a byte-level tokenizer.json with Kimi's special tokens"
 RESERVED = 256  # ids after the ranks that are special, named or not
 
 # How Kimi cuts text before merging bytes: Han runs by themselves; words (capitals, then small letters) with one leading
@@ -96,12 +108,28 @@ class TokenizerError(ValueError):
     """A vocabulary that cannot be used; the message names the file, the line or field, and the remedy."""
 
 
+class SpecialTokens(dict):
+    """Name -> id; a name that is not there is a TokenizerError that begins with `source`."""
+
+    def __init__(self, special: Mapping[str, int], source: str):
+        super().__init__(special)
+        self.source = source
+
+    def __missing__(self, name: str):
+        raise TokenizerError(self.lack(name))
+
+    def lack(self, name: str) -> str:
+        """What to say of a name that is not there."""
+        return f"{self.source} has no {name}, which Kimi's chat template needs: {REMEDY}"
+
+
 class Tokenizer:
     """Special tokens around an encoder of ordinary text. `token_bytes[id]` is what an ordinary token stands for."""
 
-    def __init__(self, special: Mapping[str, int], token_bytes: Mapping[int, bytes], ordinary: Callable):
-        self.special = dict(special)
-        self.vocab_size = 1 + max(max(self.special.values()), max(token_bytes))
+    def __init__(self, special: Mapping[str, int], token_bytes: Mapping[int, bytes], ordinary: Callable, source: str):
+        self.special = SpecialTokens(special, source)
+        self.ordinary_size = 1 + max(token_bytes, default=-1)
+        self.vocab_size = max(self.ordinary_size, 1 + max(self.special.values(), default=-1))
         self._special_ids = frozenset(self.special.values())
         self._bytes = dict(token_bytes) | {id_: name.encode() for name, id_ in self.special.items()}
         self._ordinary = ordinary
@@ -147,24 +175,66 @@ class StreamDecoder:
         return self._utf8.decode(b"", final=True)
 
 
-def load_tokenizer(directory: str = "") -> Tokenizer:
-    """The vocabulary in `directory`/tiktoken.model; bytes when there is no such file or no directory is given.
+def load_tokenizer(directory: str = "", required: Collection[str] = REQUIRED) -> Tokenizer:
+    """The vocabulary in `directory`: tiktoken.model, else a byte-level tokenizer.json; '' gives bytes.
 
-    Special tokens come from `tokenizer_config.json` there; the public table fills the ids that it leaves free. Raises
-    TokenizerError.
+    Special tokens come from the files there; the public table fills the ids that Kimi's leave free. `required` must be
+    among them. Raises TokenizerError that names the file.
     """
+    if not directory:
+        return Tokenizer(BYTE_SPECIAL, {i: bytes([i]) for i in range(256)}, encode_bytes, "the byte-level vocabulary")
+    path = find_vocabulary(directory)
+    if path is None:
+        raise TokenizerError(f"{directory} holds no vocabulary: {REMEDY}; '' stands for bytes")
+    try:
+        require_file(path)
+        tokenizer = _load_tiktoken(path) if path.name == VOCABULARIES[0] else _load_json(path)
+    except OSError as error:
+        raise TokenizerError(f"{path}: {error.strerror or error}") from error
+    except TokenizerError:
+        raise
+    except ValueError as error:  # of read_object, which names the file
+        raise TokenizerError(f"{error}; {REMEDY}") from error
+    missing = [name for name in required if name not in tokenizer.special]
+    if missing:
+        raise TokenizerError(f"{tokenizer.special.source}: no id for {', '.join(missing)}; {REMEDY}")
+    return tokenizer
+
+
+def find_vocabulary(directory: str | Path) -> Path | None:
+    """The vocabulary in a folder, or None; TokenizerError where there is only one that is not read."""
     folder = Path(directory)
-    if directory and not folder.is_dir():
-        raise TokenizerError(f"{directory}: no such directory; give one with tiktoken.model, or '' for bytes")
-    model = folder / "tiktoken.model"
-    if directory and model.is_file():
-        return _load_tiktoken(model)
-    if directory:
-        logger.warning("%s holds no tiktoken.model: text is read as bytes", directory)
-    return Tokenizer(BYTE_SPECIAL, {i: bytes([i]) for i in range(256)}, _encode_bytes)
+    if not folder.is_dir():
+        raise TokenizerError(
+            f"{directory}: no such directory; give one with {' or '.join(VOCABULARIES)}, or '' for bytes"
+        )
+    for name in VOCABULARIES:
+        if (folder / name).exists():
+            return folder / name
+    for path in sorted(folder.iterdir()):
+        kind = OTHERS.get(path.name.lower()) or OTHERS.get(path.suffix.lower())
+        if kind:
+            raise TokenizerError(f"{path} is {kind}, which is not read: {REMEDY}")
+    return None
 
 
-def _encode_bytes(text: str) -> list[int]:
+def no_vocabulary(directory: str | Path) -> Tokenizer:
+    """For a model without one: ids come out as U+FFFD, and text or a special token going in is a TokenizerError."""
+
+    def refuse(text: str):
+        raise TokenizerError(f"{directory} holds no vocabulary to read text with: {REMEDY}")
+
+    return Tokenizer({}, {}, refuse, str(directory))
+
+
+def _load_json(path: Path) -> Tokenizer:
+    from k25_jax.text.tokenizer_json import load_json
+
+    return load_json(path, configured(path.with_name("tokenizer_config.json")))
+
+
+def encode_bytes(text: str) -> list[int]:
+    """The bytes of a text: they are the ids."""
     return list(text.encode())
 
 
@@ -176,12 +246,15 @@ def _load_tiktoken(path: Path) -> Tokenizer:
     def ordinary(text: str) -> list[int]:
         return [id_ for piece in pieces(text) for id_ in encoding.encode_ordinary(piece)]
 
-    return Tokenizer(special, {rank: token for token, rank in ranks.items()}, ordinary)
+    source = path.with_name("tokenizer_config.json")  # where what is missing is to be added
+    return Tokenizer(special, {rank: token for token, rank in ranks.items()}, ordinary, str(source))
 
 
 def _read_ranks(path: Path) -> dict[bytes, int]:
     """Token bytes -> rank, from lines of base64 and a decimal rank."""
     ranks, seen = {}, set()
+    if path.stat().st_size > MOST_BYTES:
+        raise TokenizerError(f"{path} is larger than {MOST_BYTES:,} bytes: it is no vocabulary; fetch the file again")
     for number, line in enumerate(path.read_bytes().splitlines(), 1):
         if not line.strip():
             continue
@@ -205,7 +278,7 @@ def _read_ranks(path: Path) -> dict[bytes, int]:
 def _read_special(path: Path, ranks: Mapping[bytes, int]) -> dict[str, int]:
     """Special tokens: those of `tokenizer_config.json`, the public ones where they are free, and reserved names."""
     special, taken = {}, set(ranks.values())
-    for name, id_ in _configured(path):
+    for name, id_ in configured(path):
         if name in special or id_ in taken:
             raise TokenizerError(f"{path}: added_tokens_decoder[{id_}] = {name!r} is taken already; correct the file")
         special[name] = id_
@@ -214,27 +287,30 @@ def _read_special(path: Path, ranks: Mapping[bytes, int]) -> dict[str, int]:
         if name not in special and id_ not in taken:
             special[name] = id_
             taken.add(id_)
-    missing = [name for name in REQUIRED if name not in special]
-    if missing:
-        raise TokenizerError(f"{path}: no id for {', '.join(missing)}; add them to added_tokens_decoder")
     reserved = (id_ for id_ in range(len(ranks), len(ranks) + RESERVED) if id_ not in taken)
     return special | {f"<|reserved_token_{id_}|>": id_ for id_ in reserved}
 
 
-def _configured(path: Path) -> list[tuple[str, int]]:
-    if not path.is_file():
+def configured(path: Path) -> list[tuple[str, int]]:
+    """The special tokens of a tokenizer_config.json; none where there is no such file."""
+    if not path.exists():
         return []
     try:
-        table = json.loads(path.read_text(encoding="utf-8")).get("added_tokens_decoder", {})
-        pairs = [(entry["content"], int(id_)) for id_, entry in table.items()]
+        table = read_object(path, MOST_BYTES).get("added_tokens_decoder")
+        pairs = [(entry["content"], int(id_)) for id_, entry in (table or {}).items()]
     except (ValueError, KeyError, TypeError, AttributeError) as problem:
         raise TokenizerError(
             f"{path}: added_tokens_decoder must map ids to {{'content': name}} ({type(problem).__name__}: {problem})"
         ) from None
     for name, id_ in pairs:
-        if not isinstance(name, str) or not name or id_ < 0:
-            raise TokenizerError(f"{path}: added_tokens_decoder[{id_}]: {name!r} cannot be a special token")
+        if not is_name(name) or not 0 <= id_ < 2**31:
+            raise TokenizerError(f"{path}: added_tokens_decoder[{id_}]: {shown(name)} cannot be a special token")
     return pairs
+
+
+def is_name(name) -> bool:
+    """Whether a token can be called this: text that has a UTF-8 form."""
+    return isinstance(name, str) and bool(name) and not any("\ud800" <= character <= "\udfff" for character in name)
 
 
 def pieces(text: str) -> Iterator[str]:

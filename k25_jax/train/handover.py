@@ -5,14 +5,13 @@ parameter depends on them.
 """
 
 import dataclasses
-import json
 import logging
 import pathlib
 
 import jax
 
 from k25_jax.checkpoint.folders import BASE, CheckpointError, read_experiment
-from k25_jax.checkpoint.hf_config import read_config
+from k25_jax.checkpoint.hf_config import language_model_alone, read_config
 from k25_jax.checkpoint.huggingface import load_params
 from k25_jax.checkpoint.siglip import load_siglip_vision
 from k25_jax.checkpoint.store import restore_params
@@ -66,13 +65,11 @@ def _model(experiment: Experiment, source: pathlib.Path, abstract: dict, with_vi
 
 def _has_vision(source: pathlib.Path) -> bool:
     """Whether a folder in the public format has an encoder."""
-    file = source / "config.json"
     try:
-        return "vision_config" in json.loads(file.read_text())
-    except (OSError, ValueError) as error:
+        return not language_model_alone(source)
+    except CheckpointError as error:
         raise CheckpointError(
-            f"train.init_from={source} is neither a run (checkpoints/) nor a public checkpoint: {file} cannot be read "
-            f"({error})"
+            f"train.init_from={source} is neither a run (checkpoints/) nor a public checkpoint: {error}"
         ) from error
 
 

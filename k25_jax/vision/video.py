@@ -2,7 +2,9 @@
 
 import logging
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from fractions import Fraction
 from pathlib import Path
 from typing import BinaryIO
 
@@ -11,23 +13,19 @@ import numpy as np
 from PIL import Image
 
 from k25_jax.config import VisionConfig
-from k25_jax.vision.image import (
-    MAX_PIXELS,
-    check_pixels,
-    open_source,
-    patchify,
-    resize,
-    source_name,
-    target_size,
-    to_rgb,
-)
+from k25_jax.vision.frame_sampler import Damage, FrameSampler, Late
+from k25_jax.vision.image import MAX_PIXELS, ImageError, check_pixels, open_source, patchify, source_name, to_rgb
+from k25_jax.vision.orientation import from_matrix, turn
 from k25_jax.vision.patchpack import Clip
 
 # The demuxers tried. Playlists are left out: they make the library open other files and addresses.
 CONTAINERS = "mov,matroska,avi,mpegts,mpeg,mpegvideo,m4v,flv,asf,ogg,ivf,h264,hevc"
+# Until PyAV 19, texts that are not UTF-8 are an error unless this is said; since then it is not a parameter.
+_ANY_TEXT = {"metadata_errors": "replace"} if int(av.__version__.split(".")[0]) < 19 else {}
+# Brands of pictures and animations in HEIF and AVIF: the demuxer of mp4 takes them, and gives one picture, or a tile of it.
+_HEIF = frozenset(b"avif avis avci avcs heic heix heim heis hevc hevx hevm hevs mif1 mif2 msf1".split())
 
-MAX_WORK = 2**38  # pixels decoded, in all; each frame or packet counts for at least LEAST_WORK
-LEAST_WORK = 2**16
+ANIMATION = 64  # a pixel of an animation, which Pillow composes, counts as so many
 _MILLISECOND = 1e-3  # the clock of animations
 
 logger = logging.getLogger(__name__)
@@ -37,65 +35,13 @@ class VideoError(ValueError):
     """A video that cannot be used; the message names the file, the reason and the remedy."""
 
 
-class _Damage(Exception):
-    """A part of the video is lost; the frames already kept are good."""
-
-
-class _Sampler:
-    """Keeps the first frame of each `interval` seconds, at most `max_frames` in all, resized as they come.
-
-    When too many come (the length was unknown, or the file lied about it), the interval doubles and the frames that are
-    no longer first in theirs go. So the memory is bounded and the frames stay uniform, whatever the file says.
-    """
-
-    def __init__(self, fps: float, max_frames: int, max_patches: int, config: VisionConfig):
-        self.interval = 1.0 / fps if max_frames > 1 else math.inf
-        self.max_frames, self.max_patches, self.config = max_frames, max_patches, config
-        self.frames: list[np.ndarray] = []
-        self.times: list[float] = []
-        self.size: tuple[int, int] = (0, 0)  # of the kept frames; set by the first
-        self.due = 0.0  # when the next interval begins
-        self.work = 0  # pixels decoded, whether kept or not
-        self.expected = 0.0  # length of the video by its header; 0: unknown
-
-    def expect(self, seconds: float):
-        """Widen the interval so that a video of this length gives at most `max_frames`."""
-        self.expected = seconds
-        self.interval = max(self.interval, seconds / self.max_frames)
-
-    def count(self, pixels: int):
-        """Count the work of decoding; raises _Damage when a video goes on and on, whatever its header says."""
-        self.work += max(pixels, LEAST_WORK)
-        if self.work > MAX_WORK:
-            raise _Damage(f"more than {MAX_WORK} pixels to decode; cut it into shorter videos or scale it down")
-
-    def wants(self, time: float, slack: float = 0.0) -> bool:
-        """Whether a frame at `time` begins an interval; it may be early by `slack`, the rounding error of its clock."""
-        full = len(self.frames) >= self.max_frames
-        return time + slack >= self.due and not (full and time <= 1.05 * self.expected)  # headers are a little off
-
-    def keep(self, rgb: np.ndarray, time: float, slack: float = 0.0):
-        """Take a frame that was wanted."""
-        if len(self.frames) >= self.max_frames:
-            self._thin(slack)
-        if time + slack < self.due:
-            return
-        if not self.frames:
-            self.size, _ = target_size(*rgb.shape[:2], self.max_patches, patch=self.config.patch_size)
-        self._append(resize(rgb, *self.size), time, slack)
-
-    def _append(self, frame: np.ndarray, time: float, slack: float):
-        self.frames.append(frame)
-        self.times.append(time)
-        self.due = ((time + slack) // self.interval + 1) * self.interval
-
-    def _thin(self, slack: float):
-        frames, times = self.frames, self.times
-        spacing = (times[-1] - times[0]) / (len(times) - 1)  # wider than the interval when the video is slow
-        self.interval, self.due, self.frames, self.times = 2 * max(self.interval, spacing), 0.0, [], []
-        for frame, time in zip(frames, times, strict=True):
-            if time + slack >= self.due:
-                self._append(frame, time, slack)
+@contextmanager
+def _library():
+    """Around one call of PyAV or Pillow: whatever it raises of damaged bytes becomes Damage."""
+    try:
+        yield
+    except Exception as problem:  # decoders of damaged bytes raise nearly every type there is
+        raise Damage(f"{type(problem).__name__}: {problem}") from problem
 
 
 def load_video(
@@ -106,46 +52,61 @@ def load_video(
     config: VisionConfig | None = None,
     max_pixels: int = MAX_PIXELS,
     name: str = "",
+    seconds: float = math.inf,
 ) -> tuple[list[np.ndarray], list[float]]:
     """Decode a video, or an animated GIF or WebP, to (frames, timestamps) at `fps` (K2.5 §3.2).
 
     `source` may also be frames in memory, uint8 RGB [frames, h, w, 3], `fps` of them a second.
     Frames are uint8 RGB [h, w, 3], all of one size, scaled down to `max_patches` patches as `target_size` does, not
     padded; timestamps are seconds since the first frame. A video slower than `fps` gives all its frames, each once; one
-    longer than `max_frames / fps` is sampled more thinly, evenly over its length. Rotation metadata is applied. Raises
-    VideoError; a damaged video of which some frames can be decoded gives those, and logs a warning. So does one that takes
-    more than `MAX_WORK` to decode.
+    longer than `max_frames / fps` is sampled more thinly, evenly over its length. Where the file's clock agrees, a frame's
+    time is its number divided by the rate, as the public processor has it. Turns and mirrors of the display matrix are
+    applied; the shape of pixels is not, as in the public readers: a picture of 720 x 576 has that size, however wide its
+    pixels are. Raises VideoError; a damaged video of which some frames can be decoded gives those, and logs a warning. So
+    does one that takes more than `MAX_WORK` to decode. One that takes longer than `seconds` is refused.
     """
     name = name or ("video" if isinstance(source, np.ndarray) else source_name(source))
     if not (fps > 0 and max_frames >= 1):
         raise VideoError(
             f"{name}: fps={fps} must be positive and max_frames={max_frames} at least 1; check data.video_fps"
         )
-    sampler = _Sampler(fps, max_frames, max_patches, config or VisionConfig())
+    sampler = FrameSampler(fps, max_frames, max_patches, config or VisionConfig(), seconds)
     if isinstance(source, np.ndarray):
         _read_array(source, sampler, fps, max_pixels, name)
         return sampler.frames, sampler.times
     with open_source(source, name, VideoError) as file:
-        head = file.read(12)
+        head = file.read(512)
         file.seek(0)
-        animation = head[:4] == b"GIF8" or (head[:4] == b"RIFF" and head[8:] == b"WEBP")
+        if kind := _picture(head):
+            raise VideoError(f"{name}: is {kind}, which is not read as a video; convert it to mp4, GIF or WebP")
+        animation = head[:4] == b"GIF8" or (head[:4] == b"RIFF" and head[8:12] == b"WEBP")
         try:
             (_read_animation if animation else _read_stream)(file, sampler, max_pixels, name)
-        except VideoError:
-            raise
-        except Exception as problem:  # decoders of damaged bytes raise nearly every type there is
-            reason = str(problem) if isinstance(problem, _Damage) else f"{type(problem).__name__}: {problem}"
+        except Damage as problem:
             if not sampler.frames:
                 raise VideoError(
-                    f"{name}: cannot be decoded ({reason}); fetch it again or drop the record"
+                    f"{name}: cannot be decoded ({problem}); fetch it again or drop the record"
                 ) from problem
-            logger.warning("%s: is damaged (%s); went on with the %d frames kept", name, reason, len(sampler.frames))
+            logger.warning("%s: is damaged (%s); went on with the %d frames kept", name, problem, len(sampler.frames))
+        except Late:
+            raise VideoError(
+                f"{name}: takes more than {seconds:g} s to decode; cut it into shorter videos or scale it down"
+            ) from None
     if not sampler.frames:
         raise VideoError(f"{name}: holds no frame; fetch it again or drop the record")
     return sampler.frames, sampler.times
 
 
-def _read_array(frames: np.ndarray, sampler: _Sampler, fps: float, max_pixels: int, name: str):
+def _picture(head: bytes) -> str:
+    """What a file that begins so is, if it is a picture or an animation that would lose its frames here; else ""."""
+    if head.startswith(b"\x89PNG"):
+        return "a PNG picture or animation (APNG)"
+    size = int.from_bytes(head[:4]) if head[4:8] == b"ftyp" else 0
+    brands = [head[place : place + 4] for place in range(8, min(size, len(head)), 4) if place != 12]  # 12: a version
+    return "a picture or animation in AVIF or HEIF" if _HEIF.intersection(brands) else ""
+
+
+def _read_array(frames: np.ndarray, sampler: FrameSampler, fps: float, max_pixels: int, name: str):
     """Feed frames in memory to the sampler."""
     if frames.dtype != np.uint8 or frames.ndim != 4 or frames.shape[3] != 3 or not frames.size:
         raise VideoError(
@@ -158,60 +119,114 @@ def _read_array(frames: np.ndarray, sampler: _Sampler, fps: float, max_pixels: i
             sampler.keep(frame, index / fps, _MILLISECOND / 2)
 
 
-def _read_animation(file: BinaryIO, sampler: _Sampler, max_pixels: int, name: str):
+def _read_animation(file: BinaryIO, sampler: FrameSampler, max_pixels: int, name: str):
     """Feed the frames of a GIF or WebP file to the sampler."""
-    with Image.open(file, formats=("GIF", "WEBP")) as image:
-        index, time = 0, 0.0
+    with _library():
+        image = Image.open(file, formats=("GIF", "WEBP"))
+    with image:
+        index, milliseconds = 0, 0
         while True:
-            try:
-                image.seek(index)
-            except EOFError:
-                return
+            with _library():
+                try:
+                    image.seek(index)
+                except EOFError:
+                    return
             check_pixels(image.width, image.height, max_pixels, name, VideoError)
-            sampler.count(image.width * image.height)
-            image.load()
+            sampler.count(ANIMATION * image.width * image.height)
+            with _library():
+                image.load()
+            time = milliseconds / 1000  # rounded once
             if sampler.wants(time, _MILLISECOND / 2):
-                sampler.keep(to_rgb(image, name), time, _MILLISECOND / 2)
+                sampler.keep(_frame_of(image, name), time, _MILLISECOND / 2)
             delay = image.info.get("duration", 0)  # browsers read 10 and less as 100
-            index, time = index + 1, time + (delay if delay > 10 else 100) * _MILLISECOND
+            index, milliseconds = index + 1, milliseconds + (delay if delay > 10 else 100)
 
 
-def _read_stream(file: BinaryIO, sampler: _Sampler, max_pixels: int, name: str):
+def _frame_of(image: Image.Image, name: str) -> np.ndarray:
+    try:
+        return to_rgb(image, name)
+    except ImageError as problem:
+        raise Damage(str(problem)) from problem
+
+
+def _read_stream(file: BinaryIO, sampler: FrameSampler, max_pixels: int, name: str):
     """Feed the frames of a video container to the sampler."""
     try:
-        container = av.open(file, options={"format_whitelist": CONTAINERS}, metadata_errors="replace")
-    except av.error.FFmpegError as problem:
+        with _library():
+            container = av.open(file, options={"format_whitelist": CONTAINERS}, **_ANY_TEXT)
+    except Damage as problem:
         raise VideoError(
             f"{name}: is not a video in a known container ({CONTAINERS}), or its header is damaged or cut off "
-            f"({problem.strerror}); convert it to mp4, fetch it again, or drop the record"
+            f"({problem}); convert it to mp4, fetch it again, or drop the record"
         ) from problem
     with container:
         stream = _video_stream(container, name)
         check_pixels(stream.codec_context.width, stream.codec_context.height, max_pixels, name, VideoError)
         expected = _length(container, stream)
         sampler.expect(expected)
-        step = float(1 / (stream.average_rate or 25))
-        broken, start, end, time = 0, None, 0.0, -step
-        for packet in container.demux(stream):
-            sampler.count(0)
-            try:
-                decoded = packet.decode()
-            except av.error.FFmpegError:
-                broken += 1
-                continue
+        clock, orientations, broken, end = _Clock(stream), {}, 0, 0.0
+        for packet in _packets(container, stream):
+            sampler.count(_scans(packet, stream))
+            with _library():
+                try:
+                    decoded = packet.decode()
+                except av.error.FFmpegError:
+                    broken += 1
+                    continue
             for frame in decoded:
                 check_pixels(frame.width, frame.height, max_pixels, name, VideoError)
                 sampler.count(frame.width * frame.height)
-                start = frame.time if start is None else start
-                time = time + step if frame.time is None else frame.time - (start or 0.0)
-                tick = float(frame.time_base or 0)
-                end = max(end, time + (frame.duration * tick if frame.duration else step))
+                time, tick, length = clock.read(frame)
+                end = max(end, time + length)
                 if sampler.wants(time, tick / 2):
-                    sampler.keep(_frame_rgb(frame), time, tick / 2)
+                    sampler.keep(_frame_rgb(frame, orientations, name), time, tick / 2)
     if broken:
-        raise _Damage(f"{broken} packets could not be decoded")
+        raise Damage(f"{broken} packets could not be decoded")
     if end < 0.99 * expected - 0.5:
-        raise _Damage(f"it stops at {format_timestamp(end)} of {format_timestamp(expected)}")
+        raise Damage(f"it stops at {format_timestamp(end)} of {format_timestamp(expected)}")
+
+
+def _packets(container: av.container.InputContainer, stream: av.VideoStream) -> Iterator[av.Packet]:
+    packets = container.demux(stream)
+    while True:
+        with _library():
+            packet = next(packets, None)
+        if packet is None:
+            return
+        yield packet
+
+
+def _scans(packet: av.Packet, stream: av.VideoStream) -> int:
+    """The pixels of a packet's scans: a frame of progressive JPEG may have any number of them, in a few bytes each."""
+    context = stream.codec_context
+    return bytes(packet).count(b"\xff\xda") * context.width * context.height if context.name == "mjpeg" else 0
+
+
+class _Clock:
+    """Tells the time of frames since the first: number / rate where the file's clock agrees, else as the file says."""
+
+    def __init__(self, stream: av.VideoStream):
+        rate = _fraction(stream.average_rate)
+        self._rate = rate if rate > 0 else Fraction(25)
+        self._start, self._time = None, -1 / self._rate
+
+    def read(self, frame: av.VideoFrame) -> tuple[float, float, float]:
+        """(seconds since the first frame, seconds of a tick of the clock, seconds that the frame is shown)."""
+        tick, step = _fraction(frame.time_base), 1 / self._rate
+        if frame.pts is None:
+            self._time += step
+        else:
+            self._start = frame.pts if self._start is None else self._start
+            self._time = (frame.pts - self._start) * tick
+        number = round(self._time * self._rate)
+        agrees = abs(number * step - self._time) <= tick  # both ends of the span are rounded to ticks
+        time = number / float(self._rate) if agrees else float(self._time)
+        return time, float(tick), float(frame.duration * tick if frame.duration else step)
+
+
+def _fraction(value) -> Fraction:
+    """PyAV's rational number, of whichever class; 0 for what is not one."""
+    return Fraction(value.numerator, value.denominator) if value is not None and value.denominator else Fraction(0)
 
 
 def _video_stream(container: av.container.InputContainer, name: str) -> av.VideoStream:
@@ -232,22 +247,44 @@ def _video_stream(container: av.container.InputContainer, name: str) -> av.Video
 def _length(container: av.container.InputContainer, stream: av.VideoStream) -> float:
     """Seconds of video by the header; 0 when it does not say. The container's own counts if it has no other stream."""
     if stream.duration:
-        return max(0.0, float(stream.duration * stream.time_base))
+        return max(0.0, float(stream.duration * _fraction(stream.time_base)))
     if container.duration and len(container.streams) == 1:
         return max(0.0, container.duration / av.time_base)
     return 0.0
 
 
-def _frame_rgb(frame: av.VideoFrame) -> np.ndarray:
-    return np.ascontiguousarray(np.rot90(frame.to_ndarray(format="rgb24"), round(frame.rotation / 90)))
+def _frame_rgb(frame: av.VideoFrame, orientations: dict, name: str) -> np.ndarray:
+    """The pixels of a frame as it is shown; `orientations` keeps what was found out of the display matrices so far."""
+    matrix = _display_matrix(frame)
+    if matrix not in orientations:
+        orientations[matrix] = from_matrix(matrix)
+        if orientations[matrix] is None:
+            logger.warning(
+                "%s: its display matrix %s is neither a turn nor a mirror; shown as it is stored", name, matrix
+            )
+    with _library():
+        rgb = frame.to_ndarray(format="rgb24")
+    return turn(rgb, orientations[matrix] or 1)
+
+
+def _display_matrix(frame: av.VideoFrame) -> tuple[float, float, float, float]:
+    """(a, b, c, d) of `orientation.MATRICES`, with any scale, as the container or the stream says."""
+    try:
+        data = frame.side_data.get("DISPLAYMATRIX")
+    except ValueError:  # until PyAV 19, other side data of an unknown kind is an error; the angle can be had
+        angle = -math.radians(frame.rotation)
+        return math.cos(angle), math.sin(angle), -math.sin(angle), math.cos(angle)
+    if data is None:
+        return 1.0, 0.0, 0.0, 1.0
+    numbers = np.frombuffer(data, "=i4") / 65536
+    return tuple(numbers[[0, 1, 3, 4]].tolist())
 
 
 def format_timestamp(seconds: float) -> str:
-    """Seconds as HH:MM:SS.mmm, to the nearest millisecond."""
-    milliseconds = round(seconds * 1000)
-    minutes, milliseconds = divmod(milliseconds, 60_000)
+    """Seconds as HH:MM:SS.mmm, as the public processor writes them: cut off to milliseconds, the day left out."""
+    minutes, whole = divmod(int(seconds), 60)
     hours, minutes = divmod(minutes, 60)
-    return f"{hours:02d}:{minutes:02d}:{milliseconds // 1000:02d}.{milliseconds % 1000:03d}"
+    return f"{hours % 24:02d}:{minutes:02d}:{whole:02d}.{int(seconds % 1 * 1000):03d}"
 
 
 def chunks(

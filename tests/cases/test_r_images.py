@@ -83,6 +83,8 @@ COSTLY = {
     "a header of noise": (jpeg(8, 8, 1, before=segment(0xFE, b"") + bytes(2 << 20)), "before its pixels"),
     "noise after the start": (b"\xff\xd8\xff" + bytes(2 << 20), "before its pixels"),
     "noise after an end": (b"\xff\xd8\xff\xd9" + bytes(2 << 20), "before its pixels"),
+    "noise that looks like segments": (b"\xff\xd8" + (b"\xff\xd9\xff\xf0" + bytes(65518)) * 40, "before its pixels"),
+    "noise after reserved markers": (b"\xff\xd8" + (b"\xff\xf7\xff\xf0" + bytes(65518)) * 40, "before its pixels"),
     "metadata": (jpeg(8, 8, 1, before=segment(0xE1, b"Exif\0\0" + bytes(65000)) * 300), "before its pixels"),
     "chunks": (png(*[(b"IDAT", b"")] * 140_000), "chunks"),
     "profiles": (png(*[(b"iCCP", ICC)] * 300), "text and profiles"),

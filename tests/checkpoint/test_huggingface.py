@@ -15,7 +15,8 @@ import transformers
 from safetensors.numpy import save_file
 
 from k25_jax.checkpoint.hf_config import read_config, write_config
-from k25_jax.checkpoint.huggingface import TABLE, load_params, save_params
+from k25_jax.checkpoint.huggingface import load_params, save_params
+from k25_jax.checkpoint.layout import TABLE
 from k25_jax.checkpoint.siglip import load_siglip_vision, resample
 from k25_jax.checkpoint.store import CheckpointError
 from k25_jax.config import PRESETS, K25Config, MoEConfig, RopeConfig, TextConfig, VisionConfig, preset
@@ -48,7 +49,7 @@ TINY = K25Config(
         rope=RopeConfig(original_length=64),
     ),
     vision=VisionConfig(layers=2, width=24, heads=2, mlp_dim=20, pos_height=6, pos_width=6),
-    media_begin_id=61, media_end_id=62, media_pad_id=63, bos_id=0, eos_id=1, pad_id=2,
+    media_begin_id=61, media_end_id=62, media_pad_id=63, bos_id=0, eos_ids=(1,), pad_id=2,
 )  # fmt: skip
 
 
@@ -288,7 +289,7 @@ def test_eight_devices_and_memory(tmp_path):
                           qk_nope_dim=8, qk_rope_dim=4, v_dim=8, max_length=64,
                           moe=MoEConfig(experts=8, top_k=2, ffn_dim=1024))
         vision = VisionConfig(layers=1, width=16, heads=2, mlp_dim=20, pos_height=4, pos_width=4)
-        config = K25Config(text=text, vision=vision, bos_id=0, eos_id=1, pad_id=2)
+        config = K25Config(text=text, vision=vision, bos_id=0, eos_ids=(1,), pad_id=2)
         mesh = jax.make_mesh((2, 2, 2), ("a", "b", "c"))
         specs = dict(gate=P(None, "a", "b", "c"), up=P(None, "c", None, ("b", "a")), down=P(None, ("c", "a"), "b"),
                      q_a=P(None, "a", ("b", "c")), q_b=P(None, "a", "b", "c"), k_b=P(None, "a", None, "c"),
@@ -395,7 +396,7 @@ def test_missing_fields_have_the_defaults_of_transformers(tmp_path):
     config_file(tmp_path, {"model_type": "kimi_k2", "rope_scaling": yarn, "rope_theta": 7, "eos_token_id": [5, 6]})
     expected = RopeConfig(theta=7.0, factor=4.0, original_length=1024, mscale=0.0, mscale_all_dim=0.0, yarn=True)
     assert read_config(tmp_path).text.rope == expected
-    assert (read_config(tmp_path).eos_id, read_config(tmp_path).pad_id) == (5, 5)
+    assert (read_config(tmp_path).eos_ids, read_config(tmp_path).pad_id) == ((5, 6), 5)
     written = write_config(read_config(tmp_path))["text_config"]["rope_scaling"]
     assert "mscale" not in written and "mscale_all_dim" not in written
 

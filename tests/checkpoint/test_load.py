@@ -8,8 +8,9 @@ import jax
 import numpy as np
 import pytest
 
+from k25_jax.checkpoint.folders import read_experiment
 from k25_jax.checkpoint.huggingface import save_params
-from k25_jax.checkpoint.load import load_model, read_experiment
+from k25_jax.checkpoint.load import load_model
 from k25_jax.checkpoint.store import CheckpointError, Store
 from k25_jax.config import ConfigError, load_experiment
 from k25_jax.train.handover import load_initial
@@ -71,5 +72,5 @@ def test_folders_that_hold_no_model_are_named(finished, tmp_path):
     with pytest.raises(ConfigError, match="train: unknown key 'step'; did you mean 'steps'"):
         load_model(tmp_path)
     (tmp_path / "experiment.json").write_text('{"name": "half')
-    with pytest.raises(CheckpointError, match="experiment.json cannot be read"):
+    with pytest.raises(CheckpointError, match="experiment.json is not valid JSON.*restore it"):
         load_model(tmp_path)

@@ -14,8 +14,10 @@ from compressed_tensors.compressors.pack_quantized.helpers import pack_to_int32,
 from safetensors.numpy import load_file, save_file
 
 from k25_jax.checkpoint import quantised
-from k25_jax.checkpoint.huggingface import bind, load_params, save_params
+from k25_jax.checkpoint.huggingface import load_params, save_params
+from k25_jax.checkpoint.layout import bind
 from k25_jax.checkpoint.store import CheckpointError
+from k25_jax.checkpoint.tensor_files import DTYPES, TensorFiles
 from k25_jax.config import K25Config, MoEConfig, RopeConfig, TextConfig, VisionConfig, preset
 from k25_jax.models.k25 import abstract_params
 
@@ -26,7 +28,7 @@ MODEL = K25Config(
         qk_rope_dim=4, v_dim=5, max_length=64, moe=MoEConfig(experts=3, top_k=2, ffn_dim=96), rope=RopeConfig(),
     ),
     vision=VisionConfig(layers=1, width=16, heads=2, mlp_dim=20, pos_height=4, pos_width=4),
-    bos_id=0, eos_id=1, pad_id=2,
+    bos_id=0, eos_ids=(1,), pad_id=2,
 )  # fmt: skip
 
 
@@ -128,7 +130,7 @@ def test_the_full_model_is_as_large_as_the_public_checkpoint():
         tensors += math.prod(bound.stack) * len(stored)
         for dtypes, shape in stored.values():
             dtype = dtypes[0] if encoding or bound.tensor.float32 else "BF16"
-            size += math.prod(bound.stack) * math.prod(shape) * quantised.DTYPES[dtype].itemsize
+            size += math.prod(bound.stack) * math.prod(shape) * DTYPES[dtype].itemsize
     assert (tensors, round(size / 2**30, 2)) == (208550, 554.27)
 
 
@@ -180,7 +182,7 @@ def test_quantised_checkpoint_comes_back_as_its_values(tmp_path, params, encodin
 )
 def test_rows_are_read_on_their_own(tmp_path, params, encoding, name, shape):
     save_params(params, MODEL, tmp_path / "q", quantise=encoding or None)
-    files = quantised.TensorFiles(tmp_path / "q", lambda name: name)
+    files = TensorFiles(tmp_path / "q", lambda name: name)
     assert files.encoding(name, shape) == encoding
     whole = files.values(name, shape, 0, shape[0])
     for first, last in ((0, 1), (5, 90), (shape[0] - 9, shape[0]), (shape[0] - 1, shape[0]), (3, 3)):

@@ -106,7 +106,7 @@ def test_damaged_parquet(tmp_path):
 
 
 def test_a_row_group_that_is_too_large(tmp_path, monkeypatch):
-    monkeypatch.setattr("k25_jax.data.archives.MAX_GROUP_BYTES", 1000)
+    monkeypatch.setattr("k25_jax.data.parquet.MAX_GROUP_BYTES", 1000)
     pq.write_table(pa.table({"text": ["x" * 2000]}), tmp_path / "a.parquet", use_dictionary=False)
     assert open_source(SourceConfig(str(tmp_path / "a.parquet")))[0].data.reason == "too large"
 
@@ -135,7 +135,7 @@ def test_tar_records(tmp_path, form):
         ("page.0.png", png(2)),
         ("page.1.png", png(3)),
         ("page.json", b'{"parts": [{"image": "1.png"}, {"text": "mid"}, {"image": "page.0.png"}]}'),
-        ("note.txt", b"only text"),
+        ("note.json", b'{"parts": [{"text": "only text"}]}'),
         (f"{long}.png", png(4)),
         (f"{long}.txt", b"long"),
     ]
@@ -188,7 +188,7 @@ def test_tar_media_need_a_caption_and_names_stay_inside(tmp_path):
     assert len(example(source[4]).clips) == 1
 
 
-def test_links_and_devices_in_a_tar_are_left_out(tmp_path):
+def test_links_out_of_a_tar_and_devices_are_bad_records(tmp_path):
     with tarfile.open(tmp_path / "a.tar", "w") as tar:
         for name, kind in (("a.txt", tarfile.SYMTYPE), ("b.txt", tarfile.LNKTYPE), ("c.txt", tarfile.CHRTYPE),
                            ("d.txt", tarfile.FIFOTYPE), ("folder", tarfile.DIRTYPE)):  # fmt: skip
@@ -199,8 +199,9 @@ def test_links_and_devices_in_a_tar_are_left_out(tmp_path):
         info.size = 2
         tar.addfile(info, io.BytesIO(b"ok"))
     source = open_source(SourceConfig(str(tmp_path / "a.tar")))
-    assert [source[i].data for i in range(len(source))] == [{"text": "ok"}]
-    assert source.left_out == {"no regular file in the archive": 4}
+    assert [reason(source[i]) for i in range(4)] == ["path", "path", "file", "file"]
+    assert all(f"{'abcd'[i]}.txt" in str(source[i].data) for i in range(4))
+    assert len(source) == 5 and source[4].data == {"text": "ok"} and source.left_out == {}
 
 
 def test_a_tar_that_is_cut_off(tmp_path):

@@ -43,7 +43,7 @@ def write_source(folder: Path, count: int = 24) -> str:
     image = {"image_base64": base64.b64encode(png(1)).decode()}
     forms = [
         {"text": "plain é"},
-        {"image": "a.png", "caption": "a picture", "url": "not kept"},
+        {"image": "a.png", "caption": "a picture", "url": "kept"},
         {"video": "a.gif", "text": "a video"},
         {**image, "ocr": "WORDS"},
         {"image": "a.png", "boxes": [{"label": "x", "box": [0, 0, 30, 20]}]},
@@ -202,7 +202,7 @@ def test_build_from_the_command_line(tmp_path, capsys):
     )
     assert status == 1
     for flags, message in (
-        (["check"], "give --source, or --config"),
+        (["check"], "give the path of a source, or --config"),
         (["check", f"--source={tmp_path / 'no.jsonl'}"], "there is nothing at"),
         (["build", f"--source={path}"], "--output"),
         (["check", f"--source={path}", "data.packs=1"], "overrides nothing without --config"),

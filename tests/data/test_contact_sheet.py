@@ -3,6 +3,7 @@
 import json
 
 import numpy as np
+import pytest
 from PIL import Image
 
 from k25_jax.cli import main
@@ -92,11 +93,45 @@ def test_colours_follow_the_loss_mask():
     )  # the legend's only
 
 
-def test_a_long_row_is_cut_and_says_so():
-    data = DataConfig(batch_size=1, seq_len=8192, packs=0)
-    example = make_example([*b"word "] * 1600, [1.0] * 8000, [], PAD)
-    image = ContactSheet(pack_examples([example], data, MODEL), MODEL, load_tokenizer()).draw("t", [0])
-    assert image.height < 900
+def long_rows(rows: int):
+    """Rows of 8192 tokens: a picture, a long text, and padding at the end."""
+    data = DataConfig(batch_size=rows, seq_len=8192, packs=2 * rows, pack_patches=64)
+    clip = preprocess(np.zeros((28, 56, 3), np.uint8), MODEL.vision)
+    example = make_example([PAD, *b"word " * 1500, BYTE_SPECIAL["[EOS]"]], [0.0] + [1.0] * 7501, [clip], PAD)
+    return pack_examples([example] * rows, data, MODEL)
+
+
+@pytest.mark.parametrize("rows, height", [(1, 620), (2, 620), (6, 1500), (40, 2700)])
+def test_a_sheet_is_read_at_one_glance(rows, height):
+    image = ContactSheet(long_rows(rows), MODEL, load_tokenizer()).draw("t", range(rows))
+    assert image.width == 1680 and 300 < image.height < height
+
+
+def test_rows_that_are_not_drawn_are_said(monkeypatch):
+    drawn = []
+    monkeypatch.setattr(
+        ContactSheet, "_head", lambda self, title, left_out: drawn.append(left_out) or Image.new("RGB", (9, 9))
+    )
+    sheet = ContactSheet(long_rows(40), MODEL, load_tokenizer())
+    for rows in (40, 13, 12, 1):
+        sheet.draw("t", range(rows))
+    assert drawn == [28, 1, 0, 0]
+
+
+def test_only_what_is_left_out_is_counted():
+    """What is drawn and what is counted are together the tokens of the row's documents; a byte is a token here."""
+    special = frozenset(BYTE_SPECIAL.values())
+    cases = [(batch()[0], 0, False), (batch()[0], 1, False), (long_rows(1), 0, True)]
+    for packed, row, is_cut in cases:
+        sheet = ContactSheet(packed, MODEL, load_tokenizer())
+        for width in (300, 747, 1500):
+            lines, left_out = sheet._lines(spans(packed, row, special, MODEL.vision.group), width)
+            drawn = 0
+            for item in (item for line in lines for item in line if not item.badge):
+                span = item.span
+                is_text = span.kind == "text"
+                drawn += len(item.text) if is_text else (span.last - span.first) * (span.kind != "padding")
+            assert drawn + left_out == np.count_nonzero(packed.segments_BL[row]) and (left_out > 0) == is_cut
 
 
 def test_inspect_writes_statistics_and_a_picture(tmp_path, capsys):

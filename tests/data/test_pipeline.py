@@ -17,6 +17,7 @@ from k25_jax.data.packing import batch_stats
 from k25_jax.data.pipeline import Preparer, check, counts, make_pipeline, records_of
 from k25_jax.data.records import DataError, Record
 from k25_jax.data.sources import open_source
+from k25_jax.data.statistics import Counts, Reader
 from k25_jax.text.tokenizer import load_tokenizer
 
 MODEL = preset("tiny")
@@ -287,16 +288,54 @@ def test_what_cannot_be_learnt_or_packed_is_skipped(tmp_path, pipeline):
     records = [{"messages": user}, {"parts": [image] * 40 + [{"text": "x"}]}, *texts("a", 5)]
     iterator = pipeline(config(write(tmp_path, "a.jsonl", records), seq_len=2000, batch_size=1))
     next(iterator)
-    assert counts(iterator)["skipped: no loss"] >= 1 and counts(iterator)["skipped: patches"] >= 1
+    assert counts(iterator)["skipped: empty"] >= 1 and counts(iterator)["skipped: patches"] >= 1
+
+
+class Broken:
+    """A library that fails as its documents do not say."""
+
+    special = TOKENIZER.special
+
+    def encode(self, text, allow_special=()):
+        raise TypeError("expected something else")
+
+
+class One:
+    """A source of one record."""
+
+    def label(self, index):
+        return "text"
+
+    def __getitem__(self, index):
+        return Record("text", {"text": "x"})
 
 
 def test_a_record_that_breaks_a_library_is_skipped():
     broken = {"parts": [{"text": "x"}, {"image": np.zeros((28, 28, 3), np.uint8).astype(object)}]}
-    nothing = Record("nothing", None)
-    for record, reason in ((Record("broken", broken), "image"), (nothing, "unknown")):
-        prepared = Preparer(TOKENIZER, config("x"), MODEL)(record)
+    for record, tokenizer, reason in ((Record("broken", broken), TOKENIZER, "image"), (One()[0], Broken(), "unknown")):
+        prepared = Preparer(tokenizer, config("x"), MODEL)(record)
         assert prepared.name == record.name and prepared.problem.reason == reason and prepared.example is None
-    assert isinstance(prepared.problem.__cause__, AttributeError)
+    assert isinstance(prepared.problem.__cause__, TypeError)
+
+
+@pytest.mark.parametrize(
+    "name, value, fault",
+    [
+        ("make_example", None, TypeError),
+        ("Writer", lambda tokenizer: None, AttributeError),
+        ("form_of", ..., NameError),
+    ],
+)
+def test_a_fault_of_our_own_code_is_no_bad_record(monkeypatch, name, value, fault):
+    """It stops with its traceback, in training as in `k25 data check`."""
+    reader = Reader((SourceConfig("digits:train"),), config("x"), MODEL)
+    monkeypatch.setattr(f"k25_jax.data.forms.{name}", value)
+    if value is ...:
+        monkeypatch.delattr(f"k25_jax.data.forms.{name}")
+    with pytest.raises(fault):
+        Preparer(TOKENIZER, config("x"), MODEL)(One()[0])
+    with pytest.raises(fault):
+        reader.examine(0, One(), TOKENIZER, {}, Counts())
 
 
 def test_sources_that_cannot_be_opened_stop_the_run(tmp_path, pipeline):

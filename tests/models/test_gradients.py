@@ -70,7 +70,7 @@ def tiny():
         rope=RopeConfig(theta=1000.0, factor=4.0, original_length=16, yarn=True),
     )  # fmt: skip
     vision = VisionConfig(layers=1, width=16, heads=2, mlp_dim=12, patch_size=4, pos_height=3, pos_width=3)
-    config = K25Config(text=text, vision=vision, media_pad_id=60, bos_id=0, eos_id=1, pad_id=2)
+    config = K25Config(text=text, vision=vision, media_pad_id=60, bos_id=0, eos_ids=(1,), pad_id=2)
     params = reference.random_params(config)
     tokens, clips = reference.draw_prompt(np.random.default_rng(0), config, 40, 2, largest=3)
     return config, params, reference.one_row_batch(tokens, clips, config)

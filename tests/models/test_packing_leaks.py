@@ -19,7 +19,7 @@ TEXT = TextConfig(
 CONFIG = K25Config(
     text=TEXT,
     vision=VisionConfig(layers=2, width=24, heads=2, mlp_dim=19, patch_size=5, pos_height=5, pos_width=5),
-    **dict(media_pad_id=60, media_begin_id=61, media_end_id=62, bos_id=0, eos_id=1, pad_id=2),
+    **dict(media_pad_id=60, media_begin_id=61, media_end_id=62, bos_id=0, eos_ids=(1,), pad_id=2),
 )
 FEW_GROUPS = MoEConfig(experts=4, top_k=1, ffn_dim=33, shared_experts=0, groups=2, normalise=False)
 WIDE = dataclasses.replace(

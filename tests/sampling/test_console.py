@@ -106,8 +106,8 @@ def test_an_empty_stop_text_and_impossible_sampling_are_refused(ask):
 
 def test_the_end_of_a_turn_ends_only_answers_behind_the_chat_template(flagged):
     console = flagged()
-    turn, eos = console.model.tokenizer.special["<|im_end|>"], console.model.config.eos_id
-    assert set(console.ends(templated=True)) == {turn, eos} and console.ends(templated=False) == (eos,)
+    turn, ends = console.model.tokenizer.special["<|im_end|>"], console.model.config.eos_ids
+    assert set(console.ends(templated=True)) == {turn, *ends} and console.ends(templated=False) == ends
     assert flagged("--ignore_eos").ends(templated=True) == ()
 
 
@@ -188,7 +188,7 @@ def test_thinking_is_shown_between_its_marks(flagged, monkeypatch):
 def test_public_weights_think_first(loaded):
     """Those with Kimi's vocabulary; a run of ours answers the same in the public format."""
     assert loaded.mode == "plain" == default_mode(dataclasses.replace(loaded.model, experiment=None))
-    kimi = Tokenizer(PUBLIC_SPECIAL, {byte: bytes([byte]) for byte in range(256)}, list)
+    kimi = Tokenizer(PUBLIC_SPECIAL, {byte: bytes([byte]) for byte in range(256)}, list, "kimi")
     assert default_mode(dataclasses.replace(loaded.model, experiment=None, tokenizer=kimi)) == "thinking"
     assert default_mode(dataclasses.replace(loaded.model, tokenizer=kimi)) == "plain"
 

@@ -1,6 +1,7 @@
 """What is found in what models write, and what is not."""
 
 import functools
+import time
 
 import numpy as np
 import pytest
@@ -153,3 +154,36 @@ def test_anls_against_brute_force():
         similarity = 1 - distance(said, gold) / max(len(said), len(gold))
         assert anls(f"Answer: {said}", [gold]) == pytest.approx(similarity if similarity >= 0.5 else 0)
     assert anls("Answer: March 5", ["may", "march 5"]) == 1 and anls("Answer: no", ["march 5"]) == 0
+
+
+PIECES = (
+    "Answer|answer is|: |A|B|(C)|\\boxed{|}|{|\\text{|$|**|\n| or |<answer>|1|9,9|\\frac{1}{2}|^|10^|e9|e999|/|0|[|]|,|答案|"
+    "是|：|yes| a |−|½|²|=|-|.|#### |\ud800|\x00|İ|ı|ſ|option |(|because|</think>|_|`|'|\\|٤|inf|nan|🙂|Ａ"
+).split("|")
+STRANGE = ["a red bus", "", "A", "\\frac{1}{2}", "(B)", "7"]
+
+
+def scores_of(text):
+    """All that is read of a text, as a reward may be: a choice, a number, scores."""
+    assert choice(text, STRANGE) in (None, *range(len(STRANGE))) and choice(text, []) is None
+    for values in ([number(text)], number_list(text) or []):
+        assert all(value is None or np.isfinite(value) for value in values)
+    for golds in (["blue"], ["1/2", "yes"], ["a, b"], [""], []):
+        assert {type(score(text, golds)) for score in (short_answer, anls, contains)} == {float}
+        assert all(0 <= score(text, golds) <= 1 for score in (short_answer, anls, contains))
+    assert contains(text, [""]) == anls(text, [""]) == 0
+
+
+def test_no_text_breaks_what_is_read_of_it():
+    generator = np.random.default_rng(0)
+    for _ in range(600):
+        scores_of("".join(generator.choice(PIECES, generator.integers(0, 25)).tolist()))
+
+
+@pytest.mark.parametrize(
+    "piece", ["Answer: (", "答案: ", "9,9", "1 ", "\\boxed{", "A or ", "**A**", "(((", "-1/2", "= 10^"]
+)
+def test_no_text_takes_long(piece):
+    start = time.monotonic()
+    scores_of(piece * (25_000 // len(piece)))
+    assert time.monotonic() - start < 30

@@ -8,11 +8,12 @@ import pytest
 from benchmarks.serving import minute_model
 from k25_jax.sampling.requests import FinishEvent, Request, TokenEvent
 from k25_jax.serving.errors import ApiError
-from k25_jax.serving.output_parser import StopTexts
 from k25_jax.serving.requests import Ask
 from k25_jax.serving.responses import Answer
+from k25_jax.text.stops import StopTexts
 from k25_jax.text.tokenizer import load_tokenizer
 from k25_jax.text.tool_calls import Call, parse
+from k25_jax.text.turn import TurnForm
 
 SERVED, TOKENIZER = minute_model(), load_tokenizer()
 BEGIN, END = "<|tool_calls_section_begin|>", "<|tool_calls_section_end|>"
@@ -23,10 +24,21 @@ def call(name, arguments, index=0):
 
 
 def asked(
-    chat=True, mode="plain", reads_calls=True, call_id=None, n=1, stop=(), top=None, ids=False, usage=False, prompts=1
+    chat=True,
+    mode="plain",
+    reads_calls=True,
+    call_id=None,
+    n=1,
+    stop=(),
+    top=None,
+    ids=False,
+    usage=False,
+    prompts=1,
+    names=(),
 ):
     requests = [Request([1, 2, 3], n=n, stop=stop) for _ in range(prompts)]
-    return Ask(chat, requests, False, usage, top, ids, mode, reads_calls, call_id)
+    form = TurnForm(mode, reads_calls, call_id is not None) if chat else None
+    return Ask(chat, requests, False, usage, top, ids, form, names, call_id=call_id)
 
 
 def events(said, reason="stop", by=None, sample=0, version=0):
@@ -132,7 +144,7 @@ def test_what_is_no_call_stays_content(said, content, calls):
 
 
 def test_arguments_are_handed_on_as_they_were_written():
-    for arguments in ('{"a":  1}', "{", "", '{"a": NaN}'):
+    for arguments in ('{"a":  1}', "{", ' \n{"b": 2} ', '{"a": NaN}'):
         spoken, _ = message(f"{BEGIN}{call('f', arguments)}{END}")
         assert spoken["tool_calls"][0]["function"]["arguments"] == arguments and spoken["content"] is None
 

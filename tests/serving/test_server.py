@@ -369,7 +369,7 @@ def test_too_many_requests_are_put_off_and_a_body_must_come(loop):
 
 
 def test_large_bodies_are_not_held_by_the_hundred(loop):
-    config = dataclasses.replace(LIMITS, held_bytes=1000)
+    config = dataclasses.replace(LIMITS, held_bytes=1000, small_bytes=20)
     with serving(loop, minute_model(), config) as (_, url), half_a_request(url, 950) as connection:
         wait_until(lambda: metric(url, "k25_requests_open") == 1)
         status, _, answer = post(url, BODY)

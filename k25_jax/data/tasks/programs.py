@@ -48,7 +48,7 @@ class Problem:
 
 
 @dataclass(frozen=True)
-class ModelRunner(Endless):
+class Programs(Endless):
     """`inputs` is x (numbers), s (strings), a (lists) or any; numbers in the questions are 2 to `limit`.
 
     An answer scores 1 when it returns what is expected for every hidden input (`scoring.interpreter` runs it), else 0.

@@ -7,8 +7,8 @@ import pathlib
 import sys
 from collections.abc import Mapping, Sequence
 
-from k25_jax.data.archives import ParquetTables
-from k25_jax.data.forms import resolve_media
+from k25_jax.data.media import resolve_media
+from k25_jax.data.parquet import ParquetTables
 from k25_jax.data.records import DataError, RecordError, decode_text, read_bytes
 from k25_jax.data.sources import Jsonl
 
