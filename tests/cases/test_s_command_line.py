@@ -16,7 +16,8 @@ from PIL import Image
 
 import runs
 from k25_jax import cli
-from k25_jax.config import load_experiment
+from k25_jax.cli import checks
+from k25_jax.config import ConfigError, load_experiment
 from k25_jax.config.experiments import names
 
 HEAVY = ("jax", "jaxlib", "flax", "numpy", "ml_collections", "orbax", "rich", "PIL", "yaml")
@@ -121,11 +122,11 @@ TOLD = {
     ),
     "start": (
         "train --config=pretrain/demo --workdir={folder}/new --config.train.init_from={folder}/no",
-        "train.init_from={folder}/no: there is no",
+        "train.init_from={folder}/no: there is nothing",
     ),
     "vision start": (
         "train --config=pretrain/demo --workdir={folder}/new --config.train.init_vision_from={folder}/no",
-        "train.init_vision_from={folder}/no: there is no",
+        "train.init_vision_from={folder}/no: there is nothing",
     ),
     "other model": (
         "train --config=pretrain/demo --config.model=100m --workdir={folder}/run",
@@ -307,6 +308,14 @@ def test_a_mistake_is_told_before_jax_is_imported(told, mistake):
     assert status == 2 and out == "", (status, err)
     assert TOLD[mistake][1].replace("{folder}", folder) in err and err.count("\n") == 1 and err.startswith("k25 "), err
     assert err.count(f"{folder}/no.") <= 1, err
+
+
+def test_a_run_that_goes_on_needs_no_longer_what_it_started_from(tmp_path):
+    experiment = load_experiment("pretrain/demo", [f"train.init_from={tmp_path}/gone"])
+    with pytest.raises(ConfigError, match="init_from=.*gone"):
+        checks.run(experiment, tmp_path / "run")
+    (tmp_path / "run" / "checkpoints" / "100").mkdir(parents=True)
+    checks.run(experiment, tmp_path / "run")
 
 
 # ----------------------------------------------------------------------------------------------------------- the messages
