@@ -103,7 +103,7 @@ def read_part(given, where: str):
             raise RecordError(
                 "form", f"{where}.{name} is a list; give each medium a part of its own, and a video as a file"
             )
-    rest, media = take_media(part, where)
+    rest, media, _ = take_media(part, where)
     if not media and isinstance(kind, str) and kind in MEDIA:
         sources = {name: rest.pop(name) for name in (*CODED, *ADDRESSES) if name in rest}
         media = {kind: [as_part(kind, sources)]} if sources else {}
@@ -113,8 +113,8 @@ def read_part(given, where: str):
     return rest
 
 
-def take_media(data: Mapping, where: str) -> tuple[dict, dict[str, list[dict]]]:
-    """The fields without those that are media, and the media by kind, as parts. Raises RecordError.
+def take_media(data: Mapping, where: str) -> tuple[dict, dict[str, list[dict]], str]:
+    """The fields that are no media; the media by kind, as parts; and what their fields are called. Raises RecordError.
 
     Beside a medium, one more address of it stays, as the source of it.
     """
@@ -128,13 +128,13 @@ def take_media(data: Mapping, where: str) -> tuple[dict, dict[str, list[dict]]]:
             values = value if isinstance(value, (list, tuple)) else [value]
             if found := [as_part(kind[0], one, kind[1]) for one in values if one is not None]:
                 named[kind[0]][name] = found
-    out = {}
+    out, names = {}, []
     for kind, fields in named.items():
         if fields:
-            name = _primary(kind, fields, where)
-            out[kind] = fields.pop(name)
+            names.append(_primary(kind, fields, where))
+            out[kind] = fields.pop(names[-1])
             rest |= {f"{name}_source": data[name] for name in fields}
-    return rest, out
+    return rest, out, ", ".join(names)
 
 
 def _primary(kind: str, fields: Mapping[str, list[dict]], where: str) -> str:
@@ -164,8 +164,8 @@ def fill(contents: Sequence, media: Mapping[str, list[dict]], where: str, names:
         if given != places[kind]:
             raise RecordError(
                 "form",
-                f"media beside {where} ({names}): {given} of kind {kind} for {places[kind]} places; write <{kind}> "
-                f"where each belongs, or a part of type {kind}",
+                f"{names} beside {where}: {given} media of kind {kind} for {places[kind]} places; write <{kind}> where "
+                f"each belongs, or a part of type {kind}",
             )
     queues = {kind: enumerate(found) for kind, found in media.items()}
     return [_fill_content(content, queues) for content in contents]
