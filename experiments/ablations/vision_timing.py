@@ -16,10 +16,6 @@ import ml_collections
 import numpy as np
 
 from k25_jax.config import ConfigError, argument, run_local
-from k25_jax.evals.categories import evaluate_run
-from k25_jax.evals.summary import by_category
-from k25_jax.report.metrics import read_metrics
-from k25_jax.report.plots import grouped_points
 
 ARMS = {"early": (0.0, 0.10), "mid": (0.5, 0.20), "late": (0.8, 0.50)}  # vision comes in at, with a share of
 SEEDS = (0, 1, 2)
@@ -89,6 +85,10 @@ def get_hyper():
 
 def report(workdir: pathlib.Path) -> None:
     """Ask all runs, check the budgets, write the figure and the tables."""
+    from k25_jax.evals.categories import evaluate_run  # slow to import, and only wanted here
+    from k25_jax.evals.summary import by_category
+    from k25_jax.report.plots import grouped_points
+
     check_budgets(workdir)
     scores = {
         f"{arm}_{seed}": by_category(evaluate_run(workdir / f"{arm}_{seed}", ASKED, QUESTIONS))
@@ -110,6 +110,8 @@ def report(workdir: pathlib.Path) -> None:
 
 def check_budgets(workdir: pathlib.Path) -> dict[str, dict[str, int]]:
     """Tokens of each modality that each run was trained on; raises ConfigError unless all are those of BUDGETS."""
+    from k25_jax.report.metrics import read_metrics
+
     seen = {}
     for arm in ARMS:
         for seed in SEEDS:

@@ -21,13 +21,7 @@ import pathlib
 
 import ml_collections
 
-from k25_jax.checkpoint.huggingface import save_params
-from k25_jax.checkpoint.load import load_model
 from k25_jax.config import argument, preset, run_local, to_dict
-from k25_jax.evals.categories import evaluate_run
-from k25_jax.evals.summary import by_category, write_scores
-from k25_jax.report.metrics import read_metrics
-from k25_jax.report.plots import bar_chart, loss_curves
 
 LENGTH = 256  # of pre-training; `long` ends with four times that
 QUESTIONS = 256
@@ -120,6 +114,13 @@ def get_hyper():
 
 def report(workdir: pathlib.Path) -> None:
     """Ask the models of the last two stages, draw scores and losses, write the last one in the public format."""
+    from k25_jax.checkpoint.huggingface import save_params  # slow to import, and only wanted here
+    from k25_jax.checkpoint.load import load_model
+    from k25_jax.evals.categories import evaluate_run
+    from k25_jax.evals.summary import by_category, write_scores
+    from k25_jax.report.metrics import read_metrics
+    from k25_jax.report.plots import bar_chart, loss_curves
+
     asked = {stage: evaluate_run(workdir / stage, None, QUESTIONS) for stage in ("joint", "long")}
     series = {stage: by_category(scores) for stage, scores in asked.items()}
     series["commonest answer"] = by_category(asked["long"], "guessing")

@@ -18,7 +18,7 @@ TASK = re.compile(r"\w+(:[\w.=+,-]+)+")
 # ------------------------------------------------------------------------------------------------------- of each command
 def run(experiment, workdir: pathlib.Path) -> None:
     """`k25 train`. One of several processes looks later, when it can tell the others what it has found."""
-    from k25_jax.checkpoint.folders import check_same_model
+    from k25_jax.checkpoint.folders import check_same_model, complete_steps
 
     if any(os.environ.get(name) for name in PLACE):
         return
@@ -26,9 +26,9 @@ def run(experiment, workdir: pathlib.Path) -> None:
         _source(source.path, source.kind)
     if experiment.data.tokenizer:
         _folder("data.tokenizer", experiment.data.tokenizer)
-    for field in ("init_from", "init_vision_from"):
-        if (start := getattr(experiment.train, field)) and start != "base":
-            _folder(f"train.{field}", start)
+    if not complete_steps(workdir / "checkpoints"):  # else it goes on, whatever it once started from
+        _start("train.init_from", experiment.train.init_from)
+        _start("train.init_vision_from", experiment.train.init_vision_from)
     check_same_model(experiment, workdir)
     _writable("--workdir", workdir)
 
@@ -139,6 +139,12 @@ def _at_least(args, **least: float) -> None:
 def _folder(name: str, path: str) -> None:
     if not os.path.isdir(path):
         raise _error(f"{name}={path}: there is no such folder; check the path")
+
+
+def _start(name: str, path: str) -> None:
+    """Weights to start from: the word "base", a folder, or for the encoder a file too."""
+    if path not in ("", "base") and not os.path.exists(path):
+        raise _error(f"{name}={path}: there is nothing at that path; name a run or a public checkpoint")
 
 
 def _source(path: str, kind: str) -> None:

@@ -3,9 +3,7 @@
 import argparse
 import contextlib
 import json
-import logging
 import re
-import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -38,7 +36,7 @@ def add_commands(parser: argparse.ArgumentParser) -> None:
 
     def action(name: str, run, text: str) -> argparse.ArgumentParser:
         added = actions.add_parser(name, help=text, description=text[0].upper() + text[1:] + ".", allow_abbrev=False)
-        added.set_defaults(run=lambda args: _warned_once(run, args), parser=added)
+        added.set_defaults(run=run, parser=added)
         source = "folder, .jsonl, .parquet, .tar, .array_record, or a task such as digits:train"
         added.add_argument("paths", nargs="*", metavar="PATH", help=source)
         added.add_argument("--source", action="append", default=[], metavar="PATH", help="the same; may be repeated")
@@ -162,45 +160,14 @@ def _progress(title: str) -> Iterator[Callable[[int, int, int], None]]:
         TextColumn("{task.fields[rate]} records/s"),
         TimeRemainingColumn(),
     )
-    handlers = [handler for handler in logging.getLogger().handlers if getattr(handler, "stream", None) is sys.stderr]
     with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
-        for handler in handlers:
-            handler.setStream(sys.stderr)  # which on a terminal now writes above the bar
         task = progress.add_task(title, total=None, bad=0, rate="-")
 
         def report(done: int, total: int, bad: int):
             speed = progress.tasks[0].speed
             progress.update(task, completed=done, total=total, bad=bad, rate=f"{speed:.0f}" if speed else "-")
 
-        try:
-            yield report
-        finally:
-            progress.stop()
-            for handler in handlers:
-                handler.setStream(sys.stderr)
-
-
-class _Once(logging.Filter):
-    """Lets each message pass once: a source is opened for every pass over it."""
-
-    def __init__(self):
-        super().__init__()
-        self._seen: set[tuple[str, str]] = set()
-
-    def filter(self, record: logging.LogRecord) -> bool:
-        key = record.name, record.getMessage()
-        return not (key in self._seen or self._seen.add(key))
-
-
-def _warned_once(run: Callable, args) -> int:
-    filters = [(handler, _Once()) for handler in logging.getLogger().handlers]
-    for handler, once in filters:
-        handler.addFilter(once)
-    try:
-        return run(args)
-    finally:
-        for handler, once in filters:
-            handler.removeFilter(once)
+        yield report
 
 
 def _print_summary(title: str, summary: dict):

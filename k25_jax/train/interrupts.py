@@ -45,6 +45,7 @@ class AtOnce:
     def hear(self, number: int) -> None:
         """Say so, and leave."""
         if not self._leaving.acquire(blocking=False):
+            time.sleep(60)  # another thread leaves: this one must not go on to an end of its own meanwhile
             return
         flush = threading.Thread(target=_flush, daemon=True)
         flush.start()

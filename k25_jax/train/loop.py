@@ -48,8 +48,8 @@ def train(experiment: Experiment, directory: str | pathlib.Path, on_step=None) -
         store = stack.enter_context(contextlib.closing(Store(directory / "checkpoints", config.keep)))
         stack.enter_context(jax.set_mesh(mesh))
         state, start, bad = restore_or_init(experiment, store, pipeline, mesh)
-        step_fn = first_call(make_step(experiment, loss_of(experiment), mesh), "compiling the training step")
-        step_fn = watcher.together(step_fn) if watcher else step_fn
+        step_fn = make_step(experiment, loss_of(experiment), mesh)
+        step_fn = first_call(watcher.together(step_fn) if watcher else step_fn, "compiling the training step")
         writer = stack.enter_context(MetricsWriter(directory)) if first else None
         if writer:
             writer.truncate_after(start)

@@ -16,7 +16,8 @@ from PIL import Image
 
 import runs
 from k25_jax import cli
-from k25_jax.config import load_experiment
+from k25_jax.cli import checks
+from k25_jax.config import ConfigError, load_experiment
 from k25_jax.config.experiments import names
 
 HEAVY = ("jax", "jaxlib", "flax", "numpy", "ml_collections", "orbax", "rich", "PIL", "yaml")
@@ -121,11 +122,11 @@ TOLD = {
     ),
     "start": (
         "train --config=pretrain/demo --workdir={folder}/new --config.train.init_from={folder}/no",
-        "train.init_from={folder}/no: there is no",
+        "train.init_from={folder}/no: there is nothing",
     ),
     "vision start": (
         "train --config=pretrain/demo --workdir={folder}/new --config.train.init_vision_from={folder}/no",
-        "train.init_vision_from={folder}/no: there is no",
+        "train.init_vision_from={folder}/no: there is nothing",
     ),
     "other model": (
         "train --config=pretrain/demo --config.model=100m --workdir={folder}/run",
@@ -309,6 +310,14 @@ def test_a_mistake_is_told_before_jax_is_imported(told, mistake):
     assert err.count(f"{folder}/no.") <= 1, err
 
 
+def test_a_run_that_goes_on_needs_no_longer_what_it_started_from(tmp_path):
+    experiment = load_experiment("pretrain/demo", [f"train.init_from={tmp_path}/gone"])
+    with pytest.raises(ConfigError, match="init_from=.*gone"):
+        checks.run(experiment, tmp_path / "run")
+    (tmp_path / "run" / "checkpoints" / "100").mkdir(parents=True)
+    checks.run(experiment, tmp_path / "run")
+
+
 # ----------------------------------------------------------------------------------------------------------- the messages
 def test_a_file_is_named_once_in_an_error():
     twice = ValueError("/a/b.json cannot be read ([Errno 13] Permission denied: '/a/b.json'); mend it")
@@ -337,6 +346,35 @@ def test_warnings_are_one_line_and_said_once(capsys, monkeypatch):
     finally:
         root.setLevel(level)
     assert capsys.readouterr().err == "WARNING here: twice\nWARNING UserWarning: in two lines\n"
+
+
+IN_A_TERMINAL = """
+import logging, warnings
+from rich.console import Console
+from rich.progress import Progress
+from k25_jax import cli
+
+cli.set_up_logging()
+with Progress(console=Console(stderr=True)) as bar:
+    task = bar.add_task("train", total=2)
+    bar.refresh()
+    logging.getLogger("here").warning("ours")
+    warnings.warn("theirs")
+    bar.update(task, completed=2)
+"""
+
+
+def test_warnings_stand_above_a_progress_bar():
+    code = (
+        "import pty, sys; out = bytearray()\n"
+        "def read(fd):\n    data = __import__('os').read(fd, 4096); out.extend(data); return b'.' if data else data\n"
+        "pty.spawn([sys.executable, '-c', sys.argv[1]], read); print(repr(bytes(out)))"
+    )
+    done = python("-c", code, IN_A_TERMINAL, TERM="xterm")
+    text = done.stdout
+    assert "\\x1b[2KWARNING here: ours\\r\\n" in text and "\\x1b[2KWARNING UserWarning: theirs\\r\\n" in text, text
+    assert text.count("ours") == text.count("theirs") == 1
+    assert text.rindex("theirs") < text.rindex("100%")
 
 
 # -------------------------------------------------------------------------------------------------------------- the wheel

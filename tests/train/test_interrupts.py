@@ -142,11 +142,12 @@ def start(body: str) -> subprocess.Popen:
     """A process of a command that does this, once it has printed its first line."""
     script = textwrap.dedent(COMMAND).format(body=body)
     pipe = subprocess.PIPE
-    command = [sys.executable, "-c", script]
+    command = [sys.executable, "-W", "ignore", "-c", script]
     process = subprocess.Popen(
         command, stdout=pipe, stderr=pipe, text=True, env=os.environ | {"PYTHONPATH": str(runs.ROOT)}
     )
-    process.stdout.readline()
+    while os.read(process.stdout.fileno(), 1) not in (b"\n", b""):
+        pass  # readline() would take more than the line, and communicate() would miss it
     return process
 
 
