@@ -1,10 +1,10 @@
 """What programs that try to take this machine's memory take of it, and of the process that runs them.
 
-    python -m benchmarks.sandbox_limits [--only=NAME] [--json]
+    python -m benchmarks.sandbox_limits [--only=NAME] [--rounds=N] [--json]
 
-Each attack runs in a fresh sandbox with a limit of 768 MB, one at a time. Measured, every 5 ms: by how much the machine's
-available memory falls, and this process grows (as a multiple of 1 MB); then how long the call takes beyond its deadline,
-and whether the next call is clean.
+Each attack runs in a fresh sandbox with a limit of 768 MB, one at a time. Measured every 5 ms: by how much the machine's
+available memory falls, and this process grows; then how long the call takes, under a deadline of 4 s, and whether the
+next call is clean. What else runs on the machine adds to the first figure.
 """
 
 import argparse
