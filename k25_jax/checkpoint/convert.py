@@ -1,5 +1,6 @@
 """Any checkpoint to a folder in the public format, with its vocabulary and what else lies beside the weights."""
 
+import contextlib
 import json
 import pathlib
 import shutil
@@ -15,7 +16,7 @@ from k25_jax.checkpoint.store import restore_params
 from k25_jax.checkpoint.tensor_files import TensorFiles
 from k25_jax.config import K25Config
 from k25_jax.models.k25 import abstract_params
-from k25_jax.text.tokenizer import VOCABULARIES
+from k25_jax.text.tokenizer import VOCABULARIES, TokenizerError, find_vocabulary
 from k25_jax.text.tokenizer_json import byte_level_files
 
 WEIGHTS = ".safetensors .bin .pt .pth .ckpt .gguf .h5 .msgpack .onnx .npz .npy .zip .tar .gz .tflite .part".split()
@@ -93,8 +94,10 @@ def _few(names: list[str]) -> str:
 
 
 def _write_byte_level(config: K25Config, target: pathlib.Path):
-    """The byte-level vocabulary for other software, beside a model that has it and no files of one."""
-    if is_byte_level(config) and not any((target / name).exists() for name in VOCABULARIES):
-        for name, contents in byte_level_files().items():
-            if not (target / name).exists():
-                (target / name).write_text(json.dumps(contents, ensure_ascii=False, indent=1) + "\n", encoding="utf-8")
+    """The byte-level vocabulary for other software, beside a model that has it and no files of another."""
+    with contextlib.suppress(TokenizerError):  # a vocabulary that is not read is there
+        if is_byte_level(config) and find_vocabulary(target) is None:
+            for name, contents in byte_level_files().items():
+                if not (target / name).exists():
+                    text = json.dumps(contents, ensure_ascii=False, indent=1)
+                    (target / name).write_text(text + "\n", encoding="utf-8")

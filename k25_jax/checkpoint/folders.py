@@ -17,7 +17,7 @@ def find(directory: str | pathlib.Path) -> tuple[pathlib.Path, bool]:
     folder = BASE if str(directory) == "base" else pathlib.Path(directory)
     if (folder / "experiment.json").is_file():
         return folder, True
-    if (folder / "config.json").exists():
+    if (folder / "config.json").exists():  # what is no file is named by its reader
         return folder, False
     raise CheckpointError(
         f"{folder} is neither a run (experiment.json) nor a public checkpoint (config.json); name the folder that "
@@ -27,9 +27,8 @@ def find(directory: str | pathlib.Path) -> tuple[pathlib.Path, bool]:
 
 def read_experiment(directory: pathlib.Path) -> Experiment:
     """The configuration that a run was started with."""
-    file = directory / "experiment.json"
     try:
-        values = read_object(file)
+        values = read_object(directory / "experiment.json")
     except ValueError as error:
         raise CheckpointError(f"{error}; restore it from the experiment file") from error
     model = values.get("model")

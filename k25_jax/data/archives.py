@@ -36,7 +36,7 @@ class Archives(Source):
             what = f"is no file *{self.suffixes[0]}" if os.path.isdir(path) else "is nothing"
             raise DataError(f"data.sources: there {what} at {path}; check the path, and the kind if one was given")
         for file in self._files:
-            _check_file(file, Path(path))
+            check_file(file, Path(path))
         self._ends = np.cumsum([self.open(file) for file in self._files])
 
     def find(self) -> list[Path]:
@@ -69,7 +69,7 @@ class Archives(Source):
         return file, index - (int(self._ends[file - 1]) if file else 0)
 
 
-def _check_file(file: Path, source: Path):
+def check_file(file: Path, source: Path):
     """Raise DataError for a pipe or device, which would wait for ever, and for a link that leads out of the folder."""
     try:
         if not stat.S_ISREG(os.stat(file).st_mode):

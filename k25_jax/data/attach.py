@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from k25_jax.data.captions import IMAGES, VIDEOS
+from k25_jax.data.captions import IMAGES, OTHER_MEDIA, VIDEOS
 from k25_jax.data.media import MEDIA
 from k25_jax.data.records import RecordError
 
@@ -32,7 +32,7 @@ MEDIA_WORDS = set(
     "image images img imgs picture pictures photo photos pic pics screenshot screenshots thumbnail thumbnails video videos "
     "movie movies frame frames media medium pixel pixels audio audios sound sounds wav mp3 flac ogg heic heif avif".split()
 )
-OTHER_MEDIA = set("frame frames media medium audio audios sound sounds wav mp3 flac ogg heic heif avif".split())
+NOT_SEEN = set("frame frames media medium audio audios sound sounds wav mp3 flac ogg heic heif avif".split())
 ABOUT = set(  # `image_id`, `video_duration`: words about a medium
     "id ids width height size sizes shape count num number hash sha md5 phash license licence type types format duration fps "
     "resolution quality score scores ratio index idx title description caption captions alt tag tags label labels category "
@@ -41,9 +41,10 @@ ABOUT = set(  # `image_id`, `video_duration`: words about a medium
 )  # fmt: skip
 WEB = ("http://", "https://")
 COUNTING = ("num", "n", "has", "is", "no", "total")
-FILE = re.compile(
-    r"[^\n]{1,500}\.(?:png|jpe?g|webp|gif|bmp|tiff?|hei[cf]|avif|mp4|mkv|webm|avi|mov|m4v|mpe?g|wav|mp3|flac|ogg|m4a|opus)"
-    r"(?:[?#][^\n]*)?",
+FILE = re.compile(  # but for those that are text as well
+    r"[^\n]{1,500}(?:"
+    + "|".join(map(re.escape, set(IMAGES + VIDEOS + OTHER_MEDIA) - {".svg", ".eps"}))
+    + r")(?:[?#][^\n]*)?",
     re.IGNORECASE,
 )
 MEDIUM_FIELDS = (*MEDIA, *(f"{kind}_base64" for kind in MEDIA))  # in our spelling
@@ -102,7 +103,7 @@ def read_part(given, where: str):
             raise RecordError(
                 "form", f"{where}.{name} is a list; give each medium a part of its own, and a video as a file"
             )
-    rest, media = take_media(part, where)
+    rest, media, _ = take_media(part, where)
     if not media and isinstance(kind, str) and kind in MEDIA:
         sources = {name: rest.pop(name) for name in (*CODED, *ADDRESSES) if name in rest}
         media = {kind: [as_part(kind, sources)]} if sources else {}
@@ -112,8 +113,8 @@ def read_part(given, where: str):
     return rest
 
 
-def take_media(data: Mapping, where: str) -> tuple[dict, dict[str, list[dict]]]:
-    """The fields without those that are media, and the media by kind, as parts. Raises RecordError.
+def take_media(data: Mapping, where: str) -> tuple[dict, dict[str, list[dict]], str]:
+    """The fields that are no media; the media by kind, as parts; and what their fields are called. Raises RecordError.
 
     Beside a medium, one more address of it stays, as the source of it.
     """
@@ -127,13 +128,13 @@ def take_media(data: Mapping, where: str) -> tuple[dict, dict[str, list[dict]]]:
             values = value if isinstance(value, (list, tuple)) else [value]
             if found := [as_part(kind[0], one, kind[1]) for one in values if one is not None]:
                 named[kind[0]][name] = found
-    out = {}
+    out, names = {}, []
     for kind, fields in named.items():
         if fields:
-            name = _primary(kind, fields, where)
-            out[kind] = fields.pop(name)
+            names.append(_primary(kind, fields, where))
+            out[kind] = fields.pop(names[-1])
             rest |= {f"{name}_source": data[name] for name in fields}
-    return rest, out
+    return rest, out, ", ".join(names)
 
 
 def _primary(kind: str, fields: Mapping[str, list[dict]], where: str) -> str:
@@ -163,8 +164,8 @@ def fill(contents: Sequence, media: Mapping[str, list[dict]], where: str, names:
         if given != places[kind]:
             raise RecordError(
                 "form",
-                f"media beside {where} ({names}): {given} of kind {kind} for {places[kind]} places; write <{kind}> "
-                f"where each belongs, or a part of type {kind}",
+                f"{names} beside {where}: {given} media of kind {kind} for {places[kind]} places; write <{kind}> where "
+                f"each belongs, or a part of type {kind}",
             )
     queues = {kind: enumerate(found) for kind, found in media.items()}
     return [_fill_content(content, queues) for content in contents]
@@ -271,7 +272,7 @@ def _stray_name(name: str, value, has_media: bool) -> str:
         return ""
     if isinstance(value, (str, list, tuple, Mapping)) and not len(value):
         return ""
-    if has_media and isinstance(value, str) and not OTHER_MEDIA.intersection(words):
+    if has_media and isinstance(value, str) and not NOT_SEEN.intersection(words):
         return ""  # where the medium is from
     return "is named as media are, and no form reads it"
 

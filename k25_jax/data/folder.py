@@ -58,6 +58,7 @@ class Folder(Source):
         self._folder = Path(path)
         self._entries: list[_Entry] = []
         self._media: list[str] = []  # all of them, by their paths below the folder
+        self._alone: list[Path] = []  # those without a caption
         if self._folder.is_dir():
             self._walk()
         elif self._folder.is_file():
@@ -75,7 +76,10 @@ class Folder(Source):
             named_as_media = [name for name in folders if medium_kind(name)]
             self._collect(Path(folder), sorted(set(names) - system), set(named_as_media))
         self._find_captions_alone()
+        self.left_out[NO_CAPTION] = len(self._alone)
         self.left_out = +self.left_out
+        for file in self._alone[:NAMED]:
+            logger.warning("%s: left out, no caption in %s.txt or .json", printable(str(file)), printable(file.stem))
 
     def _not_readable(self, problem: OSError):
         self.left_out["folder that cannot be read"] += 1
@@ -111,7 +115,7 @@ class Folder(Source):
             if name in found:
                 self._entries.append(_Entry(folder / name, tuple(folder / caption for caption in found[name])))
             else:
-                self._without_caption(folder / name)
+                self._alone.append(folder / name)
         for name in others:
             own = unknown.get(name, [])
             if own and (ending(name) in OTHER_MEDIA or any(ending(caption) != ".json" for caption in own)):
@@ -125,11 +129,6 @@ class Folder(Source):
                 self._entries.append(_Entry(folder / name))
             elif ending(name) in PLAIN and name not in used:
                 self.left_out[NO_MEDIUM if ending(name) in CAPTIONS else OTHER] += 1
-
-    def _without_caption(self, file: Path):
-        self.left_out[NO_CAPTION] += 1
-        if self.left_out[NO_CAPTION] <= NAMED:
-            logger.warning("%s: left out, no caption in %s.txt or .json", printable(str(file)), printable(file.stem))
 
     def _find_captions_alone(self):
         """A text without a medium is a bad record where texts are captions."""

@@ -189,8 +189,8 @@ def _lines(descriptor: int) -> Pieces:
 
 def _elements(descriptor: int, file: Path) -> Pieces:
     """The elements of the list that the file is; the last one is cut off where the file is. Raises DataError."""
-    bounds: list[np.ndarray] = []  # the places of the bracket, the commas between elements, and the other bracket
-    depth, inside, run, begun, is_over = 0, 0, 0, False, False
+    found: list[np.ndarray] = []  # int64 [2, n]: start, end
+    start, depth, inside, run, is_over = -1, 0, 0, 0, False  # -1: before the bracket
     for offset, block in _blocks(descriptor):
         if is_over:
             break
@@ -207,17 +207,17 @@ def _elements(descriptor: int, file: Path) -> Pieces:
         if len(closing):
             is_over, places, signs, depths = True, *(a[: closing[0] + 1] for a in (places, signs, depths))
             end = offset + int(places[-1]) + 1
-        between = (depths == 1) & (signs == ord(","))
-        if not begun and len(places):
-            begun = between[0] = True  # the first bracket
-        marks = offset + places[between | (depths == 0)]
-        bounds.append(marks[np.diff(marks, append=-1) != 1])  # nothing between two of them is no element
+        marks = offset + places[((depths == 1) & (signs == ord(","))) | (depths == 0)]
+        if start < 0 and len(places):
+            start = offset + int(places[0]) + 1
+        if len(marks):
+            pairs = np.stack([np.append(start, marks[:-1] + 1), marks])
+            found.append(pairs[:, pairs[0] < pairs[1]])
+            start = int(marks[-1]) + 1
     size = os.fstat(descriptor).st_size
     if is_over and os.pread(descriptor, STEP, end).strip():
         raise DataError(f"data.sources: {file} goes on after its list of records; write one list, or one record a line")
-    marks = np.concatenate([*bounds, [] if is_over else [size]]).astype(np.int64)
-    starts, ends = marks[:-1] + 1, marks[1:]
-    starts, ends = starts[starts < ends], ends[starts < ends]
+    starts, ends = np.concatenate([*found, [[], []] if is_over else [[start], [size]]], 1).astype(np.int64)
     if len(starts) and ends[-1] - starts[-1] < STEP:
         last = os.pread(descriptor, int(ends[-1] - starts[-1]), int(starts[-1]))
         starts, ends = (starts, ends) if last.strip() else (starts[:-1], ends[:-1])  # an empty list

@@ -67,14 +67,14 @@ def _canonical(given: Mapping) -> dict:
             data[name] = _parse(data[name], name)
     if "conversations" in data:
         data = _turns(data)
-    data, media = take_media(data, "the record")
+    data, media, names = take_media(data, "the record")
     if "messages" in data:
-        data = _conversation(data, media)
+        data = _conversation(data, media, names)
     elif "parts" in data:
         parts = [read_part(part, f"parts[{i}]") for i, part in enumerate(as_list(data, "parts"))]
-        data["parts"] = _placed([parts], media, "parts")[0]
+        data["parts"] = _placed([parts], media, "parts", names)[0]
     elif media:
-        data = _with_medium(data, media)
+        data = _with_medium(data, media, names)
     else:
         check_no_place([data.get(name) for name in ("text", "caption")], "the text")
     _check_fields(data)
@@ -144,7 +144,7 @@ def _turns(data: dict) -> dict:
             for name, value in data.items()}  # fmt: skip
 
 
-def _conversation(data: dict, media: dict) -> dict:
+def _conversation(data: dict, media: dict, names: str) -> dict:
     messages = [_message(message, f"messages[{i}]") for i, message in enumerate(as_list(data, "messages"))]
     for name in ("system", "system_prompt"):
         if isinstance(data.get(name), str):
@@ -152,7 +152,9 @@ def _conversation(data: dict, media: dict) -> dict:
             if text and any(isinstance(one, Mapping) and one.get("role") == "system" for one in messages):
                 raise RecordError("form", f"has {name} and a message of the role system; give one of them")
             messages[:0] = [{"role": "system", "content": text}] if text else []
-    contents = _placed([m.get("content") if isinstance(m, Mapping) else None for m in messages], media, "messages")
+    contents = _placed(
+        [m.get("content") if isinstance(m, Mapping) else None for m in messages], media, "messages", names
+    )
     data["messages"] = [
         {**message, "content": content} if content is not None else message
         for message, content in zip(messages, contents, strict=True)
@@ -162,9 +164,9 @@ def _conversation(data: dict, media: dict) -> dict:
     return data
 
 
-def _placed(contents: list, media: dict, where: str) -> list:
+def _placed(contents: list, media: dict, where: str, names: str) -> list:
     if media:
-        return fill(contents, media, where, ", ".join(media))
+        return fill(contents, media, where, names)
     check_no_place(contents, where)
     return contents
 
@@ -173,7 +175,7 @@ def _message(given, where: str):
     """One message; what is odd about it, `text.chat` will say."""
     if not isinstance(given, Mapping):
         return given
-    message, media = take_media(given, where)
+    message, media, names = take_media(given, where)
     if message.get("role") == "developer":
         message["role"] = "system"
     for name in REASONING:
@@ -191,7 +193,7 @@ def _message(given, where: str):
     if isinstance(message.get("content"), (list, tuple)):
         message["content"] = [read_part(part, f"{where}.content[{i}]") for i, part in enumerate(message["content"])]
     if media:
-        (message["content"],) = fill([message.get("content")], media, where, ", ".join(media))
+        (message["content"],) = fill([message.get("content")], media, where, names)
     check_strays(message, MESSAGE_FIELDS, where, _holds_media(message.get("content")))
     _refuse(message, tuple(UNREAD), where)
     return message
@@ -234,7 +236,7 @@ def _tool(tool, where: str):
 
 
 # ---------------------------------------------------------------------------------------------------------- whole records
-def _with_medium(data: dict, media: dict) -> dict:
+def _with_medium(data: dict, media: dict, names: str) -> dict:
     """A record of one text: with one medium beside it, or as parts where the text says where its media belong."""
     name = next((name for name in ("text", "caption") if isinstance(data.get(name), str)), None)
     found = [part for parts in media.values() for part in parts]
@@ -242,8 +244,8 @@ def _with_medium(data: dict, media: dict) -> dict:
     if len(found) == 1 and not marked:
         return {**data, **found[0]}
     if name is None or {"ocr", "boxes", "elements"} & data.keys():
-        raise RecordError("form", f"has {len(found)} media ({', '.join(media)}) for one text; write parts")
-    (parts,) = fill([data[name]], media, name, ", ".join(media))
+        raise RecordError("form", f"{names}: {len(found)} media for one text; write parts")
+    (parts,) = fill([data[name]], media, name, names)
     return {key: value for key, value in data.items() if key != name} | {"parts": parts}
 
 
@@ -263,7 +265,7 @@ def _check_fields(data: Mapping):
     check_bytes(data)
     if "messages" in data:
         return _refuse(data, tuple(UNREAD), "the record")
-    if "tools" in data:
+    if data.get("tools"):
         raise RecordError("form", "has tools and no messages; tools belong to messages")
     _refuse(data, tuple(name for name in UNREAD if name not in METADATA_OF_TEXTS), "the record")
 

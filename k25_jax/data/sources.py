@@ -14,7 +14,7 @@ from pathlib import Path
 from array_record.python.array_record_data_source import ArrayRecordDataSource
 
 from k25_jax.config import SourceConfig
-from k25_jax.data.archives import archive_files
+from k25_jax.data.archives import archive_files, check_file
 from k25_jax.data.captions import (
     CAPTIONS,
     OTHER_MEDIA,
@@ -66,7 +66,7 @@ def open_source(config: SourceConfig) -> Source:
         source = KINDS[kind](path)
     except OSError as problem:
         raise DataError(f"data.sources: {path} cannot be read ({problem}); check its permissions") from problem
-    left_out = ", ".join(f"{count} x {reason}" for reason, count in source.left_out.items())
+    left_out = ", ".join(f"{count} x {reason}" for reason, count in sorted(source.left_out.items()))
     left_out = f"left out: {left_out}" if left_out else "nothing was left out"
     if not len(source):
         raise DataError(f"data.sources: {path} holds no record ({left_out}); {_remedy(path, kind)}")
@@ -78,8 +78,8 @@ def _remedy(path: str, kind: str) -> str:
     if kind != "folder":
         return "give a source that has some"
     for folder, _, names in os.walk(path):
-        for name in names:
-            if _kind_of_file(name) and not is_system_file(name):
+        for name in sorted(names):
+            if _kind_of_file(name) not in ("", "folder") and not is_system_file(name):
                 pattern = (
                     os.path.join(path, "**", f"*{Path(name).suffix}") if folder != path else os.path.join(folder, name)
                 )
@@ -151,6 +151,8 @@ class ArrayRecords(Source):
             raise DataError(
                 f"data.sources: there is no file *{ARRAY_RECORD[0]}* at {path}; check the path and the kind"
             )
+        for shard in shards:
+            check_file(Path(shard), Path(path))
         self._path, self._shards, self._folder = path, shards, Path(shards[0]).parent
         try:
             self._records = ArrayRecordDataSource(shards)

@@ -63,7 +63,10 @@ class Stream(OutStream):
 
     def begin(self):
         """A pipe for a new call. The last one stays for the children that still hold it."""
-        reading, writing = os.pipe()
+        try:
+            reading, writing = os.pipe()
+        except OSError:  # too many files are open: the last one goes on
+            return
         os.set_blocking(reading, False)
         os.dup2(writing, self._descriptor)
         os.close(writing)

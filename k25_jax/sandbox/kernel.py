@@ -199,7 +199,9 @@ class Kernel:
         return self._process.poll() is None
 
     def ending(self) -> str:
-        """How the process ended."""
+        """How the process ended, or why it had to."""
+        if self._reason:
+            return self._reason
         code = self._process.poll()
         number = -code if code is not None and code < 0 else (code or 0) - 128
         names = {int(one): one.name for one in signal.Signals}

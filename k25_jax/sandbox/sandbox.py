@@ -92,7 +92,7 @@ class Sandbox:
         def heard(kind: str, content: Mapping | None, size: int):
             if kind == "error":
                 failed.append(content)
-            elif kind == "display_data":
+            elif kind == "display_data" and _FILE in content["data"]:
                 found.extend(base64.b64decode(content["data"][_FILE], validate=True))
                 if len(found) > self._limits.disk_mb * 2**20:
                     raise ValueError("more than a file can hold")
@@ -104,7 +104,10 @@ class Sandbox:
         return None if end or failed else bytes(found)
 
     def run(self, code: str, seconds: float = 60.0) -> Observation:
-        """Run code: what it prints and shows, the value of its last line, its error; and what became of it."""
+        """Run code: what it prints and shows, the value of its last line, its error; and what became of it.
+
+        At the deadline it is interrupted; with the default limits the answer comes at most a second later.
+        """
         try:
             code.encode()
         except UnicodeEncodeError as problem:

@@ -19,7 +19,7 @@ from k25_jax.serving.media import MediaOpener
 from k25_jax.serving.messages import convert_messages, read_tools
 from k25_jax.serving.thinking import read_thinking
 from k25_jax.text.chat import ChatError
-from k25_jax.text.tokenizer import Tokenizer
+from k25_jax.text.tokenizer import Tokenizer, TokenizerError
 from k25_jax.text.tool_calls import CallIds, call_parts
 from k25_jax.text.turn import TurnForm
 from k25_jax.vision.image import ImageError
@@ -62,7 +62,7 @@ STRICT = "tools with strict=true: arguments are not constrained to the schema he
 COMPLETION_NEUTRAL = {"echo": False, "best_of": 1, "suffix": ""}
 MARKS = 3  # tokens that a message, or a tool, has at least
 STOPS, STOP_LENGTH = 16, 1000  # texts that may end an answer, and their characters
-PROMPT_ERRORS = (PromptError, ChatError, ImageError, VideoError, PackError)
+PROMPT_ERRORS = (PromptError, ChatError, TokenizerError, ImageError, VideoError, PackError)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -80,10 +80,6 @@ class Served:
     media_root: pathlib.Path | None = None
     media_bytes: int = 2**26  # of the files of a request
     media_seconds: float = 30.0  # after which no further image or video of a request is read
-
-    @property
-    def turn_end(self) -> int:
-        return self.tokenizer.special["<|im_end|>"]
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -125,7 +121,8 @@ def chat_ask(raw: bytes, served: Served) -> Ask:
     most = [fields.number(name, int, None, 1, 2**31) for name in ("max_completion_tokens", "max_tokens")]
     if None not in most and most[0] != most[1]:
         raise fields.error("max_tokens", "and max_completion_tokens differ; send one of them", "invalid_value")
-    ends = (served.turn_end, served.tokenizer.special["<|tool_call_end|>"])[: 1 + one_call]
+    special = served.tokenizer.special
+    ends = tuple(special[name] for name in ("<|im_end|>", "<|tool_call_end|>")[: 1 + one_call] if name in special)
     how = _how(fields, served, (top or 0) if wanted else None, ends)
     fields.neutral(**CHAT_NEUTRAL)
     fields.end()
@@ -266,7 +263,7 @@ def _prompts(fields: Fields, served: Served) -> list[Prompt]:
             prompts.append(from_ids(tokens, [], served.reader.config))
         except Exceeded as problem:
             raise _too_long(f"{where}: {problem}", where) from None
-        except PromptError as problem:
+        except (PromptError, TokenizerError) as problem:
             raise ApiError(f"{where}: {problem}", where, "invalid_value") from None
         if not tokens:
             raise ApiError(f"{where} is empty", where, "invalid_value")

@@ -297,6 +297,9 @@ def configured(path: Path) -> list[tuple[str, int]]:
         return []
     try:
         table = read_object(path, MOST_BYTES).get("added_tokens_decoder")
+    except ValueError as problem:
+        raise TokenizerError(f"{problem}; fetch the file again") from None
+    try:
         pairs = [(entry["content"], int(id_)) for id_, entry in (table or {}).items()]
     except (ValueError, KeyError, TypeError, AttributeError) as problem:
         raise TokenizerError(

@@ -215,13 +215,15 @@ def test_the_same_with_json(tmp_path, given):
 @BOTH
 def test_names_that_differ_in_case_alone_do_not_get_mixed(tmp_path, given):
     members = [("a.png", png(1)), ("A.png", png(2)), ("a.txt", b"small"), ("A.txt", b"large"), ("b.png", png(3)),
-               ("B.png", png(4)), ("b.txt", b"only"), ("c.png", png(5)), ("C.txt", b"one"), ("c.TXT", b"two")]  # fmt: skip
+               ("B.png", png(4)), ("b.txt", b"only"), ("c.png", png(5)), ("C.txt", b"one"), ("c.TXT", b"two"),
+               ("de.png", png(6)), ("DE.png", png(7)), ("De.txt", b"of which?"), ("fg.png", png(8)), ("Fg.txt", b"which?"),
+               ("FG.txt", b"which?")]  # fmt: skip
     source = given(tmp_path, members)
     found = {}
     for i in range(len(source)):
         if outcome(source[i]) == "pair":
             example = prepare(source[i], TOKENIZER, DATA, MODEL)
-            seed = next(s for s in range(1, 6) if np.array_equal(example.clips[0].patches,
+            seed = next(s for s in range(1, 9) if np.array_equal(example.clips[0].patches,
                                                                  preprocess(picture(s), MODEL.vision).patches))  # fmt: skip
             found[seed] = source[i].data["text"]
     assert found == {1: "small", 2: "large", 3: "only", 5: "two"}

@@ -153,18 +153,18 @@ def test_a_second_medium_beside_a_picture(field, value):
 @pytest.mark.parametrize(
     "data, named",
     [
-        ({"text": "seen", "images": [PNG, OTHER]}, "2 of kind image for 0 places"),
-        ({"text": "<image> seen", "images": [PNG, OTHER]}, "2 of kind image for 1 places"),
-        ({"text": "<image><image>", "images": [PNG]}, "1 of kind image for 2 places"),
-        ({"caption": "<video>", "image": PNG}, "1 of kind image for 0 places"),
+        ({"text": "seen", "images": [PNG, OTHER]}, "2 media of kind image for 0 places"),
+        ({"text": "<image> seen", "images": [PNG, OTHER]}, "2 media of kind image for 1 places"),
+        ({"text": "<image><image>", "images": [PNG]}, "1 media of kind image for 2 places"),
+        ({"caption": "<video>", "image": PNG}, "1 media of kind image for 0 places"),
         ({"ocr": "seen", "images": [PNG, OTHER]}, "2 media"),
         ({"text": "seen", "image": PNG, "video": GIF}, "places"),
-        (talk("which?", images=[PNG]), "1 of kind image for 0 places"),
-        (talk("which?", videos=[GIF]), "1 of kind video for 0 places"),
-        (talk("<image>which?", video=GIF), "of kind image for 1 places"),
-        (talk([{"type": "image"}, {"text": "x"}], images=[PNG, OTHER]), "2 of kind image for 1 places"),
-        ({"parts": [{"text": "x"}], "image": PNG}, "1 of kind image for 0 places"),
-        ({"messages": [{"role": "user", "content": "x", "images": [coded(PNG)]}]}, "media beside messages[0]"),
+        (talk("which?", images=[PNG]), "1 media of kind image for 0 places"),
+        (talk("which?", videos=[GIF]), "1 media of kind video for 0 places"),
+        (talk("<image>which?", video=GIF), "media of kind image for 1 places"),
+        (talk([{"type": "image"}, {"text": "x"}], images=[PNG, OTHER]), "2 media of kind image for 1 places"),
+        ({"parts": [{"text": "x"}], "image": PNG}, "1 media of kind image for 0 places"),
+        ({"messages": [{"role": "user", "content": "x", "images": [coded(PNG)]}]}, "images beside messages[0]"),
         ({"messages": [{"role": "user", "content": "x", "audio": {"id": "a"}}]}, "messages[0]: the field 'audio'"),
         (talk([{"text": "x", "frames": ["a"]}]), "messages[0].content[0]: the field 'frames'"),
         (talk([{"type": "video", "video": ["a.png", "b.png"]}, {"text": "x"}]), "content[0].video is a list"),
@@ -174,13 +174,15 @@ def test_a_second_medium_beside_a_picture(field, value):
         ({"images": [PNG], "image": OTHER, "text": "x"}, "several names"),
         ({"text": "x", "images": [5]}, "image has the wrong type"),
         ({"messages": TALK["messages"], "conversations": []}, "messages and conversations"),
-        ({"text": "x", "tools": []}, "tools belong to messages"),
+        ({"text": "x", "tools": [{}]}, "tools belong to messages"),
     ],
     ids=range(22),
 )  # fmt: skip
 def test_media_without_a_clear_place(data, named):
     problem = refusal(data)
     assert problem.reason == "form" and named in str(problem)
+    fields = [name for name in data if name in ("image", "images", "video", "videos")]
+    assert "places" not in named or all(name in str(problem) for name in fields)
 
 
 @pytest.mark.parametrize(

@@ -15,7 +15,7 @@ from k25_jax.checkpoint.folders import BASE, read_experiment
 from k25_jax.checkpoint.hf_config import read_config
 from k25_jax.checkpoint.load import Model, load_model
 from k25_jax.checkpoint.store import CheckpointError
-from k25_jax.cli import build_parser
+from k25_jax.cli.flags import build_parser
 from k25_jax.config import ConfigError, Experiment, K25Config, from_dict, preset, to_dict
 from k25_jax.evals.local import Checkpoint
 from k25_jax.evals.tool_use import Asker

@@ -184,6 +184,13 @@ def test_nothing_that_is_there_is_overwritten(source, tmp_path):
     assert (out / "old" / "link").is_symlink()
 
 
+def test_a_vocabulary_that_is_not_read_is_carried_too(source, tmp_path):
+    (source / "tokenizer.model").write_text("pieces")
+    assert convert(str(source), str(tmp_path / "out")) == [f"wrote {tmp_path / 'out'}"]
+    assert (tmp_path / "out" / "tokenizer.model").read_text() == "pieces"
+    assert not (tmp_path / "out" / "tokenizer.json").exists()
+
+
 def test_in_its_own_place_all_files_stay(source):
     (source / "LICENSE").write_text("free")
     (source / "notes.bin").write_text("x")

@@ -75,8 +75,20 @@ def test_a_link_out_of_the_folder_a_pipe_and_a_device(tmp_path):
     ):
         open_source(SourceConfig(str(tmp_path / "in")))
     assert len(open_source(SourceConfig(str(tmp_path / "in" / "*.jsonl")))) == 6
-    (tmp_path / "link").symlink_to("in/c.jsonl")
-    for name in ("pipe.jsonl", "pipe.tar", "pipe.parquet", "pipe.json", "pipe.txt", "pipe.xyz", "pipe"):
+    (tmp_path / "records").mkdir()
+    (tmp_path / "records" / "x.array_record").symlink_to(tmp_path / "a.jsonl")
+    with pytest.raises(DataError, match=r"x\.array_record is a link that leads out of the folder"):
+        open_source(SourceConfig(str(tmp_path / "records")))
+    for name in (
+        "pipe.array_record",
+        "pipe.jsonl",
+        "pipe.tar",
+        "pipe.parquet",
+        "pipe.json",
+        "pipe.txt",
+        "pipe.xyz",
+        "pipe",
+    ):
         os.mkfifo(tmp_path / name)
         with pytest.raises(DataError, match="is no regular file|pipe.txt is not a folder"):
             open_source(SourceConfig(str(tmp_path / name)))
@@ -154,6 +166,7 @@ def test_elements_against_the_parser(tmp_path, monkeypatch, step):
 
 @pytest.mark.parametrize("text, good, bad", [
     ('[{"text": "a"}, {"text": "b"', 1, ["json"]), ('[{"text": "a"}, {"te', 1, ["json"]), ('[{"text": "a"},]', 1, []),
+    ('[{"text": "a"},,,{"text": "b"}, ]', 2, []),
     ('[{"text": "a"}, 5, "x", null, [1]]', 1, ["form"] * 4), ('[{"text": "a"} {"text": "b"}]', 0, ["json"]),
     ('{"text": "a"}', 1, []), ('{\n "text":\n "a"\n}', 1, []), ('{"text": "a"}\n{"text": "b"}\n', 2, []),
     ('{"text": "a"}\n\n{"text"\n', 1, ["json"]), ("[" * 3000 + "]" * 3000, 0, ["json|form"]), ('[{"text": "a}]', 0, ["json"]),

@@ -43,6 +43,7 @@ def read(monkeypatch):
         raise KeyboardInterrupt
 
     monkeypatch.setattr("k25_jax.data.console._reader", reader)
+    monkeypatch.setattr("k25_jax.cli.checks.data", lambda args: None)  # that they are there
     return seen
 
 

@@ -128,3 +128,10 @@ def test_python_may_lie_below_tmp(tmp_path):
     command = [tmp_path / "env" / "bin" / "python", "-c", code]
     done = subprocess.run(command, capture_output=True, text=True, env=runs.environment(), cwd=runs.ROOT)
     assert done.stdout.strip() == "42", done.stderr[-2000:]
+
+
+def test_a_file_of_many_messages_comes_out_whole(bwrap):
+    with Sandbox() as sandbox:
+        sandbox.run("import os; open('large', 'wb').write(bytes(range(256)) * 2**17); open('empty', 'w')")
+        assert sandbox.get("large") == bytes(range(256)) * 2**17 and sandbox.get("empty") == b""
+        assert sandbox.get("missing") is None and sandbox.run("1").text == "1"

@@ -167,7 +167,9 @@ def test_special_tokens_of_the_configuration_come_first(tmp_path):
         ({"added_tokens_decoder": {"x": {"content": "a"}}}, "must map ids"),
         ({"added_tokens_decoder": {"300": "a"}}, "must map ids"),
         ({"added_tokens_decoder": {"300": {"content": 5}}}, "cannot be a special token"),
-        ([], "must map ids"),
+        ([], "must be an object"),
+        ({"added_tokens_decoder": ["a"]}, "must map ids"),
+        ({"added_tokens_decoder": {"9" * 5000: {"content": "a"}}}, "must map ids"),
         ({"added_tokens_decoder": {"163602": {"content": "<|other|>"}}}, r"no id for <\|media_begin\|>"),
     ],
 )
