@@ -167,6 +167,9 @@ def _lines(descriptor: int) -> Pieces:
         is_solid = ~BLANK[block]
         is_solid[: max(0, mark - offset)] = False
         ends = np.flatnonzero(block == ord("\n"))
+        if not solid and not is_solid.any():  # nothing begins here
+            start, line = (offset + int(ends[-1]) + 1, line + len(ends)) if len(ends) else (start, line)
+            continue
         firsts = np.concatenate([[0], ends + 1])
         firsts = firsts[firsts < len(block)]
         filled = np.logical_or.reduceat(is_solid, firsts)

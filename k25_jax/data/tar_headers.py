@@ -199,7 +199,9 @@ def _entry(
     is_extended = kind == b"S" and header.is_extended
     while is_extended and len(block := os.pread(descriptor, BLOCK, offset)) == BLOCK and _parse(block) is None:
         offset, is_extended = offset + BLOCK, block[504] != 0
-    has_data = kind not in WITHOUT_DATA or _has_data(descriptor, kind, offset, length)
+    has_data = kind not in WITHOUT_DATA or (
+        kind == b"1" and 0 < length <= size - offset and _is_data(descriptor, offset, length)
+    )
     after = offset if not has_data else min(offset + _padded(length), size) if offset + length <= size else size + 1
     if kind == b"5" or kind == b"D" or (kind in REGULAR and name.endswith("/")):
         return Entry(name.rstrip("/"), Directory(name.rstrip("/"))), after
@@ -219,10 +221,8 @@ def _entry(
     return Entry(name, RecordError("file", f"{name[:200]}: {what}, which is not read; store the file itself")), after
 
 
-def _has_data(descriptor: int, kind: bytes, offset: int, length: int) -> bool:
-    """Whether a hard link brings the bytes along, as some programs write them: then no header follows it."""
-    if kind != b"1" or not length:
-        return False
+def _is_data(descriptor: int, offset: int, length: int) -> bool:
+    """Whether a hard link brings so many bytes along, as some programs write them: then a header follows them only."""
     follows, later = (os.pread(descriptor, BLOCK, at) for at in (offset, offset + _padded(length)))
     return (
         bool(follows.strip(b"\0")) and _parse(follows) is None and (_parse(later) is not None or not later.strip(b"\0"))

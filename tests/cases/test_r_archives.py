@@ -326,3 +326,50 @@ def test_a_footer_larger_than_the_file(tmp_path):
         path.write_bytes(path.read_bytes()[:-8] + claimed.to_bytes(4, "little") + b"PAR1")
         with pytest.raises(DataError, match="a footer of|a.parquet is no Parquet"):
             open_source(SourceConfig(str(path)))
+
+
+# ----------------------------------------------------------------------------------------------------------------- noise
+NOISE = """
+    import random, sys
+    from k25_jax.config import SourceConfig
+    from k25_jax.data.records import DataError, RecordError
+    from k25_jax.data.sources import open_source
+    good, rng, opened = open(sys.argv[1], "rb").read(), random.Random(5), 0
+    for _ in range(600):
+        data = bytearray(good)
+        for _ in range(rng.randint(1, 4)):
+            data[rng.randrange(len(data) // 2 if sys.argv[1].endswith("parquet") else 0, len(data))] = rng.randrange(256)
+        if rng.random() < 0.3:
+            at = rng.randrange(len(data))
+            del data[at : at + rng.choice((1, 512, 700))]
+        with open(sys.argv[1], "wb") as file:
+            file.write(data)
+        try:
+            source = open_source(SourceConfig(sys.argv[1]))
+            assert len(source) < 10_000
+            for i in range(min(len(source), 60)):
+                source[i]
+            opened += 1
+        except DataError as problem:
+            assert sys.argv[1] in str(problem)
+    print(opened)
+"""
+
+
+@pytest.mark.parametrize("kind", ["parquet", "tar", "json"])
+def test_damaged_bytes_end_no_process(tmp_path, kind):
+    path = tmp_path / f"a.{kind}"
+    records = [{"text": f"t{i}", "parts": [{"text": "a"}]} for i in range(50)]
+    if kind == "parquet":
+        pq.write_table(pa.Table.from_pylist(records), path, row_group_size=20)
+    elif kind == "json":
+        path.write_text(json.dumps(records))
+    else:
+        links = header("l.txt", 0, b"1", _157=b"0.txt") + header("s.txt", 0, b"2", _157=b"l.txt")
+        long = header("././@LongLink", 150, b"L") + padded(b"n" * 150) + member("n" * 100, b"x")
+        pax = header("x", 15, b"x") + padded(b"15 path=b.txt\n\n") + member("c.txt", b"c")
+        path.write_bytes(b"".join(member(f"{i}.txt", b"%d" % i) for i in range(9)) + links + long + pax + bytes(1024))
+    command = [sys.executable, "-c", textwrap.dedent(NOISE), str(path)]
+    done = subprocess.run(command, cwd=runs.ROOT, env=runs.environment(), capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert int(done.stdout) > 50
