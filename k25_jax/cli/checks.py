@@ -102,7 +102,7 @@ def evaluate(args) -> None:
     if args.suite and args.task:
         raise _error("--suite and --task exclude each other")
     if args.data and not os.path.exists(args.data):
-        raise _error(f"--data={args.data}: there is no such file; check the path")
+        raise _error(f"--data: there is nothing at {args.data}; check the path")
     if not args.url:
         if args.model:
             raise _error(f"--model={args.model} goes with --url; a checkpoint is named by --checkpoint")

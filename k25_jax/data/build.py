@@ -6,6 +6,7 @@ was killed goes on with the shards that are missing and ends with the same bytes
 """
 
 import base64
+import collections
 import datetime
 import decimal
 import fcntl
@@ -247,7 +248,8 @@ def _write_shards(job: Shards, total: int, workers: int, deadline: float, report
 
 def _finish(output: Path, plan: dict, count: int) -> dict:
     """Move the shards to their place; the manifest is the last, and makes them a data set."""
-    unfinished, counts, shards = output / "unfinished", Counts(), []
+    left_out = sum((collections.Counter(source["left_out"]) for source in plan["sources"]), collections.Counter())
+    unfinished, counts, shards = output / "unfinished", Counts(left_out=left_out), []
     for number in range(count):
         name = shard_name(number, count)
         result = json.loads((unfinished / f"{name}.json").read_bytes())

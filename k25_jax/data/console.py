@@ -187,6 +187,8 @@ def _print_summary(title: str, summary: dict):
     table.add_row("good", f"{summary['good']:,d}", *(f"{summary[column]:,d}" for column in columns[1:]))
     for reason, number in summary["bad"].items():
         table.add_row(f"bad: {reason}", f"{number:,d}")
+    for reason, number in summary["left_out"].items():
+        table.add_row(f"left out: {reason}", f"{number:,d}")
     console = Console(emoji=False, markup=False)
     console.print(table, width=max(console.width, 110))
 

@@ -41,6 +41,7 @@ class Counts:
     forms: dict[str, dict[str, int]] = field(default_factory=dict)
     lengths: collections.Counter = field(default_factory=collections.Counter)
     bad: list[Bad] = field(default_factory=list)
+    left_out: collections.Counter = field(default_factory=collections.Counter)  # files that gave no record, by reason
 
     def add(self, form: str, example: Example, media_pad_id: int):
         """Count one good record."""
@@ -86,6 +87,7 @@ class Counts:
             "records": self.good + len(self.bad),
             "good": self.good,
             "bad": self.reasons,
+            "left_out": dict(sorted(self.left_out.items())),
             **{key: self.total(key) for key in SUMMED[1:]},
             "forms": {form: self.forms[form] for form in sorted(self.forms)},
             "lengths": {str(2**power): self.lengths[power] for power in sorted(self.lengths)},
@@ -115,6 +117,11 @@ class Joined:
     def __getitem__(self, index: int) -> Record:
         source, place = self._place(index)
         return source[place]
+
+    @property
+    def left_out(self) -> collections.Counter[str]:
+        """Files of all sources that gave no record, by reason."""
+        return sum((source.left_out for source in self.sources), collections.Counter())
 
     def label(self, index: int) -> str:
         """What the record is called; it is not read."""
@@ -191,9 +198,10 @@ def collect(
     report: Callable[[int, int, int], None] = lambda done, total, bad: None,
 ) -> Counts:
     """Read all records, or `limit` of them evenly spaced; `report` hears done, total and bad. Raises DataError."""
-    total = len(Joined(reader.sources))
+    joined = Joined(reader.sources)
+    total = len(joined)
     step = math.ceil(total / limit) if limit else 1
-    counts, parts = Counts(), units(total, UNIT, step)
+    counts, parts = Counts(left_out=joined.left_out), units(total, UNIT, step)
     read = len(range(0, total, step))
     for part in _counted(reader, parts, workers, deadline, lambda done: report(done, read, len(counts.bad))):
         counts.merge(part)

@@ -11,8 +11,6 @@ import os
 import pathlib
 from collections.abc import Iterator, Mapping
 
-import tensorboardX
-
 FILE_NAME = "metrics.jsonl"
 _NOT_FINITE = {"nan": math.nan, "inf": math.inf, "-inf": -math.inf}
 
@@ -48,7 +46,7 @@ class MetricsWriter:
         self._append(step, json.dumps(record, allow_nan=False).encode() + b"\n")
         self.last_step = step
         if self._tensorboard is None:
-            self._tensorboard = tensorboardX.SummaryWriter(str(self.directory), flush_secs=5)
+            self._tensorboard = _tensorboard(self.directory)
         for name, value in numbers.items():
             self._tensorboard.add_scalar(name, value, step)
 
@@ -64,7 +62,7 @@ class MetricsWriter:
         self.last_step = _step(self.path, len(kept), kept[-1]) if kept else None
         self._file = open(self.path, "ab", buffering=0)
         # purge_step makes TensorBoard hide what earlier event files say about these steps.
-        self._tensorboard = tensorboardX.SummaryWriter(str(self.directory), purge_step=step + 1, flush_secs=5)
+        self._tensorboard = _tensorboard(self.directory, purge_step=step + 1)
 
     def close(self):
         """Close both files."""
@@ -114,6 +112,13 @@ def _records(path: pathlib.Path) -> Iterator[dict]:
 
 def _lines(path: pathlib.Path) -> list[bytes]:
     return path.read_bytes().splitlines(keepends=True)
+
+
+def _tensorboard(directory: pathlib.Path, purge_step: int | None = None):
+    """A writer of event files. Its import brings all of PyTorch where that is installed, which takes a second."""
+    import tensorboardX
+
+    return tensorboardX.SummaryWriter(str(directory), purge_step=purge_step, flush_secs=5)
 
 
 def _repair(path: pathlib.Path):

@@ -254,7 +254,7 @@ TOLD = {
     ),
     "eval file": (
         "eval --task=aime --data={folder}/no.jsonl",
-        "--data={folder}/no.jsonl: there is no such file",
+        "--data: there is nothing at {folder}/no.jsonl",
     ),
     "eval model": (
         "eval --checkpoint={folder}/no",

@@ -1,13 +1,13 @@
 """What a newcomer brings to `k25 data` and is told."""
 
 import json
-import logging
 import re
 
 import pytest
 from given import PNG, coded, example, refusal, same, write_jsonl, write_media
 from PIL import Image
 
+import runs
 from k25_jax.cli import main
 from k25_jax.data.examples import EXAMPLES
 
@@ -99,23 +99,12 @@ def test_a_bad_record_is_named_once(tmp_path, capsys):
             assert "{}" not in line
 
 
-def test_a_warning_comes_once(tmp_path, capsys, monkeypatch, caplog):
+def test_a_warning_comes_once(tmp_path):
     """A source is opened for every pass over it."""
-    logged = logging.getLogger("k25_jax.data.sources")
-    from k25_jax.data import statistics
-
-    open_source = statistics.open_source
-
-    def warn(config):
-        logged.warning("%s: look at this", config.path)
-        return open_source(config)
-
-    monkeypatch.setattr(statistics, "open_source", warn)
-    path = write_jsonl(tmp_path, {"text": "a"})
-    for _ in range(2):  # once in each command, not once for all
-        caplog.clear()
-        assert run(capsys, "build", path, path, f"--output={tmp_path / 'out'}", "--workers=1")[0] == 0
-        assert caplog.text.count("look at this") == 1
+    Image.new("RGB", (8, 8)).save(tmp_path / "alone.png")
+    (tmp_path / "a.md").write_text("a text")
+    done = runs.k25("data", "build", str(tmp_path), f"--output={tmp_path / 'out'}")
+    assert done.returncode == 0 and done.stderr.count("alone.png") == 1
 
 
 # ------------------------------------------------------------------------------------------------- LLaVA's and ShareGPT's
@@ -153,3 +142,15 @@ def test_the_sheet_of_six_rows_is_read_at_once(tmp_path, capsys):
     assert run(capsys, "inspect", path, f"--output={tmp_path}", "--workers=1", "--records=4")[0] == 0
     with Image.open(tmp_path / "samples.png") as image:
         assert image.width == 1680 and image.height < 1500
+
+
+def test_what_was_left_out_is_said_by_check_and_kept_by_build(tmp_path):
+    folder = tmp_path / "mixed"
+    folder.mkdir()
+    Image.new("RGB", (8, 8)).save(folder / "alone.png")
+    (folder / "a.md").write_text("a text")
+    checked = runs.k25("data", "check", str(folder), "--json")
+    assert sum(json.loads(checked.stdout)["left_out"].values()) == 1
+    assert "left out" in runs.k25("data", "check", str(folder)).stdout
+    built = runs.k25("data", "build", str(folder), f"--output={tmp_path / 'out'}", "--json")
+    assert json.loads(built.stdout)["left_out"] == json.loads(checked.stdout)["left_out"]

@@ -125,7 +125,7 @@ def test_the_command_killed_and_started_again_redoes_nothing(run, tmp_path):
         (["--task=aime", "--data=nowhere.jsonl"], "nothing at nowhere.jsonl"),
         (["--model=m"], "goes with --url"),
         (["--url=http://127.0.0.1:9/v1"], "--url needs --model"),
-        (["--checkpoint=nowhere"], "nowhere holds no checkpoint"),
+        (["--checkpoint=nowhere"], "nowhere is neither a run"),
     ],
 )
 def test_flags_that_do_not_go_together(flags, message, capsys, tmp_path):

@@ -154,6 +154,7 @@ def start(body: str) -> subprocess.Popen:
 @pytest.mark.parametrize("number", SIGNALS)
 def test_a_compilation_ends_at_once_and_says_so(number):
     process = start("compile()")
+    time.sleep(0.5)  # now it is in C
     began = time.monotonic()
     process.send_signal(number)
     _, err = process.communicate(timeout=60)
@@ -164,6 +165,7 @@ def test_a_compilation_ends_at_once_and_says_so(number):
 
 def test_a_second_signal_ends_a_step_that_does_not_end():
     process = start("with between_steps() as stop: stop.arm(); compile()")
+    time.sleep(0.5)
     process.send_signal(signal.SIGTERM)
     assert process.stderr.readline() == "\n" and "after this step" in process.stderr.readline()
     began = time.monotonic()

@@ -18,7 +18,7 @@ from k25_jax.config import load_experiment
 from k25_jax.train.state import abstract_state
 
 MOMENTS = 20
-LONG = ("--config.train.steps=1500", "--config.train.checkpoint_every=250")
+LONG = ("--config.train.steps=3000", "--config.train.checkpoint_every=250")
 
 
 def start(file: pathlib.Path, run: pathlib.Path, *more: str) -> subprocess.Popen:
@@ -61,9 +61,8 @@ def test_twenty_random_moments(tmp_path):
     for number in range(MOMENTS):
         how = (signal.SIGTERM, signal.SIGINT)[number % 2]
         before, process = last_saved(run), start(file, run)
-        moment = float(rng.uniform(0, first_step)) if number % 3 else first_step + float(rng.uniform(0, 3))
-        if not runs.wait_for(process, lambda process=process, moment=moment: worked(process) >= moment):
-            break  # at the end already
+        moment = float(rng.uniform(0, first_step)) if number % 3 else first_step + float(rng.uniform(0, 2))
+        assert runs.wait_for(process, lambda process=process, moment=moment: worked(process) >= moment), "ended already"
         process.send_signal(how)
         began = time.monotonic()
         _, err = process.communicate(timeout=120)
