@@ -132,7 +132,7 @@ def test_models_that_do_not_fit_are_named_field_by_field(finished, tmp_path):
         ((run, "model.text.moe.experts=8", "model.text.v_dim=4"), "v_dim is 8 there and 4 here; .*moe.experts is 4 there"),
         ((vision, "model.vision.width=32"), "train.init_vision_from=.*model.vision.width is 16 there and 32 here"),
         ((public,), "model.text.heads is 4 there and 2 here; model.text.moe.top_k is 1 there and 2 here"),
-        ((f"train.init_from={tmp_path}",), "neither a run .* nor a public checkpoint: .*config.json cannot be read"),
+        ((f"train.init_from={tmp_path}",), "neither a run .* nor a public checkpoint: .*config.json: No such file"),
         ((f"train.init_vision_from={tmp_path / 'none'}",), "none"),
     ):  # fmt: skip
         with pytest.raises((CheckpointError, ConfigError), match=words):
