@@ -193,6 +193,7 @@ def main():
         json.dump(settings["connection"], file)
     for name, value in settings["limits"].items():
         resource.setrlimit(getattr(resource, name), (value, value))
+    os.nice(5)  # whoever watches goes first, else memory fills while it waits for a processor
     ctypes.CDLL(None).prctl(_NO_HUGE_PAGES, 1, 0, 0, 0)
     mmap.mmap = SharedMemory
     os.closerange(3, 1024)
