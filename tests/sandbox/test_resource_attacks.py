@@ -28,7 +28,7 @@ QUICK = {
 }
 SECONDS = 2.0
 BUSY = 4.0  # more seconds than are due, for a machine that runs other tests, too
-BUSY_MB = 300  # more memory than is due, which fills while whoever watches waits for a processor; unwatched it is 2 GB and more
+BUSY_MB = 300  # more memory than is due, filled while whoever watches waits for a processor; unwatched it is 2 GB
 
 
 @contextlib.contextmanager
