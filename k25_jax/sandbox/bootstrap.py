@@ -22,6 +22,7 @@ import select
 import sys
 import tempfile
 import threading
+import warnings
 
 import zmq
 from ipykernel.iostream import OutStream
@@ -204,6 +205,8 @@ def main():
     own = [*(f"--IPKernelApp.{setting}" for setting in own), "--Session.packer=__main__.pack"]
     kernel = Kernel.instance()
     kernel.initialize(["-f", settings["connection_file"], "--HistoryManager.enabled=False", *own])
+    # The threads are the kernel's own, so Python 3.12's warning of fork tells the code nothing.
+    warnings.filterwarnings("ignore", ".*multi-threaded, use of fork.*", DeprecationWarning)
     streams, shell = (sys.stdout, sys.stderr), kernel.shell
     shell.set_hook("show_in_pager", page.as_hook(page.display_page), 0)
     shell.payload_manager.write_payload = tell
