@@ -115,10 +115,13 @@ def _lines(path: pathlib.Path) -> list[bytes]:
 
 
 def _tensorboard(directory: pathlib.Path, purge_step: int | None = None):
-    """A writer of event files. Its import brings all of PyTorch where that is installed, which takes a second."""
+    """A writer of event files. Its import brings all of PyTorch where that is installed, which takes a second.
+
+    Its queue has no bound: the thread that empties it ends where the disk is full, and whoever fills it would wait for ever.
+    """
     import tensorboardX
 
-    return tensorboardX.SummaryWriter(str(directory), purge_step=purge_step, flush_secs=5)
+    return tensorboardX.SummaryWriter(str(directory), max_queue=0, purge_step=purge_step, flush_secs=5)
 
 
 def _repair(path: pathlib.Path):

@@ -143,3 +143,13 @@ def test_a_full_disk_loses_no_line(tmp_path):
         assert writer.path.read_bytes() == before
         writer.write(1, _loss(1))
     assert [record["step"] for record in read_metrics(tmp_path)] == [0, 1]
+
+
+def test_event_files_that_cannot_be_written_keep_nobody_waiting(tmp_path):
+    """The thread that writes them ends when the disk is full."""
+    with MetricsWriter(tmp_path) as writer:
+        writer.write(0, {"loss": 0.0})
+        events = writer._tensorboard.file_writer.event_writer
+        events._worker.stop()
+        for step in range(1, 60):
+            writer.write(step, {"loss": 0.0})
