@@ -122,7 +122,7 @@ def test_the_command_killed_and_started_again_redoes_nothing(run, tmp_path):
         (["--suite=categories", "--task=words:test"], "exclude each other"),
         (["--task=words:test", "--max_tokens=5"], "--max_tokens is for benchmarks"),
         (["--task=words:test", "--k=2"], "set k=1 or a temperature"),
-        (["--task=aime", "--data=nowhere.jsonl"], "--data=nowhere.jsonl: there is no such file"),
+        (["--task=aime", "--data=nowhere.jsonl"], "there is nothing at nowhere.jsonl"),
         (["--model=m"], "goes with --url"),
         (["--url=http://127.0.0.1:9/v1"], "--url needs --model"),
         (["--checkpoint=nowhere"], "nowhere is neither a run"),
