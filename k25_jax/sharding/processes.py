@@ -42,6 +42,10 @@ def joined(seconds: float = JOIN_SECONDS):
         yield 0
         return
     with _clean_stdout():
+        if jax.default_backend() == "cpu":
+            # Process 0 alone keeps its programs; later it would load them while the others compile. A loaded program runs
+            # collectives that do not depend on each other in an order of its own: all would wait for ever.
+            jax.config.update("jax_enable_compilation_cache", False)
         yield jax.process_index()
     jax.distributed.shutdown()
 

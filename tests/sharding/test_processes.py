@@ -2,9 +2,12 @@
 
 import concurrent.futures
 import socket
+import subprocess
+import sys
 
 import pytest
 
+import runs
 from k25_jax.config import ConfigError
 from k25_jax.sharding.processes import ADDRESS, COUNT, INDEX, read_place, roll_call
 
@@ -68,3 +71,24 @@ def test_they_count_differently():
 def test_the_port_is_taken():
     with socket.create_server(("", 0)) as server, pytest.raises(ConfigError, match="cannot listen"):
         roll_call(f"127.0.0.1:{server.getsockname()[1]}", 2, 0, 1)
+
+
+SUM = """
+import jax
+from k25_jax.sharding.processes import joined
+assert jax.config.jax_compilation_cache_dir
+with joined():
+    print(jax.jit(lambda: jax.numpy.arange(8.0).sum())().item())
+"""
+
+
+@pytest.mark.parametrize("processes", [1, 2])
+def test_several_processes_on_the_cpu_neither_keep_programs_nor_load_them(tmp_path, processes):
+    """One that loads a program and one that compiles it run its collectives in different orders, and wait for ever."""
+    variables = {"JAX_COMPILATION_CACHE_DIR": str(tmp_path), "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0"}
+    command = [sys.executable, "launch/local.py", f"--processes={processes}", "--", sys.executable, "-c", SUM]
+    done = subprocess.run(
+        command, capture_output=True, text=True, env=runs.environment() | variables, cwd=runs.ROOT, timeout=300
+    )
+    assert done.returncode == 0 and done.stdout.splitlines()[0] == "28.0", done.stderr
+    assert bool(list(tmp_path.glob("*-cache"))) == (processes == 1)
