@@ -47,6 +47,22 @@ def finished():
     return types.SimpleNamespace(file=folder / "minute.py", run=folder / "run", stdout=stdout)
 
 
+@pytest.fixture
+def k25(capsys):
+    """Runs a command in this process: (status, stdout, stderr)."""
+    from k25_jax.cli import main
+
+    def run(*arguments) -> tuple[int, str, str]:
+        capsys.readouterr()
+        try:
+            status = main([str(argument) for argument in arguments])
+        except SystemExit as end:
+            status = end.code
+        return status, *capsys.readouterr()
+
+    return run
+
+
 @pytest.fixture(scope="session")
 def bwrap():
     """Skips where bubblewrap is missing, or may not do what it is for; made without any of our code."""

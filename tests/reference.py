@@ -101,6 +101,16 @@ def draw_config(seed: int) -> Kimi_K25Config:
     )
 
 
+def randomise(model, seed=0):
+    """No tensor of the model is left at zeros or ones, where a mistake would not show."""
+    generator = torch.Generator().manual_seed(seed)
+    for name, tensor in model.state_dict().items():
+        tensor.copy_(torch.randn(tensor.shape, generator=generator) * (0.3 if "norm" in name else 0.1))
+        if "norm" in name and name.endswith("weight"):
+            tensor.add_(1)
+    return model.eval()
+
+
 def torch_model(config: Kimi_K25Config, seed: int = 0) -> Kimi_K25ForConditionalGeneration:
     """A model whose every tensor is random: nothing is left at zero or one, where a mistake would not show."""
     model = Kimi_K25ForConditionalGeneration(config)

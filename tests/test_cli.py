@@ -22,21 +22,6 @@ GREEDY = ("--temperature=0", "--max_tokens=16")
 
 
 @pytest.fixture
-def k25(capsys):
-    """Runs a command in this process: (status, stdout, stderr)."""
-
-    def run(*arguments: str) -> tuple[int, str, str]:
-        capsys.readouterr()
-        try:
-            status = main([str(argument) for argument in arguments])
-        except SystemExit as end:
-            status = end.code
-        return status, *capsys.readouterr()
-
-    return run
-
-
-@pytest.fixture
 def picture(finished) -> str:
     """An image of the training data."""
     return str(finished.file.parent / "data" / "0.png")

@@ -21,10 +21,13 @@ MODEL, TOKENIZER = preset("tiny"), load_tokenizer()
 DATA = DataConfig(packs=4, pack_patches=256, max_image_patches=64, max_frame_patches=16, seq_len=1024)
 
 
+def picture(seed: int = 0, width: int = 60, height: int = 40) -> np.ndarray:
+    return np.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8)
+
+
 def png(seed: int = 0, width: int = 60, height: int = 40) -> bytes:
     file = io.BytesIO()
-    pixels = np.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8)
-    Image.fromarray(pixels).save(file, "PNG")
+    Image.fromarray(picture(seed, width, height)).save(file, "PNG")
     return file.getvalue()
 
 

@@ -10,6 +10,7 @@ import unicodedata
 
 import numpy as np
 import pytest
+from given import PNG, picture, png
 from PIL import Image
 
 from k25_jax.config import DataConfig, SourceConfig, preset
@@ -20,19 +21,6 @@ from k25_jax.text.tokenizer import load_tokenizer
 from k25_jax.vision.image import preprocess
 
 MODEL, TOKENIZER, DATA = preset("tiny"), load_tokenizer(), DataConfig(packs=2, pack_patches=64, seq_len=256)
-
-
-def picture(seed=0):
-    return np.random.default_rng(seed).integers(0, 256, (40, 60, 3), dtype=np.uint8)
-
-
-def png(seed=0):
-    file = io.BytesIO()
-    Image.fromarray(picture(seed)).save(file, "PNG")
-    return file.getvalue()
-
-
-PNG = png()
 
 
 def outcome(record) -> str:

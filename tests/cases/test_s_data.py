@@ -8,27 +8,17 @@ from given import PNG, coded, example, refusal, same, write_jsonl, write_media
 from PIL import Image
 
 import runs
-from k25_jax.cli import main
 from k25_jax.data.examples import EXAMPLES
 
 
-def run(capsys, *flags) -> tuple[int, str, str]:
-    capsys.readouterr()
-    try:
-        status = main(["data", *map(str, flags)])
-    except SystemExit as end:
-        status = end.code
-    return status, *capsys.readouterr()
-
-
 # ----------------------------------------------------------------------------------------------------------------- help
-def test_the_help_shows_a_record_of_each_form_that_is_one(tmp_path, capsys):
-    status, out, _ = run(capsys, "--help")
+def test_the_help_shows_a_record_of_each_form_that_is_one(tmp_path, k25):
+    status, out, _ = k25("data", "--help")
     assert status == 0 and "only what the assistant says is learnt" in " ".join(out.split())
     shown = dict(re.findall(r"^  ([a-z-]+) +(\{.*\})$", out, re.MULTILINE))
     assert {form: json.loads(record) for form, record in shown.items()} == EXAMPLES
     path = write_jsonl(write_media(tmp_path), *EXAMPLES.values())
-    status, out, _ = run(capsys, "check", path, "--workers=1", "--json")
+    status, out, _ = k25("data", "check", path, "--workers=1", "--json")
     assert status == 0 and json.loads(out)["forms"].keys() == EXAMPLES.keys()
 
 
@@ -58,30 +48,30 @@ def read(monkeypatch):
     ],
     ids=str,
 )  # fmt: skip
-def test_sources_by_their_paths(capsys, read, action, flags, sources):
+def test_sources_by_their_paths(k25, read, action, flags, sources):
     output = ["--output=o"] if action != "check" else []
-    assert run(capsys, action, *flags, *output)[0] == 130 and read == [(sources, [])]
+    assert k25("data", action, *flags, *output)[0] == 130 and read == [(sources, [])]
     config = ["--config=x.py", "data.packs=1", "--config.data.seq_len=64"]
-    assert run(capsys, action, *output, *config, *flags)[0] == 130
+    assert k25("data", action, *output, *config, *flags)[0] == 130
     assert read[1][0] == sources and sorted(read[1][1]) == ["data.packs=1", "data.seq_len=64"]
 
 
-def test_a_flag_that_there_is_not_is_named(capsys, read):
-    status, _, err = run(capsys, "check", "a", "--sorce=b")
+def test_a_flag_that_there_is_not_is_named(k25, read):
+    status, _, err = k25("data", "check", "a", "--sorce=b")
     assert status == 2 and "--sorce" in err and not read
 
 
-def test_build_and_check_of_a_path(tmp_path, capsys):
+def test_build_and_check_of_a_path(tmp_path, k25):
     path = write_jsonl(tmp_path, {"text": "a"})
-    assert run(capsys, "build", path, "--output", tmp_path / "out", "--workers=1")[0] == 0
-    status, out, _ = run(capsys, "check", tmp_path / "out", "--workers=1")
+    assert k25("data", "build", path, "--output", tmp_path / "out", "--workers=1")[0] == 0
+    status, out, _ = k25("data", "check", tmp_path / "out", "--workers=1")
     assert status == 0 and "ok: 0.00%" in out
-    status, _, err = run(capsys, "check")
+    status, _, err = k25("data", "check")
     assert status == 2 and "give the path of a source" in err
 
 
 # ------------------------------------------------------------------------------------------------------------- messages
-def test_a_bad_record_is_named_once(tmp_path, capsys):
+def test_a_bad_record_is_named_once(tmp_path, k25):
     """The name of the record, then what is wrong, with the name of a file in it at most once."""
     (tmp_path / "broken.png").write_bytes(PNG[:60])
     (tmp_path / "broken.txt").write_text("a picture")
@@ -91,7 +81,7 @@ def test_a_bad_record_is_named_once(tmp_path, capsys):
         tmp_path, broken, {"image": "none.png", "text": "x"}, inside, {"video": "broken.png", "text": "x"}
     )
     for source in (lines, tmp_path):
-        _, out, _ = run(capsys, "check", source, "--workers=1")
+        _, out, _ = k25("data", "check", source, "--workers=1")
         named = [line for line in out.splitlines() if re.match(r"(image|video|missing): ", line)]
         assert len(named) == (4 if source == lines else 1)
         for line in named:
@@ -136,10 +126,10 @@ def test_turns_that_are_none(turn):
 
 
 # ---------------------------------------------------------------------------------------------------------------- picture
-def test_the_sheet_of_six_rows_is_read_at_once(tmp_path, capsys):
+def test_the_sheet_of_six_rows_is_read_at_once(tmp_path, k25):
     records = [{"image_base64": coded(PNG), "text": "word " * 300}, {"text": "word\n" * 300}] * 40
     path = write_jsonl(tmp_path, *records)
-    assert run(capsys, "inspect", path, f"--output={tmp_path}", "--workers=1", "--records=4")[0] == 0
+    assert k25("data", "inspect", path, f"--output={tmp_path}", "--workers=1", "--records=4")[0] == 0
     with Image.open(tmp_path / "samples.png") as image:
         assert image.width == 1680 and image.height < 1500
 

@@ -1,4 +1,4 @@
-"""Checkpoints against transformers' own reader and writer, damaged files, sharded loading, SigLIP."""
+"""Checkpoints against transformers' own reader and writer, damaged files, sharded loading."""
 
 import dataclasses
 import json
@@ -12,19 +12,16 @@ import numpy as np
 import pytest
 import torch
 import transformers
-from safetensors.numpy import save_file
 
 from k25_jax.checkpoint.hf_config import read_config, write_config
 from k25_jax.checkpoint.huggingface import load_params, save_params
 from k25_jax.checkpoint.layout import TABLE
-from k25_jax.checkpoint.siglip import load_siglip_vision, resample
 from k25_jax.checkpoint.store import CheckpointError
 from k25_jax.config import PRESETS, K25Config, MoEConfig, RopeConfig, TextConfig, VisionConfig, preset
 from k25_jax.data.packing import Batch
 from k25_jax.models.k25 import abstract_params, forward
-from k25_jax.models.layers import layer_norm
-from k25_jax.models.moonvit3d import encoder_block
 from k25_jax.vision.patchpack import Clip, pack_clips
+from reference import randomise
 
 KIMI = transformers.Kimi_K25ForConditionalGeneration
 VISION = dict(hidden_size=24, num_attention_heads=2, num_hidden_layers=2, intermediate_size=20, pos_emb_height=6,
@@ -60,16 +57,6 @@ def text_config(**changes):
         qk_nope_head_dim=6, topk_group=1, num_experts_per_tok=2, routed_scaling_factor=1.7, bos_token_id=0,
         eos_token_id=1, pad_token_id=2,
     ) | changes)  # fmt: skip
-
-
-def randomise(model, seed=0):
-    """No tensor of the model is left at zeros or ones, where a mistake would not show."""
-    generator = torch.Generator().manual_seed(seed)
-    for name, tensor in model.state_dict().items():
-        tensor.copy_(torch.randn(tensor.shape, generator=generator) * (0.3 if "norm" in name else 0.1))
-        if "norm" in name and name.endswith("weight"):
-            tensor.add_(1)
-    return model.eval()
 
 
 def whole_model(name):
@@ -452,50 +439,3 @@ def test_impossible_models_are_named_with_the_file(tmp_path):
     ):
         with pytest.raises(CheckpointError, match=field):
             write_config(config)
-
-
-# --------------------------------------------------------------------------------------------------------------- SigLIP
-SIGLIP = dict(hidden_size=24, intermediate_size=20, num_hidden_layers=2, num_attention_heads=2, image_size=70,
-              patch_size=14, layer_norm_eps=1e-5)  # fmt: skip
-ENCODER = VisionConfig(layers=2, width=24, heads=2, mlp_dim=20, pos_height=5, pos_width=5)
-
-
-def test_siglip_weights_compute_what_siglip_computes(tmp_path):
-    model = randomise(transformers.SiglipVisionModel(transformers.SiglipVisionConfig(**SIGLIP)))
-    model.save_pretrained(tmp_path)
-    p = load_siglip_vision(tmp_path, ENCODER)
-    shapes = jax.tree.map(lambda a: a.shape, abstract_params(K25Config(vision=ENCODER))["vision"])
-    assert jax.tree.map(lambda a: a.shape, p) == shapes
-    pixels = np.random.default_rng(0).normal(size=(1, 3, 70, 70)).astype(np.float32)
-    patches = pixels.reshape(3, 5, 14, 5, 14).transpose(1, 3, 0, 2, 4).reshape(25, 588)
-    x_NW = patches @ p["patch_embed"]["kernel"] + p["patch_embed"]["bias"] + p["pos_table"].reshape(25, 24)
-    still = jnp.ones((25, 6)), jnp.zeros((25, 6))  # no rotation: SigLIP has none
-    block = jax.jit(encoder_block, static_argnums=4)
-    for y in range(2):
-        x_NW = block(jax.tree.map(lambda a, y=y: a[y], p["blocks"]), x_NW, still, jnp.ones(25, int), ENCODER)
-    with torch.no_grad():
-        expected = model(torch.from_numpy(pixels)).last_hidden_state[0].numpy()
-    np.testing.assert_allclose(layer_norm(x_NW, p["final_norm"], 1e-5), expected, atol=1e-5)
-
-
-def test_siglip_with_its_text_model_and_another_table(tmp_path):
-    text = dict(hidden_size=24, intermediate_size=20, num_hidden_layers=1, num_attention_heads=2, vocab_size=30)
-    model = randomise(transformers.SiglipModel(transformers.SiglipConfig(vision_config=SIGLIP, text_config=text)))
-    model.save_pretrained(tmp_path)
-    file, config = tmp_path / "model.safetensors", dataclasses.replace(ENCODER, pos_height=8, pos_width=3)
-    p = load_siglip_vision(file, config, dtype=jnp.bfloat16)
-    assert p["pos_table"].shape == (8, 3, 24) and p["pos_table"].dtype == jnp.bfloat16
-    with pytest.raises(CheckpointError, match="16 problems"):  # a third layer is missing
-        load_siglip_vision(file, VisionConfig(layers=3, width=24, heads=2, mlp_dim=20))
-    save_file({"a": np.zeros(3, np.float32)}, tmp_path / "other.safetensors")
-    with pytest.raises(CheckpointError, match="not a SigLIP checkpoint"):
-        load_siglip_vision(tmp_path / "other.safetensors", config)
-
-
-@pytest.mark.parametrize("size", [(8, 3), (5, 5), (11, 12), (2, 2)])
-def test_positions_are_resampled_as_torch_does(size):
-    table = np.random.default_rng(3).normal(size=(5, 5, 4)).astype(np.float32)
-    expected = torch.nn.functional.interpolate(
-        torch.from_numpy(table).permute(2, 0, 1)[None], size=size, mode="bicubic", align_corners=False
-    )[0].permute(1, 2, 0)
-    np.testing.assert_allclose(resample(table, *size), expected.numpy(), atol=1e-5)

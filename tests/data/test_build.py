@@ -16,7 +16,6 @@ from PIL import Image
 
 import runs
 from benchmarks.corrupted_records import account
-from k25_jax.cli import main
 from k25_jax.config import DataConfig, SourceConfig, preset
 from k25_jax.data.build import build
 from k25_jax.data.forms import prepare
@@ -117,10 +116,10 @@ def test_a_build_of_text_is_text(tmp_path):
     assert open_source(SourceConfig(str(tmp_path / "a.jsonl"))).modality == ""
 
 
-def test_a_killed_build_goes_on_and_ends_with_the_same_bytes(tmp_path, capsys):
+def test_a_killed_build_goes_on_and_ends_with_the_same_bytes(tmp_path, k25):
     path = write_source(tmp_path, 400)
     flags = [f"--source={path}", "--shards=40", "--workers=2", "--json"]
-    assert run(capsys, "build", *flags, f"--output={tmp_path / 'whole'}")[0] == 0
+    assert k25("data", "build", *flags, f"--output={tmp_path / 'whole'}")[0] == 0
     flags.append(f"--output={tmp_path / 'killed'}")
     command = [sys.executable, "-m", "k25_jax.cli", "data", "build", *flags]
     child = subprocess.Popen(command, env=runs.environment(), cwd=runs.ROOT, start_new_session=True)
@@ -131,15 +130,15 @@ def test_a_killed_build_goes_on_and_ends_with_the_same_bytes(tmp_path, capsys):
     child.wait()
     before = {file.name for file in unfinished.glob("data*.json")}
     assert 3 <= len(before) < 40, "it was killed too late to say anything"
-    status, _, err = run(capsys, "build", *flags, "--shards=39")
+    status, _, err = k25("data", "build", *flags, "--shards=39")
     assert status == 2 and "unfinished build with other shards" in err
-    status, out, err = run(capsys, "build", *flags)
+    status, out, err = k25("data", "build", *flags)
     assert status == 0, err
     assert digests(tmp_path / "killed") == digests(tmp_path / "whole")
     times = {file.name: file.stat().st_mtime_ns for file in (tmp_path / "killed").iterdir()}
-    assert run(capsys, "build", *flags)[:2] == (0, out)  # it is done: nothing is written again
+    assert k25("data", "build", *flags)[:2] == (0, out)  # it is done: nothing is written again
     assert times == {file.name: file.stat().st_mtime_ns for file in (tmp_path / "killed").iterdir()}
-    status, _, err = run(capsys, "build", *flags, "--shards=7")
+    status, _, err = k25("data", "build", *flags, "--shards=7")
     assert status == 2 and "holds a data set of other sources" in err
 
 
@@ -171,34 +170,25 @@ def test_corrupted_records_are_all_accounted_for(tmp_path):
 
 
 # ---------------------------------------------------------------------------------------------------- the command line
-def run(capsys, *flags) -> tuple[int, str, str]:
-    capsys.readouterr()
-    try:
-        status = main(["data", *map(str, flags)])
-    except SystemExit as end:
-        status = end.code
-    return status, *capsys.readouterr()
-
-
-def test_check_names_bad_records_and_says_so_with_its_status(tmp_path, capsys):
+def test_check_names_bad_records_and_says_so_with_its_status(tmp_path, k25):
     path = write_source(tmp_path)
-    status, out, _ = run(capsys, "check", f"--source={path}", "--workers=1")
+    status, out, _ = k25("data", "check", f"--source={path}", "--workers=1")
     assert status == 1 and f"path: {path}:8: '../a.png' leads out of" in out and "12.50%" in out
-    assert run(capsys, "check", f"--source={path}", "--workers=1", "--allow=0.2")[0] == 0
-    status, out, _ = run(capsys, "check", f"--source={path}", "--workers=1", "--allow=0.1", "--json")
+    assert k25("data", "check", f"--source={path}", "--workers=1", "--allow=0.2")[0] == 0
+    status, out, _ = k25("data", "check", f"--source={path}", "--workers=1", "--allow=0.1", "--json")
     found = json.loads(out)
     assert status == 1 and found["bad"] == {"path": 3} and len(found["first_bad"]) == 3 and not found["ok"]
     (tmp_path / "good.jsonl").write_text('{"text": "x"}\n')
-    assert run(capsys, "check", f"--source={tmp_path / 'good.jsonl'}", "--workers=1")[0] == 0
+    assert k25("data", "check", f"--source={tmp_path / 'good.jsonl'}", "--workers=1")[0] == 0
 
 
-def test_build_from_the_command_line(tmp_path, capsys):
+def test_build_from_the_command_line(tmp_path, k25):
     path = write_source(tmp_path)
-    status, out, _ = run(capsys, "build", f"--source={path}", f"--output={tmp_path / 'out'}", "--workers=1")
+    status, out, _ = k25("data", "build", f"--source={path}", f"--output={tmp_path / 'out'}", "--workers=1")
     assert status == 0 and "grounding" in out and "bad: path" in out and "bad.jsonl" in out
     (tmp_path / "bad.jsonl").write_text("{}\n[]\n")
-    status, _, _ = run(
-        capsys, "build", f"--source={tmp_path / 'bad.jsonl'}", f"--output={tmp_path / 'none'}", "--workers=1"
+    status, _, _ = k25(
+        "data", "build", f"--source={tmp_path / 'bad.jsonl'}", f"--output={tmp_path / 'none'}", "--workers=1"
     )
     assert status == 1
     for flags, message in (
@@ -207,5 +197,5 @@ def test_build_from_the_command_line(tmp_path, capsys):
         (["build", f"--source={path}"], "--output"),
         (["check", f"--source={path}", "data.packs=1"], "overrides nothing without --config"),
     ):
-        status, _, err = run(capsys, *flags)
+        status, _, err = k25("data", *flags)
         assert status == 2 and message in err, err
