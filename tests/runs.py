@@ -14,7 +14,7 @@ import numpy as np
 from PIL import Image
 
 ROOT = pathlib.Path(__file__).parent.parent
-STEPS, EVERY = 400, 20  # a step takes some 10 ms
+STEPS, EVERY = 240, 20  # a step takes some 10 ms
 OPTIMISED = {"xla_backend_optimization_level": 3}  # as outside of tests: compiler_options for jax.jit
 TIMINGS = ("tokens_per_second", "step_seconds", "data_seconds", "data_share")
 EXPERIMENT = """

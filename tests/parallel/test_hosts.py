@@ -163,8 +163,9 @@ ARMS = (
 )
 
 
-def test_losses_and_parameters_equal_those_of_one_device(tmp_path):
-    script = f"ARMS, FILE = {ARMS!r}, {str(tmp_path / 'params.npz')!r}\n" + textwrap.dedent(TWO)
+@pytest.mark.parametrize("arms", [ARMS[:2], pytest.param(ARMS, marks=pytest.mark.slow)], ids=["two forms", "all"])
+def test_losses_and_parameters_equal_those_of_one_device(tmp_path, arms):
+    script = f"ARMS, FILE = {arms!r}, {str(tmp_path / 'params.npz')!r}\n" + textwrap.dedent(TWO)
     launch = [
         sys.executable,
         "launch/local.py",
@@ -198,5 +199,5 @@ def test_losses_and_parameters_equal_those_of_one_device(tmp_path):
     padding = jax.tree.map(np.zeros_like, mixed[0].vision)
     mixed[1] = mixed[1].replace(vision=padding.replace(coords_PN5=np.ones_like(padding.coords_PN5)))
     wants = {"one has no image": joined(mixed), "both hold the same rows": batch_of(0, 1)}
-    for name, *_ in ARMS:
+    for name, *_ in arms:
         assert got[name] == pytest.approx(read(state.params, wants.get(name, whole), "plain").item(), rel=1e-5), name
