@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+import runs
 from k25_jax.checkpoint.load import load_model
 from k25_jax.checkpoint.store import CheckpointError
 from k25_jax.config import ConfigError, preset
@@ -180,8 +181,9 @@ def test_only_what_follows_the_reasoning_is_the_answer(model):
 def test_a_checkpoint_is_known_by_its_weights_wherever_it_lies(finished, tmp_path):
     shutil.copytree(finished.run, tmp_path / "moved")
     identity = identity_of(finished.run)
-    assert identity_of(tmp_path / "moved") == identity and identity["step"] == 400
-    (weights,) = [max((tmp_path / "moved/checkpoints/400").rglob("*"), key=lambda p: p.is_file() and p.stat().st_size)]
+    assert identity_of(tmp_path / "moved") == identity and identity["step"] == runs.STEPS
+    newest = tmp_path / "moved" / "checkpoints" / str(runs.STEPS)
+    weights = max(newest.rglob("*"), key=lambda path: path.is_file() and path.stat().st_size)
     data = bytearray(weights.read_bytes())
     data[-10] ^= 1
     weights.write_bytes(data)
