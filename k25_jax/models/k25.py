@@ -95,7 +95,7 @@ def embedded(params, batch: Batch, config: K25Config, remat="none", dtype=jnp.fl
 def forward(params, batch: Batch, config: K25Config):
     """Logits of every position, [B, L, V] float32."""
     x_BLD = embedded(params, batch, config)
-    x_BLD, _ = decoder.decode(params, x_BLD, batch.segments_BL, batch.positions_BL, config.text)
+    x_BLD, *_ = decoder.decode(params, x_BLD, batch.segments_BL, batch.positions_BL, config.text)
     return decoder.logits(params, x_BLD)
 
 

@@ -15,13 +15,15 @@ from k25_jax.sharding.rules import RULES
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def accumulated(function, params, frozen, x_ABLD, parts):
-    """(the sum of the losses, what else is returned, one of each part) of `function(params, frozen, x_BLD, part)`.
+    """(the sum of the losses, what was seen, one of each part); `function(params, frozen, x_BLD, part)` gives both.
 
     Each part's gradient is taken at once, so that nothing of one part is held while the next one runs. `frozen` has none.
+    The third result of `function` is `params`, as they are. The sum of the gradients so far is the gradient of these, so
+    that who has the parameters in hand last adds to the sum in place, and no gradient stands beside it.
     """
 
     def one(total, piece):
-        loss, seen = function(params, frozen, *piece)
+        loss, seen, _ = function(params, frozen, *piece)
         return total + loss, seen
 
     return jax.lax.scan(one, jnp.zeros(()), (x_ABLD, parts))
@@ -29,10 +31,15 @@ def accumulated(function, params, frozen, x_ABLD, parts):
 
 def _forward(function, params, frozen, x_ABLD, parts):
     def one(carry, piece):
-        x_BLD, part = piece
-        grad_fn = jax.value_and_grad(function, (0, 2), has_aux=True)
-        (loss, seen), (dparams, dx_BLD) = grad_fn(params, frozen, x_BLD, part)
-        return jax.tree.map(jnp.add, carry, (loss, dparams)), (seen, dx_BLD)
+        (total, dparams), (x_BLD, part) = carry, piece
+
+        def outputs(params, x_BLD):
+            loss, seen, passed = function(params, frozen, x_BLD, part)
+            return (loss, passed), seen
+
+        (loss, _), pull, seen = jax.vjp(outputs, params, x_BLD, has_aux=True)
+        dparams, dx_BLD = pull((jnp.ones_like(loss), dparams))
+        return (total + loss, dparams), (seen, dx_BLD)
 
     start = jnp.zeros(()), jax.tree.map(jnp.zeros_like, params)
     (total, dparams), (seen, dx_ABLD) = jax.lax.scan(one, start, (x_ABLD, parts))

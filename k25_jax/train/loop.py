@@ -22,6 +22,7 @@ from k25_jax.train.interrupts import between_steps
 from k25_jax.train.layout import data_states, mesh_of, open_data
 from k25_jax.train.run import restore_or_init, save_run
 from k25_jax.train.stages import loss_of
+from k25_jax.train.state import in_layers
 from k25_jax.train.step import make_step
 
 log = logging.getLogger(__name__)
@@ -81,14 +82,14 @@ def train(experiment: Experiment, directory: str | pathlib.Path, on_step=None) -
                 )
             if step % config.checkpoint_every == 0:
                 saved = step
-                store.save(step, state, {"pipelines": data_states(pipeline, mesh), "bad_in_a_row": bad})
+                store.save(step, in_layers(state, experiment, mesh), {"pipelines": data_states(pipeline, mesh), "bad_in_a_row": bad})
             if stop.number and step < config.steps:
                 break
         else:
             if logged < step:
                 log_step(step, metrics, experiment, pipeline, mesh, writer, on_step)
         if saved < step:
-            store.save(step, state, {"pipelines": data_states(pipeline, mesh), "bad_in_a_row": bad})
+            store.save(step, in_layers(state, experiment, mesh), {"pipelines": data_states(pipeline, mesh), "bad_in_a_row": bad})
     return (read_metrics(directory) or [{}])[-1]
 
 

@@ -42,7 +42,7 @@ def language_loss(params, x_BLD, batch, experiment: Experiment):
     ]
     function = functools.partial(backbone_loss, experiment)
     if config.accumulate == 1:
-        return function(*backbone, x_BLD, (*rows, whole))
+        return function(*backbone, x_BLD, (*rows, whole))[:2]
     x_ABLD, *rows = (in_parts(a, config.accumulate) for a in (x_BLD, *rows))
     whole = tuple(jnp.full(config.accumulate, total) for total in whole)
     loss, (metrics, stats) = accumulated(function, *backbone, x_ABLD, (*rows, whole))
@@ -51,19 +51,22 @@ def language_loss(params, x_BLD, batch, experiment: Experiment):
 
 
 def backbone_loss(experiment: Experiment, trained, frozen, x_BLD, part):
-    """What `loss_fn` returns, of some rows: their shares of the whole batch's loss and metrics."""
+    """What `loss_fn` returns, of some rows: their shares of the whole batch's loss and metrics; and `trained`, as it is."""
     params = merged(trained, frozen)
     segments_BL, positions_BL, targets_BL, weights_BL, whole = part
     config, dtype = experiment.train, jnp.dtype(experiment.train.compute_dtype)
-    layers = experiment.model.text, config.remat, moe_layers(experiment)
-    x_BLD, stats = decode(cast(params, dtype), x_BLD, segments_BL, positions_BL, *layers)
+    layers = experiment.model.text, config.remat, moe_layers(experiment, trained.get("moe", {}))
+    weights = {name: value if name == "moe" else cast(value, dtype) for name, value in params.items()}
+    x_BLD, stats, *moe = decode(weights, x_BLD, segments_BL, positions_BL, *layers)
     loss, metrics = cross_entropy(x_BLD, head(params).astype(dtype), targets_BL, weights_BL, whole)
-    return loss, (metrics, jax.lax.stop_gradient(stats))
+    passed = trained | {"moe": moe[0]} if moe and "moe" in trained else trained
+    return loss, (metrics, jax.lax.stop_gradient(stats)), passed
 
 
-def moe_layers(experiment: Experiment):
+def moe_layers(experiment: Experiment, trained):
     """How the MoE stack runs: as a pipeline where the mesh (jax.set_mesh) has stages, else layer by layer."""
     mesh, config = jax.sharding.get_abstract_mesh(), experiment.mesh
     if mesh.empty or mesh.shape["pipe"] == 1:
         return scan_layers
-    return functools.partial(pipelined, repeats=config.repeats, microbatches=config.microbatches or mesh.shape["pipe"])
+    microbatches = config.microbatches or mesh.shape["pipe"]
+    return functools.partial(pipelined, repeats=config.repeats, microbatches=microbatches, trained=trained)
