@@ -250,9 +250,9 @@ def longest_first(sizes, packs, pack_patches):
 
 
 def test_packs_without_room_for_a_clip_take_smaller_ones():
-    """Packs that are 80 to 100 % full, as lanes fill them: many have no room for a clip, and have some later."""
+    """Packs that are 80 to 105 % full; lanes fill them to 98: many have no room for a clip, and have some later."""
     rng, found = np.random.default_rng(3), 0
-    for fill in (0.8, 0.95, 0.99, 1.0) * 10:
+    for fill in (0.8, 0.95, 1.0, 1.05) * 10:
         sizes = np.clip(4 * np.exp(rng.normal(2, 1, 300)).astype(int), 4, 400)
         sizes = sizes[: np.searchsorted(sizes.cumsum(), fill * 12 * 400)].tolist()
         want = longest_first(sizes, 12, 400)
