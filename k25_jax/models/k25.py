@@ -80,16 +80,12 @@ def overlay(params, tokens_BL, media_BL, vision_BLD, config: K25Config):
     return jnp.where(media_BL[..., None] >= 0, vision_BLD.astype(embedded.dtype), embedded)
 
 
-def embedded(params, batch: Batch, config: K25Config, remat="none", dtype=jnp.float32, vision_BLD=None):
-    """What the decoder reads, [B,L,D]: embeddings of tokens, features of images in their places. `params` in `dtype`.
-
-    `vision_BLD` has the feature of every token that has one (parallel/dep.py); without it they are computed here.
-    """
-    params = cast({name: params[name] for name in ("embed", "vision", "projector")}, dtype)
-    if vision_BLD is None and batch.vision.patches_PNC.shape[0]:
+def embedded(params, batch: Batch, config: K25Config, remat="none", dtype=jnp.float32):
+    """What the decoder reads, [B,L,D]: embeddings of tokens, features of images in their places. `params` in `dtype`."""
+    weights, features_MD = cast({"embed": params["embed"]}, dtype), None
+    if batch.vision.patches_PNC.shape[0]:
         features_MD = vision_features(params, batch.vision, config, remat, dtype)
-        return splice(params, batch.tokens_BL, batch.media_BL, features_MD, config)
-    return overlay(params, batch.tokens_BL, batch.media_BL, vision_BLD, config)
+    return splice(weights, batch.tokens_BL, batch.media_BL, features_MD, config)
 
 
 def forward(params, batch: Batch, config: K25Config):

@@ -88,19 +88,16 @@ def with_rows(experiment: Experiment, rows: int = 0) -> Experiment:
 
 
 def abstract_batch(experiment: Experiment, mesh) -> Batch:
-    """A batch as shapes with layouts; what it would take is never allocated.
-
-    Tables are as long as an image of data.max_image_patches makes them whose features all go to one device.
-    """
+    """A batch as shapes with layouts; what it would take is never allocated."""
     data, model, vision = experiment.data, experiment.model, experiment.train.vision
     small = dataclasses.replace(data, batch_size=1, packs=1, lanes=1)
     batch = pack_examples([], small, model)
     grown = lambda n: lambda a: jax.ShapeDtypeStruct((n, *a.shape[1:]), a.dtype)  # noqa: E731
     batch = jax.tree.map(grown(data.batch_size), batch).replace(vision=jax.tree.map(grown(data.packs), batch.vision))
     place = lambda a, layout: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=layout)  # noqa: E731
-    if dep.travels(batch, mesh, vision):
-        most = data.max_image_patches // model.vision.group
-        batch = batch.replace(routes=dep.abstract_routes(batch, mesh, model.vision, vision, most))
+    exchange = dep.exchange_of(experiment, mesh)
+    if exchange:
+        batch = batch.replace(routes=dep.abstract_routes(exchange))
     return jax.tree.map(place, batch, dep.layout(batch, mesh, vision))
 
 

@@ -59,11 +59,11 @@ def train(experiment: Experiment, directory: str | pathlib.Path, on_step=None) -
         logged = saved = step = start
         for step, batch, waited in batches(pipeline, experiment, start):
             began = time.perf_counter()
-            placed = hosts.place(batch, mesh, experiment.model.vision, config.vision)
-            state, on_device = step_fn(state, placed)
+            plan = hosts.planned(batch, mesh, experiment)
+            state, on_device = step_fn(state, hosts.placed(plan))
             metrics = {k: v.item() for k, v in jax.device_get(on_device).items()}
             stop.arm()
-            metrics |= hosts.metrics(batch, placed, mesh, experiment.model.vision, config.vision)
+            metrics |= plan.metrics
             seconds = time.perf_counter() - began + waited
             bad = bad + 1 if metrics["bad"] else 0
             metrics |= {"bad_in_a_row": bad, "tokens_per_second": metrics["tokens"] / seconds}
