@@ -1,5 +1,7 @@
 """Multi-head latent attention, training form and absorbed-latent decoding form (K2.5 §3.1)."""
 
+import functools
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -112,8 +114,9 @@ def mla_decode(p, x_BLD, rope, cache, valid_BLS, config: TextConfig):
     c_BSR, r_BSK = cache
 
     def attend(q_BLHR, q_BLHK):
-        scores = jnp.einsum("blhr,bsr->bhls", q_BLHR, c_BSR) + jnp.einsum("blhk,bsk->bhls", q_BLHK, r_BSK)
-        scores = jnp.where(valid_BLS[:, None], scores.astype(jnp.float32) * softmax_scale(config), -jnp.inf)
+        in_float32 = functools.partial(jnp.einsum, preferred_element_type=jnp.float32)
+        scores = in_float32("blhr,bsr->bhls", q_BLHR, c_BSR) + in_float32("blhk,bsk->bhls", q_BLHK, r_BSK)
+        scores = jnp.where(valid_BLS[:, None], scores * softmax_scale(config), -jnp.inf)
         weights = jnp.exp(scores - scores.max(axis=-1, keepdims=True))
         weights = (weights / weights.sum(axis=-1, keepdims=True)).astype(x_BLD.dtype)
         return jnp.einsum("bhls,bsr->blhr", weights, c_BSR)
