@@ -13,7 +13,9 @@ from jax.sharding import PartitionSpec
 
 from k25_jax.config import TextConfig
 from k25_jax.models.decoder import moe_axes, scan_layers
+from k25_jax.models.k25 import cast
 from k25_jax.models.layers import rematerialised
+from k25_jax.models.masters import Master
 from k25_jax.sharding.rules import spec
 
 ROWS = ("fsdp", "expert")  # the axes of the mesh that share out the rows of a microbatch
@@ -52,7 +54,7 @@ def pipelined(
         out_specs=(own, second),
         axis_names={"pipe"},
         check_vma=False,
-    )(own_blocks(stack, config, repeats), *inputs)
+    )(own_blocks(stack, config, repeats, x_BLD.dtype), *inputs)
     y_BLD = rearrange(place(y_SJBLD, "pipe"), "s j (f b) ... -> (f s j b) ...", **form)
     y_BLD = jax.lax.with_sharding_constraint(y_BLD, PartitionSpec((*ROWS, "pipe"), "context"))
     return y_BLD, jax.tree.map(lambda a: rearrange(a, "r s y ... -> (r s y) ..."), stats)
@@ -118,11 +120,12 @@ def _observe(stats, seen, repeat):
 
 
 # ------------------------------------------------------------------------------------------------------ virtual stages
-def own_blocks(stack, config: TextConfig, repeats: int):
+def own_blocks(stack, config: TextConfig, repeats: int, dtype):
     """The stack [Y, ...], natural order over pipe, as [R, Y/R, ...]: of each row a stage holds the block it runs.
 
     One all_to_all over pipe, with room for ceil(R / S) blocks between each two stages; one repeat moves nothing. It is
-    manual over all axes: where only pipe is, the compiler first gathers what the other axes split.
+    manual over all axes: where only pipe is, the compiler first gathers what the other axes split. Weights move, and are
+    held, in `dtype`, their gradients in float32: the masters that move as well are never read, so that they do not.
     """
     if repeats == 1:
         return jax.tree.map(lambda a: a[None], stack)
@@ -140,7 +143,11 @@ def own_blocks(stack, config: TextConfig, repeats: int):
         after = PartitionSpec(None, *layout)
         return jax.shard_map(exchange, in_specs=layout, out_specs=after, check_vma=False)(a)
 
-    return jax.tree.map(one, moe_axes(config), stack, is_leaf=lambda a: isinstance(a, PartitionSpec))
+    def beside(axes, a, narrow):
+        return one(axes, a) if a.dtype == narrow.dtype else Master(one(axes, a), one(axes, narrow))
+
+    is_axes = lambda a: isinstance(a, PartitionSpec)  # noqa: E731
+    return jax.tree.map(beside, moe_axes(config), stack, cast(stack, dtype), is_leaf=is_axes)
 
 
 def exchange_tables(stages: int, repeats: int):
