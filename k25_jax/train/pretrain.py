@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from k25_jax.config import Experiment
 from k25_jax.losses.lm import cross_entropy
 from k25_jax.models.decoder import Stats, decode, head, scan_layers
-from k25_jax.models.k25 import cast, embedded
+from k25_jax.models.k25 import embedded
 from k25_jax.parallel import dep
 from k25_jax.parallel.pipeline import pipelined
 from k25_jax.train.accumulate import accumulated, in_parts
@@ -54,10 +54,9 @@ def backbone_loss(experiment: Experiment, trained, frozen, x_BLD, part):
     """What `loss_fn` returns, of some rows: their shares of the whole batch's loss and metrics."""
     params = merged(trained, frozen)
     segments_BL, positions_BL, targets_BL, weights_BL, whole = part
-    config, dtype = experiment.train, jnp.dtype(experiment.train.compute_dtype)
-    layers = experiment.model.text, config.remat, moe_layers(experiment)
-    x_BLD, stats = decode(cast(params, dtype), x_BLD, segments_BL, positions_BL, *layers)
-    loss, metrics = cross_entropy(x_BLD, head(params).astype(dtype), targets_BL, weights_BL, whole)
+    layers = experiment.model.text, experiment.train.remat, moe_layers(experiment)
+    x_BLD, stats = decode(params, x_BLD, segments_BL, positions_BL, *layers)
+    loss, metrics = cross_entropy(x_BLD, head(params), targets_BL, weights_BL, whole)
     return loss, (metrics, jax.lax.stop_gradient(stats))
 
 
