@@ -122,7 +122,7 @@ def head(params):
 
 def logits(params, x_BLD):
     """Scores of the vocabulary in float32."""
-    return (x_BLD @ head(params)).astype(jnp.float32)
+    return jnp.dot(x_BLD, head(params).astype(x_BLD.dtype), preferred_element_type=jnp.float32)
 
 
 # ------------------------------------------------------------------------------------------------ with a cache

@@ -18,7 +18,6 @@ from jax.sharding import PartitionSpec
 
 from k25_jax.config import TextConfig
 from k25_jax.models.decoder import block
-from k25_jax.models.k25 import cast
 from k25_jax.models.rope import rope_tables
 from k25_jax.sharding.rules import spec
 
@@ -78,7 +77,7 @@ def _run(config: TextConfig, size: int, stack, trained, repeat, x_BLD, segments_
 
 
 def _layer(config: TextConfig, rope, segments_BL, weights, x_BLD):
-    x_BLD, observed, _ = block(cast(weights, x_BLD.dtype), x_BLD, rope, segments_BL, config)
+    x_BLD, observed, _ = block(weights, x_BLD, rope, segments_BL, config)
     return x_BLD, observed
 
 

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from k25_jax.config import Experiment
 from k25_jax.losses.lm import cross_entropy
 from k25_jax.models.decoder import Stats, decode, head, scan_layers
-from k25_jax.models.k25 import cast, overlay, splice, vision_features
+from k25_jax.models.k25 import overlay, splice, vision_features
 from k25_jax.parallel import dep
 from k25_jax.parallel.pipeline import pipelined
 from k25_jax.train.accumulate import accumulated, first_part, in_parts
@@ -65,12 +65,11 @@ def inputs(params, part, experiment: Experiment):
 
     `params` has the features of the whole batch too, if there are any.
     """
-    config, made = experiment.model, params.get("features")
-    weights = cast({"embed": params["embed"]}, jnp.dtype(experiment.train.compute_dtype))
+    config, made, dtype = experiment.model, params.get("features"), jnp.dtype(experiment.train.compute_dtype)
     if part.routes is None:
-        return splice(weights, part.tokens_BL, part.media_BL, made, config)
+        return splice(params, part.tokens_BL, part.media_BL, made, config, dtype)
     vision_BLD = dep.at_tokens(made, part.routes, part.media_BL)
-    return overlay(weights, part.tokens_BL, part.media_BL, vision_BLD, config)
+    return overlay(params, part.tokens_BL, part.media_BL, vision_BLD, config, dtype)
 
 
 def part_loss(experiment: Experiment, trained, frozen, piece):
@@ -81,11 +80,10 @@ def part_loss(experiment: Experiment, trained, frozen, piece):
 
 def backbone_loss(trained, frozen, x_BLD, part, whole, experiment: Experiment):
     """What `part_loss` returns, when the language model reads x_BLD."""
-    config, dtype, params = experiment.train, jnp.dtype(experiment.train.compute_dtype), merged(trained, frozen)
-    layers = experiment.model.text, config.remat, moe_layers(experiment, trained.get("moe", {}))
-    weights = {name: v if name == "moe" else cast(v, dtype) for name, v in params.items() if name != "features"}
-    x_BLD, stats, *moe = decode(weights, x_BLD, part.segments_BL, part.positions_BL, *layers)
-    loss, metrics = cross_entropy(x_BLD, head(params).astype(dtype), part.targets_BL, part.loss_weights_BL, whole)
+    params, remat = merged(trained, frozen), experiment.train.remat
+    layers = experiment.model.text, remat, moe_layers(experiment, trained.get("moe", {}))
+    x_BLD, stats, *moe = decode(params, x_BLD, part.segments_BL, part.positions_BL, *layers)
+    loss, metrics = cross_entropy(x_BLD, head(params), part.targets_BL, part.loss_weights_BL, whole)
     passed = trained | {"moe": moe[0]} if moe and "moe" in trained else trained
     return loss, (metrics, jax.lax.stop_gradient(stats)), passed
 
