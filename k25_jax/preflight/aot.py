@@ -19,7 +19,8 @@ from k25_jax.parallel import dep
 from k25_jax.preflight import hlo
 from k25_jax.preflight.cost import arrays_made, jaxpr_flops, model_flops, roofline, temporaries
 from k25_jax.preflight.topology import Topology, devices_of
-from k25_jax.sharding.mesh import platform, slice_shape
+from k25_jax.sharding.mesh import plain_order, platform, slice_shape
+from k25_jax.sharding.torus import hops
 from k25_jax.train.layout import mesh_of
 from k25_jax.train.stages import loss_of
 from k25_jax.train.state import HOST, abstract_state
@@ -52,6 +53,7 @@ class Report:
     packs: int
     fits: bool = True
     reason: str = ""  # why it does not fit
+    axes: list[dict] = field(default_factory=list)  # of the mesh: devices, hops to the next, and in the plain order
     hbm_gb: float = 0.0  # of a device; 0: not known
     peak_hbm_gb: float = 0.0  # arguments, results that are not written in place, temporaries, the program itself
     argument_gb: float = 0.0
@@ -104,6 +106,16 @@ def abstract_batch(experiment: Experiment, mesh) -> Batch:
     return jax.tree.map(place, batch, dep.layout(batch, mesh, vision))
 
 
+def hops_by_axis(mesh, devices) -> list[dict]:
+    """Of each axis of more than one device, mean links to the next: on the mesh, and in the order in which devices come."""
+    both = zip(mesh.shape.items(), hops(mesh.devices), hops(plain_order(mesh, devices)), strict=False)  # none on a CPU
+    return [
+        {"axis": axis, "devices": size, "hops": near, "hops_in_plain_order": plain}
+        for (axis, size), near, plain in both
+        if size > 1
+    ]
+
+
 def layout(experiment: Experiment, topology: Topology) -> list[Tensor]:
     """Every array of the state and the batch, largest first; nothing is compiled."""
     mesh = mesh_of(experiment, devices_of(topology))
@@ -131,6 +143,7 @@ def preflight(experiment: Experiment, topology: Topology, say=lambda text: None)
     mesh = mesh_of(experiment, devices)
     data, shape = experiment.data, dict(mesh.shape)
     report = Report(topology.name, len(devices) // topology.chip.devices, shape, data.batch_size, data.packs)
+    report.axes = hops_by_axis(mesh, devices)
     report.hbm_gb = topology.share(topology.chip.hbm_bytes) / GB
     state, batch = abstract_state(experiment, mesh), abstract_batch(experiment, mesh)
     tensors = _tensors(state, batch)

@@ -26,6 +26,9 @@ def render(report: Report) -> str:
         lines.append(
             f"traffic    {report.hbm_bytes / GB:.4g} GB of memory, intensity {report.intensity:.0f} FLOPs a byte"
         )
+    for entry in report.axes:
+        order = f"{entry['hops']:.2f} hops to the next, {entry['hops_in_plain_order']:.2f} in the plain order"
+        lines.append(f"neighbours {entry['axis']:8s}{entry['devices']:4d} devices: {order}")
     for entry in report.collectives:
         axes = " x ".join(entry["axes"]) or "itself"
         sent = f"{entry['bytes'] / GB:.4g} GB in {entry['times']:.0f}"
