@@ -1,37 +1,14 @@
 """The order of TPU chips in a mesh and the hops between them, on devices that only say where they stand."""
 
-import itertools
-
 import numpy as np
 import pytest
 
+from chips import V5E, V5P, V7X, chips
 from k25_jax.sharding.mesh import AXES, make_mesh, plain_order
 from k25_jax.sharding.processes import owners_of, readers
 from k25_jax.sharding.torus import Torus, hops, torus_of
 
 
-class Chip:
-    """A core of the TPU chip at `coords` of slice `slice_index`."""
-
-    platform, client = "tpu", None
-
-    def __init__(self, kind, coords, process_index, slice_index=0, core_on_chip=0):
-        self.device_kind, self.coords, self.slice_index = kind, coords, slice_index
-        self.process_index, self.core_on_chip = process_index, core_on_chip
-
-
-def chips(kind, sides, slices=1, cores=1):
-    """All of some slices, process by process, as `jax.devices()` has them; a process has 2 x 2 of them."""
-    boxes = [range(0, side, 2) for side in reversed(sides[:2])]
-    out = []
-    for index in range(slices):
-        for z, y, x in itertools.product(range(sides[2]), *boxes):
-            for dy, dx, core in itertools.product(range(2), range(2), range(cores)):
-                out.append(Chip(kind, [x + dx, y + dy, z], len(out) // (4 * cores), index, core))
-    return out
-
-
-V5P, V5E, V7X = "TPU v5", "TPU v5 lite", "TPU7x"
 # sizes of the axes, chips -> hops along each, and what is best of them
 MESHES = {
     "v5p-1024": ((4, 8, 1, 16), (V5P, (8, 8, 8)), (2.0, 1.0, 0.0, 1.5), (2.0, 2.25, 0.0, 1.5)),
