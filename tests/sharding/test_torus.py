@@ -8,7 +8,6 @@ from k25_jax.sharding.mesh import AXES, make_mesh, plain_order
 from k25_jax.sharding.processes import owners_of, readers
 from k25_jax.sharding.torus import Torus, hops, torus_of
 
-
 # sizes of the axes, chips -> hops along each, and what is best of them
 MESHES = {
     "v5p-1024": ((4, 8, 1, 16), (V5P, (8, 8, 8)), (2.0, 1.0, 0.0, 1.5), (2.0, 2.25, 0.0, 1.5)),
