@@ -7,6 +7,7 @@ them a process is alone. `launch/local.py` sets them for processes of one machin
 import contextlib
 import glob
 import importlib.util
+import itertools
 import json
 import os
 import re
@@ -17,6 +18,7 @@ from dataclasses import dataclass
 
 import jax
 import numpy as np
+from jax._src import distributed  # the client of the coordination service has no public name
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 
@@ -28,6 +30,8 @@ ADDRESS, COUNT, INDEX = "JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PRO
 JOIN_SECONDS = 120  # for all processes to be there
 HEARTBEAT_SECONDS = 100  # JAX aborts a process so long after another fell silent; sharding/peers.py is quicker
 SHUTDOWN_SECONDS = 60  # that all wait for each other at the end
+TOLD_SECONDS = 3600  # that process 0 may be behind the others, while it compiles
+TOLD_KEPT = 100  # what process 0 told so many times ago has been read by all, who go step by step
 
 
 # ------------------------------------------------------------------------------------------------------------ beginning
@@ -202,6 +206,23 @@ def gathered(value) -> list:
     room = 1 << int(sizes.max()).bit_length()  # few sizes, so few programs
     texts = multihost_utils.process_allgather(np.pad(text, (0, room - len(text))))
     return [json.loads(row[:size].tobytes()) for row, size in zip(texts, sizes, strict=True)]
+
+
+_numbers = itertools.count()
+
+
+def from_first(value):
+    """The JSON `value` of process 0; all must call it, alike. No device takes part, and process 0 waits for nobody."""
+    if jax.process_count() == 1:
+        return value
+    client, number = distributed.global_state.client, next(_numbers)
+    key = "k25/told/{}".format
+    if jax.process_index():
+        return json.loads(client.blocking_key_value_get(key(number), 1000 * TOLD_SECONDS))
+    client.key_value_set(key(number), json.dumps(value))
+    if number >= TOLD_KEPT:
+        client.key_value_delete(key(number - TOLD_KEPT))
+    return value
 
 
 # --------------------------------------------------------------------------------------------------------- who reads what
