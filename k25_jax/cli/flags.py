@@ -170,6 +170,9 @@ def add_convert(parser: Parser) -> None:
     parser.add_argument("--output", required=True, help="folder to write")
     parser.add_argument("--dtype", default="bfloat16", choices=("bfloat16", "float32", "float16"))
     parser.add_argument("--quantise", choices=("int4", "fp8"), help="int4: routed experts; fp8: the layers' matrices")
+    parser.add_argument(
+        "--file_gb", type=float, default=5.0, help="size of a file at most; all processes share out the files"
+    )
 
 
 def add_preflight(parser: Parser) -> None:

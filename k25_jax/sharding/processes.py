@@ -225,6 +225,12 @@ def from_first(value):
     return value
 
 
+def met(what: str) -> None:
+    """Wait until all processes are here, for as long as one may need more than another; no device takes part."""
+    if jax.process_count() > 1:
+        distributed.global_state.client.wait_at_barrier(f"k25/{what}/{next(_numbers)}", 1000 * TOLD_SECONDS)
+
+
 # --------------------------------------------------------------------------------------------------------- who reads what
 @dataclass(frozen=True)
 class Reader:

@@ -10,6 +10,7 @@ import pathlib
 import jax
 
 from k25_jax.checkpoint.folders import complete_steps
+from k25_jax.checkpoint.layout import read_apart
 from k25_jax.checkpoint.store import Store
 from k25_jax.config import Experiment
 from k25_jax.report.metrics import read_metrics
@@ -43,7 +44,9 @@ def train(experiment: Experiment, directory: str | pathlib.Path, on_step=None) -
         feed = stack.enter_context(contextlib.closing(Feed(open_data(experiment, mesh), experiment, mesh)))
         validate = stack.enter_context(contextlib.closing(Validation(experiment, mesh, together)))
         save_run(experiment, directory)
-        store = stack.enter_context(contextlib.closing(Store(directory / "checkpoints", config.keep)))
+        store = stack.enter_context(
+            contextlib.closing(Store(directory / "checkpoints", config.keep, read_apart(experiment.model)))
+        )
         stack.enter_context(jax.set_mesh(mesh))
         state, start, bad = restore_or_init(experiment, store, feed.pipeline, mesh)
         step_fn = first_call(together(make_step(experiment, loss_of(experiment), mesh)), "compiling the training step")
