@@ -21,13 +21,15 @@ def run_train(args) -> None:
     from k25_jax.train.interrupts import Interrupted
     from k25_jax.train.loop import train
 
-    try:
-        with joined() as index:
-            metrics = train(experiment, workdir)
-    except Interrupted as stop:
+    with joined() as index:
+        try:
+            metrics, stopped = train(experiment, workdir), None
+        except Interrupted as stop:  # of all processes, which leave each other as after a whole run
+            stopped = stop
+    if stopped:
         step = max(complete_steps(workdir / "checkpoints"), default=0)
         saved = f"stopped; step {step} is saved in {workdir}, where the same command goes on"
-        raise Interrupted(stop.number, saved) from stop
+        raise Interrupted(stopped.number, saved) from stopped
     if index == 0:
         print(json.dumps(metrics) if args.json else f"finished: {workdir} (k25 report --workdir={workdir})")
 

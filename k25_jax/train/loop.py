@@ -21,7 +21,7 @@ from k25_jax.train.interrupts import between_steps
 from k25_jax.train.layout import data_states, mesh_of, open_data
 from k25_jax.train.profiling import ProfileWindow
 from k25_jax.train.run import restore_or_init, save_run
-from k25_jax.train.saving import SaveTimes
+from k25_jax.train.saving import Saving
 from k25_jax.train.stages import loss_of
 from k25_jax.train.step import make_step
 from k25_jax.train.steplog import StepLog
@@ -37,8 +37,8 @@ def train(experiment: Experiment, directory: str | pathlib.Path, on_step=None) -
     """
     directory, config = pathlib.Path(directory), experiment.train
     watch = peers.watched(lambda: f"after step {max(complete_steps(directory / 'checkpoints'), default=0)}")
-    calm = between_steps(alone=jax.process_count() == 1)
-    with watch as watcher, calm as stop, contextlib.ExitStack() as stack, peers.leaving(watcher):
+    calm = between_steps(alone=jax.process_count() == 1)  # around the watch: it raises when all have ended in peace
+    with calm as stop, watch as watcher, contextlib.ExitStack() as stack, peers.leaving(watcher):
         together = watcher.together if watcher else lambda function: function
         mesh = mesh_of(experiment)
         feed = stack.enter_context(contextlib.closing(Feed(open_data(experiment, mesh), experiment, mesh)))
@@ -52,7 +52,7 @@ def train(experiment: Experiment, directory: str | pathlib.Path, on_step=None) -
         step_fn = first_call(together(make_step(experiment, loss_of(experiment), mesh)), "compiling the training step")
         log = stack.enter_context(StepLog(experiment, mesh, directory, start, bad, on_step, store.steps))
         profile = stack.enter_context(ProfileWindow(experiment.profile, directory, start))
-        times, saved, step = SaveTimes(config), start, start
+        saving, saved, step = Saving(config), start, start
 
         def save():
             data = {"pipelines": data_states(ready.data_state, mesh), "bad_in_a_row": log.bad_in_a_row}
@@ -63,16 +63,18 @@ def train(experiment: Experiment, directory: str | pathlib.Path, on_step=None) -
             state, on_device = step_fn(state, ready.batch)
             stop.arm()
             log.sent(step, on_device, ready)
-            profile.after(step, log)
+            profile.after(step, on_device)
             if validate.due(step):
                 log.read(lambda: validate(state.params), log_it=True)  # noqa: B023
-            if times.due(step):
+            decision = saving.decide(step, stop.number)
+            if decision.save or decision.stop:
                 log.read()
                 save()
                 saved = step
-            if stop.number and step < config.steps:
-                log.read()
-                break
+            if decision.stop:
+                stop.number = decision.stop  # it may have come to another process
+                if step < config.steps:
+                    break
         else:
             log.finish()
         if saved < step:

@@ -7,7 +7,6 @@ import tempfile
 import jax
 
 from k25_jax.config import ProfileConfig
-from k25_jax.train.steplog import StepLog
 
 log = logging.getLogger(__name__)
 
@@ -39,10 +38,10 @@ class ProfileWindow:
             self._local = tempfile.TemporaryDirectory(prefix="k25-profile-")
             jax.profiler.start_trace(self._local.name)
 
-    def after(self, step: int, steps: StepLog) -> None:
-        """End, if `step` is the last of the window, when the devices have done it; all processes call this."""
-        if self._config.start and step == self._last:
-            steps.read()
+    def after(self, step: int, on_device) -> None:
+        """End, if `step` is the last of the window, when the devices have done it: when its results are there."""
+        if self._local is not None and step == self._last:
+            jax.block_until_ready(on_device)
             self._stop(f"step {step}")
 
     def _stop(self, when: str) -> None:

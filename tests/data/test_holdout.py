@@ -69,7 +69,9 @@ def test_training_never_sees_what_is_held_out(tmp_path):
 def test_too_few_records_are_refused(tmp_path):
     file = str(runs.write_experiment(tmp_path))
     experiment = load_experiment(file, ["data.validation.one_in=20", "data.lanes=2", "data.packs=2"])
-    with pytest.raises(DataError, match=r"data.validation.one_in=20 leaves .* 1 for validation, fewer than data.lanes=2"):
+    with pytest.raises(
+        DataError, match=r"data.validation.one_in=20 leaves .* 1 for validation, fewer than data.lanes=2"
+    ):
         make_pipeline(experiment.data, experiment.model, 100)
 
 

@@ -6,10 +6,9 @@ import pytest
 import runs
 from k25_jax.config import TrainConfig, load_experiment
 from k25_jax.report.metrics import read_metrics
-from k25_jax.train import saving
 from k25_jax.train.feed import Ready
 from k25_jax.train.layout import mesh_of, open_data
-from k25_jax.train.saving import SaveTimes
+from k25_jax.train.saving import Saving
 from k25_jax.train.steplog import BadSteps, StepLog
 
 LATE = ["train.log_every=3", "train.steps=8", "train.max_bad_steps=3"]
@@ -88,11 +87,13 @@ def test_bad_steps_are_counted_and_end_the_run_one_step_late(opened):
 
 def test_checkpoints_by_steps_and_by_minutes(monkeypatch):
     now = [0.0]
-    monkeypatch.setattr(saving.time, "monotonic", lambda: now[0])
-    times, saved = SaveTimes(TrainConfig(checkpoint_every=10, checkpoint_minutes=2.0)), []
+    monkeypatch.setattr("k25_jax.train.saving.time.monotonic", lambda: now[0])
+    saving, saved = Saving(TrainConfig(checkpoint_every=10, checkpoint_minutes=2.0)), []
     for step in range(1, 31):
         now[0] += 30.0 if step < 15 else 1.0
-        if times.due(step):
+        if saving.decide(step, 0).save:
             saved.append(step)
     assert saved == [4, 8, 10, 14, 20, 30]  # every 2 minutes of 30 s a step, and every 10 steps
-    assert [step for step in range(1, 31) if SaveTimes(TrainConfig(checkpoint_every=10)).due(step)] == [10, 20, 30]
+    by_steps = Saving(TrainConfig(checkpoint_every=10))
+    assert [step for step in range(1, 31) if by_steps.decide(step, 0).save] == [10, 20, 30]
+    assert by_steps.decide(31, 15) == (False, 15)
