@@ -1,9 +1,9 @@
 """The share of its time that the training loop waits for data, on the tiny preset with everything on one machine (K2.5 §3.3).
 
 Three experiments as their files have them: the demo, the joint stage of the base model with pictures of all tasks drawn as
-they are asked for, and early fusion of the ablation. A wait is the time inside `next(pipeline)`; the first steps, which
-compile and fill the buffers, do not count. The figure is the largest median over steps; the bound is 5 %. Beside it the
-share of the whole time, which a few long waits can raise. With --json one JSON line.
+they are asked for, and early fusion of the ablation. A wait is the time in which the loop has asked for a batch that is not
+yet made and placed; the first steps, which compile and fill the buffers, do not count. The figure is the largest median over
+steps; the bound is 5 %. Beside it the share of the whole time, which a few long waits can raise. With --json one JSON line.
 """
 
 import argparse

@@ -29,11 +29,28 @@ def get_config(arg: str = ""):
         vision_share=0.2,
         lanes=8,
         seed=0,
+        # files of their own, never trained on; weights as above
+        validation=dict(
+            sources=[
+                dict(
+                    path=path.replace("data/", "data/validation/"), kind="arrayrecord", weight=weight, modality=modality
+                )
+                for path, weight, modality in SOURCES
+            ],
+        ),
     )
     config.optim = dict(peak_lr=1e-3, end_lr=1e-4, warmup_steps=500, decay_steps=6000, weight_decay=0.1)
     config.train = dict(
-        steps=20000, log_every=10, checkpoint_every=500, keep=3, remat="dots", compute_dtype="bfloat16", seed=0
+        steps=20000,
+        log_every=10,
+        checkpoint_every=500,
+        eval_every=1000,
+        keep=3,
+        remat="dots",
+        compute_dtype="bfloat16",
+        seed=0,
     )
+    config.profile = dict(start=100, steps=3)
     if arg not in ("", "runlocal"):
         raise ConfigError(f"k25_100m.py: unknown argument {arg!r}; it can be runlocal")
     return run_local(config) if arg else config

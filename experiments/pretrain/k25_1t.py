@@ -44,6 +44,7 @@ def get_config(arg: str = ""):
         vision_share=0.1,  # 10:90 all the way
         lanes=128,  # as many as a v5p-1024 has hosts
         seed=0,
+        validation=dict(one_in=10_000, batches=2),  # 134M tokens of these sources that are never trained on
     )
     config.optim = dict(
         name="muonclip",
@@ -56,7 +57,9 @@ def get_config(arg: str = ""):
     config.train = dict(
         steps=round(TOKENS / (BATCH * SEQ_LEN)),
         log_every=1,
-        checkpoint_every=500,
+        checkpoint_every=500,  # 11.8 hours
+        checkpoint_minutes=60.0,
+        eval_every=500,
         keep=5,
         remat="full",
         accumulate=8,

@@ -4,18 +4,18 @@ import contextlib
 import json
 import pathlib
 import shutil
+from collections.abc import Callable
 
-import jax.numpy as jnp
+import jax
 
+from k25_jax.checkpoint.export import WRITTEN, Form, export
 from k25_jax.checkpoint.folders import CheckpointError, find, read_experiment
 from k25_jax.checkpoint.hf_config import language_model_alone, read_config, read_generation
-from k25_jax.checkpoint.huggingface import WRITTEN, load_params, save_params
-from k25_jax.checkpoint.layout import public_name
+from k25_jax.checkpoint.huggingface import open_files
 from k25_jax.checkpoint.load import is_byte_level
-from k25_jax.checkpoint.store import restore_params
-from k25_jax.checkpoint.tensor_files import TensorFiles
+from k25_jax.checkpoint.store import newest_step
+from k25_jax.checkpoint.tensors import PublicTensors, RunTensors
 from k25_jax.config import K25Config
-from k25_jax.models.k25 import abstract_params
 from k25_jax.text.tokenizer import VOCABULARIES, TokenizerError, find_vocabulary
 from k25_jax.text.tokenizer_json import byte_level_files
 
@@ -25,9 +25,17 @@ MOST_BYTES = 200_000_000  # of a file that is carried
 SHOWN = 10  # names in a line
 
 
-def convert(checkpoint: str, output: str, dtype: str = "bfloat16", quantise: str | None = None) -> list[str]:
+def convert(
+    checkpoint: str,
+    output: str,
+    dtype: str = "bfloat16",
+    quantise: str | None = None,
+    progress: Callable[[str, int, int], None] | None = None,
+    shard_bytes: float = 5e9,
+) -> list[str]:
     """Write `checkpoint` to `output`, and return what to say: where it is, and which files were left.
 
+    Each tensor is read when it is written (export.py), by whichever of several processes writes it; all of them call this.
     A language model alone stays one. Of a public checkpoint all small files that are not weights are carried, of a run
     of ours those of its vocabulary; what is in `output` already stays. Raises CheckpointError.
     """
@@ -35,15 +43,21 @@ def convert(checkpoint: str, output: str, dtype: str = "bfloat16", quantise: str
     if is_run:
         experiment = read_experiment(source)
         config, text_only, generation = experiment.model, False, {}
-        params = restore_params(source / "checkpoints", abstract_params(config))
+        step, expected = newest_step(source / "checkpoints")
+        tensors, name = RunTensors(step), str(step)
         beside = experiment.data.tokenizer
         files = [path for path in _files(beside) if _of_vocabulary(path)] if beside else []
     else:
         config, text_only, generation = read_config(source), language_model_alone(source), read_generation(source)
-        params = load_params(source, config, text_only=text_only)
-        converted = {*WRITTEN, *(stored.file.name for stored in TensorFiles(source, public_name).tensors.values())}
+        stored = open_files(source, config, text_only)
+        changed = max(tensor.file.stat().st_mtime_ns for tensor in stored.tensors.values())
+        tensors, name, expected = PublicTensors(stored), f"{source.absolute()} of {changed}", None
+        converted = {*WRITTEN, *(tensor.file.name for tensor in stored.tensors.values())}
         files = [path for path in _files(source) if path.name not in converted]
-    save_params(params, config, target, jnp.dtype(dtype), quantise, text_only=text_only, generation=generation)
+    form = Form(dtype, quantise or "", shard_bytes, text_only)
+    export(tensors, config, target.absolute(), form, name, expected, generation, progress)
+    if jax.process_index():
+        return []
     left = _carry(files, target) if target.resolve() != source.resolve() else []
     _write_byte_level(config, target)
     return [f"wrote {output}", *([f"left in {source}: {_few(left)}"] if left else [])]

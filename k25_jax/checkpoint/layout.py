@@ -176,3 +176,9 @@ def bind(config: K25Config, text_only: bool = False) -> list[Bound]:
             )
         )
     return rows
+
+
+def read_apart(config: K25Config) -> dict[str, tuple[int, ...]]:
+    """For the arrays of a run's state that are too large to be read whole, the axes along which parts are wanted alone."""
+    rows = [bound for bound in bind(config) if len(bound.stack) > 1]  # experts
+    return {f"params/{path}": tuple(range(len(bound.stack))) for bound in rows for path in bound.leaves}

@@ -17,7 +17,9 @@ class Store:
     that rot on the disk, so each checkpoint holds sums of its arrays, which are compared on reading.
     """
 
-    def __init__(self, directory: str | pathlib.Path, keep: int = 3):
+    def __init__(self, directory: str | pathlib.Path, keep: int = 3, apart: dict[str, tuple[int, ...]] | None = None):
+        """`apart` names arrays that are stored in pieces, one for each place along these axes (layout.py: read_apart)."""
+        self._apart = apart or {}
         self.directory = pathlib.Path(directory).resolve()
         options = ocp.CheckpointManagerOptions(max_to_keep=keep, create=True, cleanup_tmp_directories=True)
         self._manager = ocp.CheckpointManager(self.directory, options=options)
@@ -28,8 +30,12 @@ class Store:
         self.wait()
         data = ocp.args.JsonSave({"data": data_state, "sums": sums(state)})
         self._writing = step
+        pieces = jax.tree_util.tree_map_with_path(
+            lambda path, _: ocp.SaveArgs(shard_axes=self._apart.get(_name(path), ())), state
+        )
         with self._writes():
-            self._manager.save(step, args=ocp.args.Composite(state=ocp.args.StandardSave(state), data=data), force=True)
+            args = ocp.args.Composite(state=ocp.args.StandardSave(state, save_args=pieces), data=data)
+            self._manager.save(step, args=args, force=True)
         if wait:
             self.wait()
 
@@ -69,6 +75,23 @@ class Store:
 
 def restore_params(directory: str | pathlib.Path, abstract_params) -> dict:
     """Only the parameters of the newest checkpoint under `directory`; a run may go on there, so nothing is changed."""
+    with _newest(directory) as (manager, folder):
+        target = {"params": placed(abstract_params)}
+        restore_args = ocp.checkpoint_utils.construct_restore_args(target)
+        args = ocp.args.PyTreeRestore(item=target, restore_args=restore_args, partial_restore=True)
+        return _read(manager, folder, args)[0]["params"]
+
+
+def newest_step(directory: str | pathlib.Path) -> tuple[pathlib.Path, dict[str, int]]:
+    """(folder of the newest checkpoint under `directory`, the sums of its arrays); reads no array."""
+    with _newest(directory) as (manager, folder):
+        data = manager.restore(int(folder.name), args=ocp.args.Composite(data=ocp.args.JsonRestore()))
+        return folder, data["data"]["sums"]
+
+
+@contextlib.contextmanager
+def _newest(directory: str | pathlib.Path):
+    """(manager, folder) of the newest checkpoint under `directory`, which stays as it is."""
     directory = pathlib.Path(directory).resolve()
     if not directory.is_dir():
         raise CheckpointError(f"{directory}: no such folder; a run writes its first checkpoint into it")
@@ -76,10 +99,7 @@ def restore_params(directory: str | pathlib.Path, abstract_params) -> dict:
         step = manager.latest_step()
         if step is None:
             raise CheckpointError(f"{directory}: no complete checkpoint")
-        target = {"params": placed(abstract_params)}
-        restore_args = ocp.checkpoint_utils.construct_restore_args(target)
-        args = ocp.args.PyTreeRestore(item=target, restore_args=restore_args, partial_restore=True)
-        return _read(manager, directory / str(step), args)[0]["params"]
+        yield manager, directory / str(step)
 
 
 def _read(manager: ocp.CheckpointManager, folder: pathlib.Path, args) -> tuple[object, dict]:

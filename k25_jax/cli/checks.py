@@ -86,6 +86,8 @@ def serve(args) -> None:
 
 def convert(args) -> None:
     """`k25 convert`."""
+    if not args.file_gb > 0:
+        raise _error(f"--file_gb={args.file_gb} must be positive")
     _checkpoint(args.checkpoint)
     _writable("--output", args.output)
 

@@ -21,13 +21,15 @@ def run_train(args) -> None:
     from k25_jax.train.interrupts import Interrupted
     from k25_jax.train.loop import train
 
-    try:
-        with joined() as index:
-            metrics = train(experiment, workdir)
-    except Interrupted as stop:
+    with joined() as index:
+        try:
+            metrics, stopped = train(experiment, workdir), None
+        except Interrupted as stop:  # of all processes, which leave each other as after a whole run
+            stopped = stop
+    if stopped:
         step = max(complete_steps(workdir / "checkpoints"), default=0)
         saved = f"stopped; step {step} is saved in {workdir}, where the same command goes on"
-        raise Interrupted(stop.number, saved) from stop
+        raise Interrupted(stopped.number, saved) from stopped
     if index == 0:
         print(json.dumps(metrics) if args.json else f"finished: {workdir} (k25 report --workdir={workdir})")
 
@@ -118,10 +120,23 @@ def run_serve(args) -> int:
 
 
 def run_convert(args) -> None:
-    """Write a model in the public format, and say what was left."""
-    from k25_jax.checkpoint.convert import convert
+    """Write a model in the public format, alone or with other processes, and say what was left."""
+    from rich.console import Console
+    from rich.progress import Progress
 
-    for line in convert(args.checkpoint, args.output, args.dtype, args.quantise):
+    from k25_jax.checkpoint.convert import convert
+    from k25_jax.sharding import peers
+    from k25_jax.sharding.processes import joined
+
+    def resume() -> str:
+        return "with the files that are missing"
+
+    with joined() as index, peers.watched(resume, "k25 convert"):
+        with Progress(console=Console(stderr=True), disable=bool(index)) as bar:
+            task = bar.add_task("files", total=None)
+            show = lambda _, done, total: bar.update(task, completed=done, total=total)  # noqa: E731
+            lines = convert(args.checkpoint, args.output, args.dtype, args.quantise, show, args.file_gb * 1e9)
+    for line in lines:
         print(line)
 
 

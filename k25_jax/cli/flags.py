@@ -166,10 +166,17 @@ def add_generate(parser: Parser) -> None:
 
 def add_convert(parser: Parser) -> None:
     """The flags of `k25 convert`."""
+    parser.epilog = (
+        "One tensor is read and written at a time. Started on every host of a pod, with an --output that all share, they "
+        "share out the files; on one of its hosts alone set JAX_PLATFORMS=cpu. Killed and started again, it goes on."
+    )
     parser.add_argument("--checkpoint", required=True, help="a run of ours or a public checkpoint")
     parser.add_argument("--output", required=True, help="folder to write")
     parser.add_argument("--dtype", default="bfloat16", choices=("bfloat16", "float32", "float16"))
     parser.add_argument("--quantise", choices=("int4", "fp8"), help="int4: routed experts; fp8: the layers' matrices")
+    parser.add_argument(
+        "--file_gb", type=float, default=5.0, help="size of a file at most; all processes share out the files"
+    )
 
 
 def add_preflight(parser: Parser) -> None:

@@ -8,11 +8,20 @@ from k25_jax.config.checks import ConfigError, Schedule
 from k25_jax.config.model import K25Config, MoEConfig, RopeConfig, TextConfig, VisionConfig
 from k25_jax.config.parsing import argument, from_dict, import_file, load_experiment, run_local, to_dict
 from k25_jax.config.presets import BYTE_IDS, PRESETS, preset
-from k25_jax.config.run import DataConfig, Experiment, MeshConfig, OptimConfig, SourceConfig, TrainConfig
+from k25_jax.config.run import (
+    DataConfig,
+    Experiment,
+    MeshConfig,
+    OptimConfig,
+    ProfileConfig,
+    SourceConfig,
+    TrainConfig,
+    ValidationConfig,
+)
 
 __all__ = [
     "BYTE_IDS", "PRESETS", "ConfigError", "DataConfig", "Experiment", "K25Config", "MeshConfig", "MoEConfig",
-    "OptimConfig", "RopeConfig", "Schedule", "SourceConfig", "TextConfig", "TrainConfig", "VisionConfig", "argument",
-    "from_dict",
-    "import_file", "load_experiment", "preset", "run_local", "to_dict",
+    "OptimConfig", "ProfileConfig", "RopeConfig", "Schedule", "SourceConfig", "TextConfig", "TrainConfig",
+    "ValidationConfig", "VisionConfig", "argument", "from_dict", "import_file", "load_experiment", "preset", "run_local",
+    "to_dict",
 ]  # fmt: skip

@@ -91,6 +91,8 @@ def run_local(config: ml_collections.ConfigDict) -> ml_collections.ConfigDict:
     values = config.to_dict()
     data = dict(batch_size=4, seq_len=128, packs=2, pack_patches=128, max_image_patches=64)
     data["sources"] = [dict(path=path, kind="task", weight=weight) for path, weight in tasks]
+    held_out = [dict(path=path.replace(":train", ":test"), kind="task", weight=weight) for path, weight in tasks]
+    data["validation"] = dict(sources=held_out, batches=1)
     optim = values["optim"] | dict(warmup_steps=2, decay_steps=2)
     train = values["train"] | dict(
         steps=4, log_every=1, checkpoint_every=2, accumulate=1, init_from="", init_vision_from=""

@@ -27,6 +27,24 @@ class SourceConfig:
 
 
 @dataclass(frozen=True)
+class ValidationConfig:
+    """Data that is never trained on: sources of their own, or one in so many records of each source of the training."""
+
+    sources: tuple[SourceConfig, ...] = ()
+    one_in: int = 0  # of the records of data.sources, by a seeded draw; 0: none
+    batches: int = 8  # of a validation, always the same; their shape is that of the training's
+
+    def __post_init__(self):
+        require_positive(self, ["batches"])
+        if self.one_in < 0 or self.one_in == 1:
+            raise ConfigError(f"data.validation.one_in={self.one_in} must be at least 2, or 0 for none")
+        if self.one_in and self.sources:
+            raise ConfigError(
+                f"data.validation.one_in={self.one_in} and data.validation.sources exclude each other; leave out one"
+            )
+
+
+@dataclass(frozen=True)
 class DataConfig:
     """Packed batches: `batch_size` rows of `seq_len` tokens and `packs` vision packs of `pack_patches` patches.
 
@@ -50,6 +68,7 @@ class DataConfig:
     vision_share: Schedule | None = None  # of all tokens, those of vision sources' documents; None: as the weights say
     text_tokens: int = 0  # of text sources in the whole run, exactly; 0: without end
     vision_tokens: int = 0  # of vision sources
+    validation: ValidationConfig = field(default_factory=ValidationConfig)
 
     def __post_init__(self):
         require_positive(self, "batch_size seq_len pack_patches max_image_patches max_frame_patches lanes".split())
@@ -102,6 +121,8 @@ class TrainConfig:
     seed: int = 0
     log_every: int = 10
     checkpoint_every: int = 200
+    checkpoint_minutes: float = 0.0  # also after so long without one, by the clock of process 0; 0: by steps alone
+    eval_every: int = 0  # steps between two validations (data.validation), and one at the end; 0: none
     keep: int = 3
     max_bad_steps: int = 5  # NaN/inf steps in a row before the run stops
     remat: str = "none"  # none | full | dots
@@ -119,7 +140,7 @@ class TrainConfig:
         one_of(self, "vision", ("dep", "stage0", "plain"))
         one_of(self, "compute_dtype", ("float32", "bfloat16"))
         require_positive(self, "steps log_every checkpoint_every keep max_bad_steps accumulate".split())
-        for name in ("siglip_weight", "vision_rounds"):
+        for name in ("siglip_weight", "vision_rounds", "checkpoint_minutes", "eval_every"):
             if getattr(self, name) < 0:
                 raise ConfigError(f"train.{name}={getattr(self, name)} must not be negative")
         if not 0 <= self.seed < 2**32:
@@ -152,6 +173,20 @@ class MeshConfig:
 
 
 @dataclass(frozen=True)
+class ProfileConfig:
+    """A trace of what host and devices do in some steps, for TensorBoard: WORKDIR/profile (train/profiling.py)."""
+
+    start: int = 0  # the first step that is traced; 0: none. Choose one after the compilation
+    steps: int = 3
+    everywhere: bool = False  # in all processes, not process 0 alone
+
+    def __post_init__(self):
+        require_positive(self, ["steps"])
+        if self.start < 0:
+            raise ConfigError(f"profile.start={self.start} must not be negative; 0 traces nothing")
+
+
+@dataclass(frozen=True)
 class Experiment:
     """Everything that a run needs; saved with it as `config.json`."""
 
@@ -162,8 +197,15 @@ class Experiment:
     optim: OptimConfig = field(default_factory=OptimConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
     mesh: MeshConfig = field(default_factory=MeshConfig)
+    profile: ProfileConfig = field(default_factory=ProfileConfig)
 
     def __post_init__(self):
         one_of(self, "stage", ("pretrain", "vit"))
+        held_out = self.data.validation
+        if self.train.eval_every and not (held_out.sources or held_out.one_in):
+            raise ConfigError(
+                f"train.eval_every={self.train.eval_every} needs data to validate on: set data.validation.sources, or "
+                "data.validation.one_in"
+            )
         if self.stage != "vit" and self.train.siglip_weight:
             raise ConfigError(f"train.siglip_weight={self.train.siglip_weight} needs stage='vit', not {self.stage!r}")

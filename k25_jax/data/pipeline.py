@@ -12,8 +12,9 @@ from collections.abc import Sequence
 import grain
 import numpy as np
 
-from k25_jax.config import DataConfig, K25Config
+from k25_jax.config import DataConfig, K25Config, SourceConfig
 from k25_jax.data.forms import prepare, unforeseen
+from k25_jax.data.holdout import Part
 from k25_jax.data.lane import Lane, Prepared, Stream
 from k25_jax.data.mixture import Mixture, check_mixture, modality_of
 from k25_jax.data.packing import Batch, Example, Filling, build, truncate
@@ -29,21 +30,35 @@ BATCHES_AHEAD = 2
 
 
 def make_pipeline(
-    data: DataConfig, model: K25Config, steps: int, lanes: Sequence[int] | None = None
+    data: DataConfig, model: K25Config, steps: int, lanes: Sequence[int] | None = None, held_out: bool = False
 ) -> grain.DatasetIterator[Batch]:
     """An iterator of batches of some `lanes` of `data`, else of all, with `get_state`, `set_state` and `close`.
 
     `steps` is the length of the run, for schedules. The state belongs to the batch that was handed out last, whatever was
-    read ahead. Raises DataError.
+    read ahead. With data.validation.one_in `held_out` says which part of the records: those, or the others. Raises DataError.
     """
     tokenizer = load_tokenizer(data.tokenizer)
     check(data, model, tokenizer)
     lanes = range(data.lanes) if lanes is None else lanes
     if not lanes or not all(0 <= lane < data.lanes for lane in lanes):
         raise DataError(f"lanes={list(lanes)} must be some of the data.lanes={data.lanes}")
-    sources = [open_source(config) for config in data.sources]
+    sources = [part_of(open_source(config), config, data, held_out) for config in data.sources]
     batches = PackedDataset(sources, data, model, tokenizer, steps, lanes)
     return iter(grain.experimental.ThreadPrefetchIterDataset(batches, prefetch_buffer_size=BATCHES_AHEAD))
+
+
+def part_of(source: Source, config: SourceConfig, data: DataConfig, held_out: bool) -> Source:
+    """The records of a source that are trained on, or those held out; raises DataError where either are fewer than lanes."""
+    one_in = data.validation.one_in
+    if not one_in:
+        return source
+    parts = [Part(source, one_in, data.seed, held) for held in (False, True)]
+    if min(map(len, parts)) < data.lanes:
+        raise DataError(
+            f"data.validation.one_in={one_in} leaves {len(parts[0])} of {len(source)} records of {config.path} for training, "
+            f"{len(parts[1])} for validation, fewer than data.lanes={data.lanes}; lower it, or give data.validation.sources"
+        )
+    return parts[held_out]
 
 
 def of_lanes(data: DataConfig, number: int) -> DataConfig:

@@ -25,8 +25,6 @@ from k25_jax.sharding.mesh import AXES
 from k25_jax.sharding.processes import Reader, assembled, gathered, own_reader, owners_of, readers, spread
 from k25_jax.vision.patchpack import balance, blank_pack, clip_flops, write_grid
 
-CHANNEL = "plan"  # of what processes tell each other here
-
 
 @dataclass(frozen=True)
 class Planned:
@@ -42,10 +40,11 @@ class Planned:
     read: tuple[int, ...]  # devices whose share of pixels it has read
 
 
-def planned(batch: Batch, mesh: Mesh, experiment: Experiment) -> Planned:
+def planned(batch: Batch, mesh: Mesh, experiment: Experiment, channel: str = "train") -> Planned:
     """Where all of the batch goes whose rows and packs the processes have read, each its own; all must call it.
 
-    In one process the batch is whole. In several, a reader's rows become those of its blocks of rows, in their order.
+    In one process the batch is whole. In several, a reader's rows become those of its blocks of rows, in their order;
+    threads that plan at the same time have a `channel` each.
     """
     config, vision = experiment.model.vision, experiment.train.vision
     everyone = readers(owners_of(mesh))
@@ -55,7 +54,7 @@ def planned(batch: Batch, mesh: Mesh, experiment: Experiment) -> Planned:
         clips, packs, pixels = dep.clips_in(batch.media_BL), len(batch.vision.segments_PN), None
         metrics = batch_stats(batch) | dep.balance_metrics(batch, mesh, config, vision)
     else:
-        plan, metrics = make_plan(batch, everyone, mesh.size, config)
+        plan, metrics = make_plan(batch, everyone, mesh.size, config, f"plan/{channel}")
         clips, packs = plan.clips(config.group), plan.packs
         metrics |= plan.balance_metrics(mesh, config, vision)
         batch, pixels = _as_encoded(batch, plan, own, mine, mesh.size, config)
@@ -131,7 +130,7 @@ class Plan:
         return {"vision_max_over_mean": float(loads.max() * mesh.size / loads.sum())}
 
 
-def make_plan(batch: Batch, everyone: list[Reader], devices: int, config: VisionConfig) -> tuple[Plan, dict]:
+def make_plan(batch: Batch, everyone: list[Reader], devices: int, config: VisionConfig, channel: str):
     """Learn of all clips and balance them over the packs of all devices: (the plan, `batch_stats` of the whole batch)."""
     told = gathered(
         {
@@ -140,7 +139,7 @@ def make_plan(batch: Batch, everyone: list[Reader], devices: int, config: Vision
             "dtype": str(batch.vision.patches_PNC.dtype),
             "stats": batch_stats(batch),
         },
-        CHANNEL,
+        channel,
     )
     told = [told[reader.processes[0]] for reader in everyone]
     most = max(told, key=lambda one: one["packs"])

@@ -113,7 +113,8 @@ def draw_curves(axes: Axes, curves: Curves, title: str, y_label: str, x_label: s
             raise ValueError(f"curve {name!r}: {steps.shape} steps and {values.shape} values; give one value a step")
         finite = np.isfinite(values)
         axes.plot(steps[finite], values[finite], color=colour, alpha=0.25, linewidth=1)
-        axes.plot(steps[finite], smooth(values[finite]), color=colour, linewidth=2, label=plain(name))
+        style = dict(linewidth=2, linestyle=("-", "--", ":")[index // len(COLOURS) % 3])
+        axes.plot(steps[finite], smooth(values[finite]), color=colour, label=plain(name), **style)
         if not finite.all():  # at the top of the axes, whatever the scale
             crosses = np.full(int((~finite).sum()), 0.98)
             axes.plot(steps[~finite], crosses, "x", color=colour, transform=axes.get_xaxis_transform())

@@ -6,25 +6,39 @@ import pathlib
 from k25_jax.report import html, plots
 from k25_jax.report.metrics import read_metrics
 
-CURVES = (
-    ("loss", "Loss", "loss (nats per token)"),
-    ("accuracy", "Accuracy of the next token", "share of targets"),
-    ("grad_norm", "Gradient norm before clipping", "norm"),
-    ("router_max_over_mean", "Load of the busiest expert", "multiple of the mean load"),
-    ("tokens_per_second", "Speed", "tokens per second"),
+CURVES = (  # names of metrics in one figure, a name with / at its end for all that begin so; title, unit
+    (("loss", "validation/loss"), "Loss", "loss (nats per token)"),
+    (("accuracy",), "Accuracy of the next token", "share of targets"),
+    (("learning_rate",), "Learning rate", "rate"),
+    (("grad_norm",), "Gradient norm before clipping", "norm"),
+    (("grad_norm/",), "Gradient norm by part of the model, before clipping", "norm"),
+    (("update_norm/",), "Norm of the update by part of the model", "norm"),
+    (("router_max_over_mean",), "Load of the busiest expert", "multiple of the mean load"),
+    (("tokens_per_second",), "Speed", "tokens per second"),
 )
 
 
 def curve_sections(metrics: list[dict]) -> list[html.Figure]:
-    """One figure for each metric that the run has."""
+    """One figure for each group of metrics of which the run has one."""
+    logged = dict.fromkeys(name for row in metrics for name in row)
     figures = []
-    for name, title, unit in CURVES:
-        rows = [(row["step"], float(row[name])) for row in metrics if name in row]
-        if rows:
-            steps, values = zip(*rows, strict=True)
-            caption = f"{title} over {len(rows)} logged steps; last value {values[-1]:.4g}."
-            figures.append(html.Figure(title, plots.loss_curves({name: (steps, values)}, title, unit), caption))
+    for wanted, title, unit in CURVES:
+        names = [name for name in logged if name in wanted or name.startswith(tuple(w for w in wanted if w[-1] == "/"))]
+        curves = {name.removeprefix(wanted[0]) or name: _curve(metrics, name) for name in names}
+        if curves:
+            steps, values = next(iter(curves.values()))
+            rows = max(len(steps) for steps, _ in curves.values())
+            last = f"; last value {values[-1]:.4g}" if len(curves) == 1 else ""
+            figures.append(
+                html.Figure(title, plots.loss_curves(curves, title, unit), f"{title} over {rows} logged steps{last}.")
+            )
     return figures
+
+
+def _curve(metrics: list[dict], name: str) -> tuple[list[int], list[float]]:
+    """(steps, values) of a metric."""
+    rows = [(row["step"], float(row[name])) for row in metrics if name in row]
+    return [step for step, _ in rows], [value for _, value in rows]
 
 
 def config_sections(directory: pathlib.Path) -> list[html.Config]:

@@ -29,15 +29,15 @@ LOST, USAGE, INTERRUPTED = 1, 2, 130  # exit statuses
 
 
 @contextlib.contextmanager
-def watched(resume: Callable[[], str]):
+def watched(resume: Callable[[], str], command: str = "k25 train"):
     """Watch the other processes for as long as this lasts; yields a `Watch`, or None where there are none.
 
-    `resume()` says where the run will go on when it is started again. An error in here ends the process.
+    `resume()` says where the run of `command` will go on when it is started again. An error in here ends the process.
     """
     if jax.process_count() == 1:
         yield None
         return
-    watch = Watch(distributed.global_state.client, jax.process_index(), jax.process_count(), resume)
+    watch = Watch(distributed.global_state.client, jax.process_index(), jax.process_count(), resume, command)
     with leaving(watch):
         yield watch
     watch.finish()
@@ -57,8 +57,8 @@ def leaving(watch: "Watch | None"):
 class Watch:
     """Signs of life of `count` processes, and the end of this one when it or another fails."""
 
-    def __init__(self, client, index: int, count: int, resume: Callable[[], str]):
-        self._client, self._index, self._resume = client, index, resume
+    def __init__(self, client, index: int, count: int, resume: Callable[[], str], command: str = "k25 train"):
+        self._client, self._index, self._resume, self._command = client, index, resume, command
         self._others = [p for p in range(count) if p != index]
         now = time.monotonic()
         self._beats = {p: ("", now) for p in self._others}  # of each process the last sign, and when it came
@@ -167,7 +167,7 @@ class Watch:
         if sys.stderr.isatty():
             Console(stderr=True).show_cursor()  # a progress bar hid it
         if message:
-            print(f"\nk25 train: error: process {self._index}: {message.strip()}", file=sys.stderr, flush=True)
+            print(f"\n{self._command}: error: process {self._index}: {message.strip()}", file=sys.stderr, flush=True)
         if not self._unreachable:
             teller = threading.Thread(target=self._tell, args=(reason,), daemon=True)
             teller.start()

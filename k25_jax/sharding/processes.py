@@ -33,6 +33,8 @@ JOIN_SECONDS = 120  # for all processes to be there
 HEARTBEAT_SECONDS = 100  # JAX aborts a process so long after another fell silent; sharding/peers.py is quicker
 GATHER_MILLISECONDS = 3_600_000  # that one process may come later than another; one that died ends all (peers.py)
 SHUTDOWN_SECONDS = 60  # that all wait for each other at the end
+TOLD_SECONDS = 3600  # that process 0 may be behind the others, while it compiles
+TOLD_KEPT = 100  # what process 0 told so many times ago has been read by all, who go step by step
 
 
 # ------------------------------------------------------------------------------------------------------------ beginning
@@ -217,6 +219,42 @@ def gathered(value, channel: str = "main") -> list:
 
 
 _turns = collections.defaultdict(itertools.count)  # of each channel
+
+
+_numbers = itertools.count()
+
+
+def from_first(value):
+    """The JSON `value` of process 0; all must call it, alike. No device takes part, and process 0 waits for nobody."""
+    if jax.process_count() == 1:
+        return value
+    client, number = distributed.global_state.client, next(_numbers)
+    key = "k25/told/{}".format
+    if jax.process_index():
+        return json.loads(client.blocking_key_value_get(key(number), 1000 * TOLD_SECONDS))
+    client.key_value_set(key(number), json.dumps(value))
+    if number >= TOLD_KEPT:
+        client.key_value_delete(key(number - TOLD_KEPT))
+    return value
+
+
+def any_signal(number: int) -> int:
+    """In process 0 the number of a signal that some process has given here, or 0; 0 elsewhere. Nobody waits."""
+    if jax.process_count() == 1:
+        return number
+    client = distributed.global_state.client
+    if jax.process_index():
+        if number:
+            client.key_value_set(f"k25/signal/{jax.process_index()}", str(number), allow_overwrite=True)
+        return 0
+    heard = [int(value) for _, value in client.key_value_dir_get("k25/signal/")]
+    return max([number, *heard])
+
+
+def met(what: str) -> None:
+    """Wait until all processes are here, for as long as one may need more than another; no device takes part."""
+    if jax.process_count() > 1:
+        distributed.global_state.client.wait_at_barrier(f"k25/{what}/{next(_numbers)}", 1000 * TOLD_SECONDS)
 
 
 # --------------------------------------------------------------------------------------------------------- who reads what

@@ -121,13 +121,13 @@ def at_once(name: str, remark: str = "") -> Iterator[None]:
 def between_steps(alone: bool = True) -> Iterator[Stop]:
     """A run: once its `arm` was called, after the first step, the first signal is noted, the second ends all at once.
 
-    A signal that came raises Interrupted at the end. When not `alone`, others wait in an exchange for a process that has
-    left after its step: then signals act at once, as Python has them, and sharding/peers.py tells the others.
+    A signal that came raises Interrupted at the end. When not `alone`, the processes have to agree on the step (saving.py),
+    and what ends one of them at once is told to the others (sharding/peers.py): so before the first step signals act as
+    Python has them.
     """
     stop, plain = Stop(), {}
     if not alone:
         plain = _replace({signal.SIGINT: signal.default_int_handler, signal.SIGTERM: signal.SIG_DFL})
-        stop.arm = lambda: None
     try:
         yield stop
     finally:

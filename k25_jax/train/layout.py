@@ -51,9 +51,10 @@ def check_mesh(experiment: Experiment, mesh: Mesh) -> None:
             )
 
 
-def open_data(experiment: Experiment, mesh: Mesh):
+def open_data(experiment: Experiment, mesh: Mesh, held_out: bool = False):
     """The batches that this process reads: the rows and packs of its lanes (sharding/processes.py)."""
-    return make_pipeline(experiment.data, experiment.model, experiment.train.steps, own_lanes(experiment.data, mesh))
+    lanes = own_lanes(experiment.data, mesh)
+    return make_pipeline(experiment.data, experiment.model, experiment.train.steps, lanes, held_out)
 
 
 def own_lanes(data: DataConfig, mesh: Mesh) -> range:
@@ -68,8 +69,8 @@ def own_lanes(data: DataConfig, mesh: Mesh) -> range:
     return range(own * number, (own + 1) * number)
 
 
-def data_states(pipeline, mesh: Mesh) -> list[dict]:
-    """The state of each lane of the data; all processes call this."""
-    states = processes.gathered(pipeline.get_state())
+def data_states(state: dict, mesh: Mesh) -> list[dict]:
+    """The state of each lane of the data, of the states of all processes' pipelines; all call this."""
+    states = processes.gathered(state)
     everyone = processes.readers(processes.owners_of(mesh))
     return [lane for reader in everyone for lane in states[reader.processes[0]]["lanes"]]

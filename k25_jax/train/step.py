@@ -10,6 +10,8 @@ from jax.sharding import Mesh
 from k25_jax.config import Experiment
 from k25_jax.models.moe import balanced_bias
 from k25_jax.optim.muonclip import muonclip, qk_clip
+from k25_jax.optim.schedules import warmup_stable_decay
+from k25_jax.train.parts import norms, squares
 from k25_jax.train.state import TrainState, state_shardings
 from k25_jax.train.trainable import merged, split
 
@@ -25,6 +27,7 @@ def make_step(experiment: Experiment, loss_fn, mesh: Mesh | None = None):
     layout, names = None if mesh is None else state_shardings(experiment, mesh), experiment.train.trainable
     trained_layout = layout and split(layout.params, names)[0]
     optimizer = muonclip(experiment.optim, experiment.train.steps, trained_layout)
+    rate = warmup_stable_decay(experiment.optim, experiment.train.steps)
 
     @functools.partial(jax.jit, donate_argnums=0, out_shardings=layout and (layout, None))
     def step(state: TrainState, batch):
@@ -33,9 +36,13 @@ def make_step(experiment: Experiment, loss_fn, mesh: Mesh | None = None):
         (loss, (metrics, stats)), grads = grad_fn(trained)
         if layout:  # the means may lie otherwise, which is no reason to compute a gradient otherwise
             grads = jax.lax.with_sharding_constraint(grads, trained_layout)
-        grad_norm = optax.tree.norm(grads)
+        grad_squares = squares(grads)
+        grad_norm = jnp.sqrt(optax.tree.sum(grad_squares))
         finite = jnp.isfinite(loss) & jnp.isfinite(grad_norm)
         updates, opt_state = optimizer.update(grads, state.opt_state, trained, grad_norm=grad_norm, finite=finite)
+        metrics |= norms(grad_squares, experiment.model, "grad_norm")
+        metrics |= norms(squares(updates), experiment.model, "update_norm")
+        metrics |= {"learning_rate": rate(state.opt_state.count)}
         params = merged(optax.apply_updates(trained, updates), frozen)
         params = with_balanced_router(params, jnp.where(finite, stats.load_YE, 0), experiment)
         metrics |= {"grad_norm": grad_norm, "bad": 1 - finite.astype(jnp.int32), "max_logit": stats.max_logit_YH.max()}

@@ -255,7 +255,7 @@ POISONED = """
     import contextlib, sys
     import numpy as np
     from k25_jax.config import load_experiment
-    from k25_jax.train import layout, loop
+    from k25_jax.train import layout, loop, steplog
 
     class Poisoned:
         def __init__(self, pipeline):
@@ -272,7 +272,7 @@ POISONED = """
     layout.make_pipeline = lambda *arguments: Poisoned(make_pipeline(*arguments))
     try:
         loop.train(load_experiment(sys.argv[1]), sys.argv[2])
-    except loop.BadSteps as error:
+    except steplog.BadSteps as error:
         print(error)
 """
 

@@ -98,6 +98,33 @@ def test_one_process_goes_on_with_the_data_of_two(undisturbed, tmp_path):
     np.testing.assert_allclose([row["loss"] for row in both[0]], [row["loss"] for row in both[1]], rtol=1e-4)
 
 
+def test_both_validate_and_save_by_the_clock_of_the_first(undisturbed, tmp_path):
+    run, more = tmp_path / "run", ("data.validation.one_in=3", "train.eval_every=2", "train.steps=4")
+    times = ("train.checkpoint_minutes=1e-6", "train.checkpoint_every=100", "train.keep=9", "profile.start=3")
+    later_in_1 = ("sh", "-c", '[ $JAX_PROCESS_ID = 0 ] || set -- "$@" train.checkpoint_minutes=99.0; exec "$@"', "sh")
+    more += (*times, "profile.everywhere=True", "profile.steps=1")
+    done = finish(start(undisturbed.file, run, *more, wrapper=later_in_1))
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert Store(run / "checkpoints").steps() == [1, 2, 3, 4]
+    assert ["validation/loss" in row for row in runs.rows(run)] == [False, True, False, True]
+    assert all(list((run / "profile" / f"process_{index}").rglob("*.xplane.pb")) for index in range(2))
+
+
+def test_a_signal_to_one_saves_the_step_in_hand_of_both(undisturbed, tmp_path):
+    """As when one host of a pod is to be maintained; in the middle, between checkpoints. Then both go on."""
+    run, more = tmp_path / "run", ("train.steps=400", "train.checkpoint_every=1000")
+    process = start(undisturbed.file, run, *more)
+    assert runs.wait_for(process, lambda: runs.step_of(run) >= 2), finish(process)
+    os.kill(children(process)[1], signal.SIGTERM)
+    done = finish(process)
+    assert done.returncode == 128 + signal.SIGTERM, done.stderr[-3000:]
+    (step,) = Store(run / "checkpoints").steps()
+    assert runs.step_of(run) == step < 400 and f"stopped; step {step} is saved in {run}" in done.stderr
+    assert "Traceback" not in done.stderr and "has died" not in done.stderr
+    again = finish(start(undisturbed.file, run, f"train.steps={step + 2}"))
+    assert again.returncode == 0 and [row["step"] for row in runs.rows(run)] == list(range(1, step + 3))
+
+
 def test_data_in_other_lanes_is_refused(undisturbed):
     more = runs.k25("train", f"--config={undisturbed.file}", f"--workdir={undisturbed.run}", *OVERRIDES, "data.lanes=1")
     assert more.returncode == 2 and "the data was read in data.lanes=2, now in 1; set as many" in more.stderr

@@ -1,0 +1,80 @@
+"""Batches on their devices when a step asks for them: read, planned and placed while the step before runs (K2.5 §3.8).
+
+`planned` is work of the host alone and runs in a thread. `placed` may launch programs of the devices. All processes must
+launch those in one order, so that of several it runs in the main thread; one process alone places in the thread too.
+"""
+
+import concurrent.futures
+import logging
+import time
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import jax
+from jax.sharding import Mesh
+
+from k25_jax.config import Experiment
+from k25_jax.data.packing import Batch
+from k25_jax.parallel import hosts
+from k25_jax.sharding import processes
+
+log = logging.getLogger(__name__)
+
+
+class Planned(NamedTuple):
+    """What this process has read for a step."""
+
+    batch: hosts.Planned
+    data_state: dict  # of the pipeline, which goes on after this batch, whatever has been read ahead
+    some: bool  # whether there is a token in it
+    placed: Batch | None
+
+
+class Ready(NamedTuple):
+    """What a step takes, and what is known of it before it runs."""
+
+    batch: Batch  # on the devices
+    metrics: dict[str, float]
+    data_state: dict
+    asked: float  # when the loop came for it, by time.perf_counter
+    waited: float  # seconds
+
+
+class Feed:
+    """The batches of a pipeline, one step ahead. `pipeline` may be set to another state before `batches` begins.
+
+    Feeds of one run that are open at the same time have a `name` each.
+    """
+
+    def __init__(self, pipeline, experiment: Experiment, mesh: Mesh, name: str = "train"):
+        self.pipeline, self._mesh, self._experiment, self._name = pipeline, mesh, experiment, name
+        data = experiment.data
+        self._ends = data.text_tokens or data.vision_tokens or any(source.max_epochs for source in data.sources)
+        self._thread = concurrent.futures.ThreadPoolExecutor(1, thread_name_prefix="k25-feed")
+
+    def batches(self, start: int, last: int) -> Iterator[tuple[int, Ready]]:
+        """(step, what it takes) after step `start`, to `last` or until no process has a token left."""
+        coming = self._thread.submit(self.planned)
+        for step in range(start + 1, last + 1):
+            asked = time.perf_counter()
+            plan = coming.result()
+            batch = plan.placed or hosts.placed(plan.batch)
+            waited = time.perf_counter() - asked
+            if step < last:
+                coming = self._thread.submit(self.planned)
+            if self._ends and not any(processes.gathered(plan.some)):
+                log.info("all budgets and epochs of the data are spent after step %d", step - 1)
+                return
+            yield step, Ready(batch, plan.batch.metrics, plan.data_state, asked, waited)
+
+    def planned(self) -> Planned:
+        """The next batch, read, planned and, where no other process has a say in it, placed."""
+        batch = next(self.pipeline)
+        state, some = self.pipeline.get_state(), bool(batch.segments_BL.any())
+        plan = hosts.planned(batch, self._mesh, self._experiment, self._name)
+        return Planned(plan, state, some, hosts.placed(plan) if jax.process_count() == 1 else None)
+
+    def close(self) -> None:
+        """Let the batch in hand be made, and end the threads."""
+        self._thread.shutdown(cancel_futures=True)
+        self.pipeline.close()
