@@ -24,7 +24,7 @@ import numpy as np
 
 from k25_jax.config import DataConfig, Experiment, K25Config, MeshConfig, OptimConfig, TrainConfig, preset
 from k25_jax.data.packing import Batch, make_example, pack_examples
-from k25_jax.parallel import dep
+from k25_jax.parallel import hosts
 from k25_jax.parallel.pipeline import layers_of
 from k25_jax.train.layout import mesh_of
 from k25_jax.train.pretrain import loss_fn
@@ -106,7 +106,7 @@ def run(arm: Arm, batch: Batch, one_device: bool):
     mesh = None if one_device else mesh_of(experiment)
     state = jax.device_put(initial_state(arm.optimizer), mesh and state_shardings(experiment, mesh))
     state = in_stages(state, experiment, mesh) if mesh else state
-    batch = dep.place(batch, mesh, experiment.model.vision) if mesh else batch
+    batch = hosts.place(batch, mesh, experiment) if mesh else batch
     with jax.set_mesh(mesh) if mesh else contextlib.nullcontext():
         step = make_step(experiment, observed_loss, mesh)
         for _ in range(STEPS):
