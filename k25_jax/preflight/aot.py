@@ -17,7 +17,7 @@ from k25_jax.data.packing import Batch, pack_examples
 from k25_jax.models.experts import ROOM
 from k25_jax.parallel import dep
 from k25_jax.preflight import hlo
-from k25_jax.preflight.cost import arrays_made, jaxpr_flops, model_flops, roofline, temporaries
+from k25_jax.preflight.cost import arrays_made, jaxpr_flops, live, model_flops, roofline, temporaries
 from k25_jax.preflight.exchange import axes_of, exchanged
 from k25_jax.preflight.topology import Topology, devices_of
 from k25_jax.sharding.mesh import platform
@@ -176,7 +176,7 @@ def _asked(experiment: Experiment, mesh, traced, state, batch):
         model = dataclasses.replace(experiment.model, text=dataclasses.replace(text, moe=moe))
         changed = dataclasses.replace(experiment, model=model)
         traced = make_step(changed, loss_of(changed), mesh).trace(state, batch)
-    return jaxpr_flops(traced.jaxpr, mesh.size, 1 / ROOM if mesh.shape["expert"] > 1 else 1.0)
+    return jaxpr_flops(live(traced.jaxpr), mesh.size, 1 / ROOM if mesh.shape["expert"] > 1 else 1.0)
 
 
 def _memory(report: Report, memory) -> None:

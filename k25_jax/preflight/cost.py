@@ -8,6 +8,7 @@ import dataclasses
 import math
 from dataclasses import dataclass
 
+from jax._src.interpreters.partial_eval import dce_jaxpr  # has no public name
 from jax.extend.core import ClosedJaxpr, Jaxpr, Literal, jaxprs_in_params
 
 from k25_jax.config import Experiment
@@ -37,6 +38,11 @@ class Flops:
 
 
 # ---------------------------------------------------------------------------------------------------------------- jaxpr
+def live(jaxpr: ClosedJaxpr) -> Jaxpr:
+    """What the results depend on. The rest, such as results of a layer that is computed again, compilers leave out."""
+    return dce_jaxpr(jaxpr.jaxpr, [True] * len(jaxpr.jaxpr.outvars))[0]
+
+
 def jaxpr_flops(jaxpr: Jaxpr | ClosedJaxpr, devices: int = 1, filled: float = 1.0) -> Flops:
     """FLOPs of one device in matrix products, convolutions and kernels; elementwise work is not counted.
 
