@@ -45,6 +45,7 @@ class Arm:
     remat: str = "none"
     accumulate: int = 1
     dispatch: str = "gather"
+    chunk: int = 0
 
 
 ARMS = {
@@ -53,17 +54,21 @@ ARMS = {
     "context": Arm(MeshConfig(1, 2, 1, context=4)),
     "pipeline": Arm(MeshConfig(4, 1, 2), optimizer="adamw", remat="dots"),
     "pipeline, experts": Arm(MeshConfig(2, 2, 2), remat="full"),
-    "pipeline with repeats, experts": Arm(MeshConfig(2, 2, 2, repeats=2, microbatches=4), remat="full"),
+    "pipeline with repeats, experts": Arm(MeshConfig(2, 2, 2, repeats=2, microbatches=4), remat="full", chunk=24),
     "all, in two parts": Arm(
-        MeshConfig(2, 1, 2, context=2, repeats=2, microbatches=4), remat="full", accumulate=2, dispatch="alltoall"
+        MeshConfig(2, 1, 2, context=2, repeats=2, microbatches=4),
+        remat="full",
+        accumulate=2,
+        dispatch="alltoall",
+        chunk=12,
     ),
 }
 
 
-def model(dispatch: str = "gather") -> K25Config:
+def model(dispatch: str = "gather", chunk: int = 0) -> K25Config:
     """The tiny model with one dense and four MoE layers."""
     tiny = preset("tiny")
-    moe = dataclasses.replace(tiny.text.moe, dispatch=dispatch)
+    moe = dataclasses.replace(tiny.text.moe, dispatch=dispatch, chunk=chunk)
     return dataclasses.replace(tiny, text=dataclasses.replace(tiny.text, layers=5, moe=moe))
 
 
@@ -82,7 +87,7 @@ def experiment_of(arm: Arm) -> Experiment:
     """The run of one arm."""
     optim = OptimConfig(name=arm.optimizer, muon_dtype="float32", warmup_steps=1, peak_lr=1e-3, clip_norm=1e9)
     train = TrainConfig(steps=STEPS, remat=arm.remat, accumulate=arm.accumulate)
-    return Experiment(model=model(arm.dispatch), data=DATA, optim=optim, train=train, mesh=arm.mesh)
+    return Experiment(model=model(arm.dispatch, arm.chunk), data=DATA, optim=optim, train=train, mesh=arm.mesh)
 
 
 @functools.cache

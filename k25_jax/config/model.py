@@ -80,10 +80,13 @@ class MoEConfig:
     bias_rate: float = 1e-3  # step of the sign rule that balances the load
     grouped_matmul: str = "auto"  # auto | blocked | megablox | ragged | reference
     dispatch: str = "gather"  # gather | alltoall: how token copies reach experts on other devices
+    chunk: int = 0  # tokens of a device that experts on a mesh take at a time, if it has more; 0: all
     reduce_dtype: str = "float32"  # float32 | bfloat16: in which devices add up their gradients of an expert's matrices
 
     def __post_init__(self):
         require_positive(self, "experts ffn_dim groups".split())
+        if self.chunk < 0:
+            raise ConfigError(f"moe.chunk={self.chunk} must not be negative")
         if not 1 <= self.top_k <= self.experts:
             raise ConfigError(f"moe.top_k={self.top_k} must lie between 1 and moe.experts={self.experts}")
         if self.experts % self.groups or not 1 <= self.top_groups <= self.groups:

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 
-from k25_jax.config import MoEConfig
+from k25_jax.config import ConfigError, MoEConfig
 from k25_jax.kernels.grouped_matmul import copy_rows, expert_swiglu, permute_rows
 from k25_jax.models.dispatch import exchanged, in_rounds, places_for
 from k25_jax.models.masters import cast_from, whole
@@ -54,15 +54,15 @@ def _local(p, x_TD, weights_TK, experts_TK, load_E, implementation: str):
 def _parallel(p, x_BLD, weights_BLK, experts_BLK, config: MoEConfig):
     """Expert parallelism, dropless, in one of two forms (`moe.dispatch`; models/dispatch.py compares what they send).
 
-    Matrices are split over WIDTH too and gathered for use; in the backward pass the same exchanges run the other way
-    round and add up the gradients.
+    Matrices are split over WIDTH too and gathered for use, once for all chunks of tokens (`moe.chunk`); in the backward
+    pass the same exchanges run the other way round and add up the gradients.
     """
 
     def body(p, x_BLD, *chosen_BLK):
         p = {name: whole(p[name], x_BLD.dtype, WIDTH, axis, config.reduce_dtype) for name, axis in SPLIT}
-        arguments = (a.reshape(-1, a.shape[-1]) for a in (x_BLD, *chosen_BLK))
         form = _by_gather if config.dispatch == "gather" else _by_all_to_all
-        return form(p, *arguments, config).reshape(x_BLD.shape)
+        arguments = [a.reshape(-1, a.shape[-1]) for a in (x_BLD, *chosen_BLK)]
+        return _in_chunks(lambda p, *some: form(p, *some, config), config.chunk, p, arguments).reshape(x_BLD.shape)
 
     tokens = PartitionSpec(ROWS, "context", None)
     matrices = {name: PartitionSpec("expert", *(WIDTH if i == axis else None for i in (1, 2))) for name, axis in SPLIT}
@@ -72,6 +72,17 @@ def _parallel(p, x_BLD, weights_BLK, experts_BLK, config: MoEConfig):
     return jax.shard_map(
         body, in_specs=(matrices, tokens, tokens, tokens), out_specs=tokens, axis_names=manual, check_vma=False
     )(weights, x_BLD, weights_BLK, experts_BLK)
+
+
+def _in_chunks(form, chunk: int, p, arguments):
+    """form(p, *arguments), `chunk` tokens after the other; what one chunk holds, the next one's memory is."""
+    tokens = len(arguments[0])
+    if not chunk or tokens <= chunk:
+        return form(p, *arguments)
+    if tokens % chunk:
+        raise ConfigError(f"moe.chunk={chunk} must divide the {tokens} tokens that a device has in a microbatch")
+    one = jax.checkpoint(lambda some: form(p, *some))
+    return jax.lax.map(one, [a.reshape(-1, chunk, a.shape[-1]) for a in arguments])
 
 
 def _by_gather(p, x_TD, weights_TK, experts_TK, config: MoEConfig):
