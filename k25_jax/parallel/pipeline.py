@@ -117,7 +117,9 @@ _run.defvjp(_run_forward, _run_backward)
 
 
 def _at(stack, number):
-    return jax.tree.map(lambda a: jax.lax.dynamic_index_in_dim(a, number, keepdims=False), stack)
+    """One layer. The barrier keeps the compiler from casting the whole stack before the loop, and holding that as well."""
+    layer = jax.tree.map(lambda a: jax.lax.dynamic_index_in_dim(a, number, keepdims=False), stack)
+    return jax.lax.optimization_barrier(layer)
 
 
 def _add_at(number, sum_Y, a):
