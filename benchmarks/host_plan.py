@@ -1,7 +1,7 @@
 """What a host plans beside a step of the 1.04T model, on 64 to 2048 chips, and the memory that it takes (K2.5 §3.8).
 
-The batch has 16384 rows of 4096 tokens, in up to 16 parts, and packs of 4096 patches that are as full as lanes make them, with
-images of heavy-tailed sizes. Timed is all that a host of four chips does for a step (`planned_as_told`): it learns of all
+The batch has 16384 rows of 4096 tokens, in up to 16 parts, and packs of 4096 patches that are as full as lanes make them,
+with images of heavy-tailed sizes. Timed is all that a host of four chips does for a step (`planned_as_told`): it learns of all
 clips, balances them over the packs, and makes the tables of its own chips, rows and packs. Also: the bytes that hosts tell
 each other, and the most memory that the planning takes. Beside it stands the way before: packs without room tried again for
 every clip, and tables of all pairs of chips on every host, which are counted, not made.
@@ -28,7 +28,7 @@ from k25_jax.config import Experiment, VisionConfig, load_experiment
 from k25_jax.data.packing import Batch, Rooms
 from k25_jax.parallel.hosts import Planned, planned_as_told, what_to_tell
 from k25_jax.sharding.mesh import AXES
-from k25_jax.sharding.processes import Reader, readers
+from k25_jax.sharding.processes import readers
 from k25_jax.vision.patchpack import _longest_first, blank_pack, clip_flops, write_grid
 
 EXPERIMENT = pathlib.Path(__file__).parent.parent / "experiments/pretrain/k25_1t.py"
@@ -152,7 +152,9 @@ def main():
             f"{row['share']:.2%} of a step; {row['megabytes']:.0f} MB, of them tables {row['table_megabytes']:.0f} (before "
             f"{row['table_megabytes_before']:.0f}); hosts tell each other {row['told_megabytes']:.2f} MB"
         )
-    print(f"images placed in {seconds:.2f} s, before in {seconds_before:.1f} s, {out['ratio']:.0f} times as long; the same")
+    print(
+        f"images placed in {seconds:.2f} s, before in {seconds_before:.1f} s, {out['ratio']:.0f} times as long; the same"
+    )
     print(f"bounds: {SHARE_BOUND:.0%} of a step of {STEP_SECONDS:.0f} s and {MEGABYTES_BOUND} MB at {AT} chips")
 
 

@@ -176,7 +176,9 @@ def make_plan(
     read, grids, homes = clips[:, 0], clips[:, 1:4], clips[:, 4:]
     sizes = grids.prod(axis=1).tolist()
     placement = balance(sizes, packs, slots, config, (read // slots).tolist()) if packs else []
-    return Plan(packs, slots, most["dtype"], grids, homes, read, *_lay_out(placement, grids, packs, slots, config.group))
+    return Plan(
+        packs, slots, most["dtype"], grids, homes, read, *_lay_out(placement, grids, packs, slots, config.group)
+    )
 
 
 def _clips(batch: Batch, config: VisionConfig) -> np.ndarray:
@@ -271,9 +273,7 @@ def _packs(plan: Planned, layout):
     if plan.pixels:
         tables = (assembled(table, plan.devices, mesh.size, over_all) for table in plan.pixels)
         patches_PNC = _moved(mesh, patches_PNC, *tables)
-    rest = jax.tree.map(
-        lambda a: assembled(a, plan.devices, mesh.size, over_all), packs.replace(patches_PNC=None)
-    )
+    rest = jax.tree.map(lambda a: assembled(a, plan.devices, mesh.size, over_all), packs.replace(patches_PNC=None))
     return jax.device_put(rest.replace(patches_PNC=patches_PNC), layout)
 
 
