@@ -46,22 +46,38 @@ def planned(batch: Batch, mesh: Mesh, experiment: Experiment, channel: str = "tr
     In one process the batch is whole. In several, a reader's rows become those of its blocks of rows, in their order;
     threads that plan at the same time have a `channel` each.
     """
-    config, vision = experiment.model.vision, experiment.train.vision
-    everyone = readers(owners_of(mesh))
+    config, vision, owners = experiment.model.vision, experiment.train.vision, owners_of(mesh)
+    everyone = readers(owners)
     own = everyone[own_reader(everyone)]
-    mine = tuple(np.flatnonzero(owners_of(mesh) == jax.process_index()).tolist())
-    if jax.process_count() == 1:
-        clips, packs, pixels = dep.clips_in(batch.media_BL), len(batch.vision.segments_PN), None
-        metrics = batch_stats(batch) | dep.balance_metrics(batch, mesh, config, vision)
-    else:
-        plan, metrics = make_plan(batch, everyone, mesh.size, config, f"plan/{channel}")
-        clips, packs = plan.clips(config.group), plan.packs
-        metrics |= plan.balance_metrics(mesh, config, vision)
-        batch, pixels = _as_encoded(batch, plan, own, mine, mesh.size, config)
-    batch = dep.striped(batch, mesh.shape["context"])
-    if dep.travels(packs, mesh, vision):
-        batch = batch.replace(routes=dep.routes_of(clips, dep.exchange_of(experiment, mesh), mine))
+    mine = tuple(np.flatnonzero(owners == jax.process_index()).tolist())
+    if jax.process_count() > 1:
+        told = gathered(what_to_tell(batch, config), f"plan/{channel}")
+        return planned_as_told(told, batch, everyone, own, mine, mesh, experiment)
+    metrics = batch_stats(batch) | dep.balance_metrics(batch, mesh, config, vision)
+    batch = _with_routes(batch, dep.clips_in(batch.media_BL), len(batch.vision.segments_PN), mine, mesh, experiment)
+    return Planned(batch, None, metrics, mesh, vision, own.rows, mine, own.devices)
+
+
+def planned_as_told(
+    told: list[dict], batch: Batch, everyone: list[Reader], own: Reader, mine, mesh, experiment: Experiment
+) -> Planned:
+    """What `planned` returns for the devices `mine` of a process that reads as `own`, when it knows what all have told."""
+    config, vision = experiment.model.vision, experiment.train.vision
+    told = [told[reader.processes[0]] for reader in everyone]
+    slots, rows = batch.vision.segments_PN.shape[1], len(batch.media_BL)
+    plan = make_plan(told, everyone, mesh.size, slots, rows, config)
+    metrics = plan.stats(told) | plan.balance_metrics(mesh, config, vision)
+    batch, pixels = _as_encoded(batch, plan, own, mine, mesh.size, config)
+    batch = _with_routes(batch, plan.clips(config.group), plan.packs, mine, mesh, experiment)
     return Planned(batch, pixels, metrics, mesh, vision, own.rows, mine, own.devices)
+
+
+def _with_routes(batch: Batch, clips: dep.Clips, packs: int, mine, mesh, experiment: Experiment) -> Batch:
+    """The batch striped, with the tables of the devices `mine` where features travel."""
+    batch = dep.striped(batch, mesh.shape["context"])
+    if not dep.travels(packs, mesh, experiment.train.vision):
+        return batch
+    return batch.replace(routes=dep.routes_of(clips, dep.exchange_of(experiment, mesh), mine))
 
 
 def place(batch: Batch, mesh: Mesh, experiment: Experiment) -> Batch:
@@ -120,6 +136,13 @@ class Plan:
         first = self.encoded // max(self.slots, 1) * (self.slots // group) + self.tokens
         return dep.Clips(self.homes[:, 0], self.homes[:, 1], self.grids[:, 1:].prod(axis=1) // group, first)
 
+    def stats(self, told: list[dict]) -> dict[str, float]:
+        """`batch_stats` of the whole batch, from those that each has told."""
+        whole = {name: sum(one["stats"][name] for one in told) for name in told[0]["stats"]}
+        whole["waste_tokens"] /= len(told)
+        whole["waste_patches"] = 1 - float(self.sizes.sum()) / (self.packs * self.slots) if self.packs else 0.0
+        return whole
+
     def balance_metrics(self, mesh: Mesh, config: VisionConfig, vision: str) -> dict[str, float]:
         """`dep.balance_metrics` of the whole batch."""
         if vision not in dep.ENCODERS or not len(self.sizes):
@@ -130,20 +153,22 @@ class Plan:
         return {"vision_max_over_mean": float(loads.max() * mesh.size / loads.sum())}
 
 
-def make_plan(batch: Batch, everyone: list[Reader], devices: int, config: VisionConfig, channel: str):
-    """Learn of all clips and balance them over the packs of all devices: (the plan, `batch_stats` of the whole batch)."""
-    told = gathered(
-        {
-            "clips": _clips(batch, config).tolist(),
-            "packs": len(batch.vision.patches_PNC),
-            "dtype": str(batch.vision.patches_PNC.dtype),
-            "stats": batch_stats(batch),
-        },
-        channel,
-    )
-    told = [told[reader.processes[0]] for reader in everyone]
+def what_to_tell(batch: Batch, config: VisionConfig) -> dict:
+    """What the others need to know of the share that this process has read, as JSON."""
+    return {
+        "clips": _clips(batch, config).tolist(),
+        "packs": len(batch.vision.patches_PNC),
+        "dtype": str(batch.vision.patches_PNC.dtype),
+        "stats": batch_stats(batch),
+    }
+
+
+def make_plan(
+    told: list[dict], everyone: list[Reader], devices: int, slots: int, rows: int, config: VisionConfig
+) -> Plan:
+    """The clips of all, balanced over the packs of all devices; each has told of packs of `slots`, and of `rows`."""
     most = max(told, key=lambda one: one["packs"])
-    packs, slots, rows = most["packs"] * len(everyone), batch.vision.segments_PN.shape[1], len(batch.media_BL)
+    packs = most["packs"] * len(everyone)
     share = packs // devices * slots  # of a device
     clips = np.concatenate(
         [_numbered(one["clips"], reader, share, rows) for one, reader in zip(told, everyone, strict=True)]
@@ -151,11 +176,9 @@ def make_plan(batch: Batch, everyone: list[Reader], devices: int, config: Vision
     read, grids, homes = clips[:, 0], clips[:, 1:4], clips[:, 4:]
     sizes = grids.prod(axis=1).tolist()
     placement = balance(sizes, packs, slots, config, (read // slots).tolist()) if packs else []
-    plan = Plan(packs, slots, most["dtype"], grids, homes, read, *_lay_out(placement, grids, packs, slots, config.group))
-    stats = {name: sum(one["stats"][name] for one in told) for name in told[0]["stats"]}
-    stats["waste_tokens"] /= len(told)
-    stats["waste_patches"] = 1 - sum(sizes) / (packs * slots) if packs else 0.0
-    return plan, stats
+    return Plan(
+        packs, slots, most["dtype"], grids, homes, read, *_lay_out(placement, grids, packs, slots, config.group)
+    )
 
 
 def _clips(batch: Batch, config: VisionConfig) -> np.ndarray:
@@ -250,9 +273,7 @@ def _packs(plan: Planned, layout):
     if plan.pixels:
         tables = (assembled(table, plan.devices, mesh.size, over_all) for table in plan.pixels)
         patches_PNC = _moved(mesh, patches_PNC, *tables)
-    rest = jax.tree.map(
-        lambda a: assembled(a, plan.devices, mesh.size, over_all), packs.replace(patches_PNC=None)
-    )
+    rest = jax.tree.map(lambda a: assembled(a, plan.devices, mesh.size, over_all), packs.replace(patches_PNC=None))
     return jax.device_put(rest.replace(patches_PNC=patches_PNC), layout)
 
 

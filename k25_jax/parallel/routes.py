@@ -18,7 +18,7 @@ from typing import NamedTuple
 import numpy as np
 
 ROUND = 4096  # items that a device sends in a round, about
-SPARE, MORE = 1.25, 2  # room from each device between beyond an even share: with it hardly an item has to change its way
+SPARE, MORE = 1.25, 2  # room beyond an even share of what a receiver gets: with it hardly an item has to change its way
 
 
 class RouteError(ValueError):
@@ -172,7 +172,8 @@ def _plan(runs: Runs, form: Form) -> _Plan:
 def _check(ends, sizes, room: int, verb: str, form: Form | None = None):
     most = int(np.bincount(ends, sizes).max()) if len(ends) else 0
     if most > room:
-        rounds = f", for which {form.rounds} rounds are too few: {-(-most // (form.devices * form.width))}" if form else ""
+        needed = form and math.ceil(most / form.devices / form.width)
+        rounds = f", for which {form.rounds} rounds are too few: {needed}" if form else ""
         raise RouteError(f"a device {verb} {most} items, there is room for {room}{rounds}")
 
 
