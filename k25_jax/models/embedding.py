@@ -1,6 +1,7 @@
 """Rows of a table by number: tokens' embeddings, their gradient added up in float32, on one device or many (K2.5 §3.8)."""
 
 import functools
+import math
 
 import jax
 import jax.numpy as jnp
@@ -35,13 +36,12 @@ def lookup(table_VD, tokens_BL, dtype):
 
     Numbers travel, not the table: each device takes its columns of the rows of all tokens, and sends each device its
     tokens'. So a row's gradient comes together whole on the devices of its columns, and the table is on none of them.
-    Where rows or columns do not divide over the mesh the compiler lays it out.
+    Where rows or columns do not divide over the mesh, and for a few tokens, as in decoding, the compiler lays it out.
     """
     mesh, rows = jax.sharding.get_abstract_mesh(), row_axes(len(tokens_BL))
-    shares = 1
-    for axis in WIDTH if rows else ():
-        shares *= mesh.shape[axis]
-    if shares == 1 or tokens_BL.ndim != 2 or table_VD.shape[1] % shares or tokens_BL.shape[1] % mesh.shape["context"]:
+    shares = math.prod(mesh.shape[axis] for axis in WIDTH) if rows else 1
+    few = tokens_BL.ndim != 2 or tokens_BL.size < len(table_VD)
+    if shares == 1 or few or table_VD.shape[1] % shares or tokens_BL.shape[1] % mesh.shape["context"]:
         return rows_of(table_VD, tokens_BL, dtype)
 
     def body(table_VC, tokens_BL):
@@ -51,4 +51,7 @@ def lookup(table_VD, tokens_BL, dtype):
         return x_TD.reshape(*tokens_BL.shape, -1)
 
     columns, own = PartitionSpec(None, WIDTH), PartitionSpec(rows, "context")
-    return jax.shard_map(body, in_specs=(columns, own), out_specs=own, check_vma=False)(table_VD, tokens_BL)
+    manual = set(mesh.axis_names) - set(mesh.manual_axes)
+    return jax.shard_map(body, in_specs=(columns, own), out_specs=own, axis_names=manual, check_vma=False)(
+        table_VD, tokens_BL
+    )
