@@ -27,7 +27,7 @@ def get_config(arg: str = ""):
         max_image_patches=1024,
         max_frame_patches=256,
         vision_share=0.2,
-        lanes=8,
+        lanes=16,
         seed=0,
     )
     config.optim = dict(peak_lr=1e-3, end_lr=1e-4, warmup_steps=500, decay_steps=6000, weight_decay=0.1)
