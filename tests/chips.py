@@ -2,7 +2,7 @@
 
 import itertools
 
-V5P, V5E, V7X = "TPU v5", "TPU v5 lite", "TPU7x"  # as JAX calls them
+V5P, V5E, V6E, V7X = "TPU v5", "TPU v5 lite", "TPU v6 lite", "TPU7x"  # as JAX calls them
 
 
 class Chip:
@@ -17,10 +17,16 @@ class Chip:
 
 def chips(kind, sides, slices=1, cores=1):
     """All of some slices, process by process, as `jax.devices()` has them; a process has 2 x 2 of them."""
-    boxes = [range(0, side, 2) for side in reversed(sides[:2])]
-    out = []
+    boxes, out = [range(0, side, 2) for side in reversed(sides[:2])], []
+    wide, deep = (min(side, 2) for side in sides[:2])
     for index in range(slices):
         for z, y, x in itertools.product(range(sides[2]), *boxes):
-            for dy, dx, core in itertools.product(range(2), range(2), range(cores)):
-                out.append(Chip(kind, [x + dx, y + dy, z], len(out) // (4 * cores), index, core))
+            for dy, dx, core in itertools.product(range(deep), range(wide), range(cores)):
+                out.append(Chip(kind, [x + dx, y + dy, z], len(out) // (wide * deep * cores), index, core))
     return out
+
+
+def chips_of(topology):
+    """The devices of a topology (preflight/topology.py)."""
+    kind = {"v5p": V5P, "v5e": V5E, "v6e": V6E, "tpu7x": V7X}[topology.chip.name]
+    return chips(kind, (*topology.shape, 1)[:3], topology.slices, topology.chip.devices)

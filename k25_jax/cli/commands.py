@@ -93,7 +93,12 @@ def run_preflight(args) -> int:
         rows = [dataclasses.asdict(tensor) for tensor in tensors]
         print(json.dumps(rows) if args.json else table.render_layout(tensors))
         return 0
-    report = aot.preflight(experiment, topology, say=lambda text: print(text, file=sys.stderr, flush=True))
+    say = lambda text: print(text, file=sys.stderr, flush=True)  # noqa: E731
+    report = aot.preflight(experiment, topology, say)
+    if args.suggest and not report.fits:
+        from k25_jax.preflight.suggest import suggest
+
+        report.tried = suggest(experiment, topology, report, say)
     print(json.dumps(dataclasses.asdict(report)) if args.json else table.render(report))
     return 0 if report.fits else 1
 

@@ -21,7 +21,7 @@ from k25_jax.preflight.cost import arrays_made, jaxpr_flops, live, model_flops, 
 from k25_jax.preflight.exchange import axes_of, exchanged
 from k25_jax.preflight.topology import Topology, devices_of
 from k25_jax.sharding.mesh import platform
-from k25_jax.train.layout import mesh_of
+from k25_jax.train.layout import idle_packs, mesh_of
 from k25_jax.train.stages import loss_of
 from k25_jax.train.state import HOST, abstract_state
 from k25_jax.train.step import make_step
@@ -53,6 +53,8 @@ class Report:
     packs: int
     fits: bool = True
     reason: str = ""  # why it does not fit
+    tried: list[dict] = field(default_factory=list)  # other settings, the last of which fits if one does: suggest.py
+    notes: list[str] = field(default_factory=list)  # what a user may want to mend
     axes: list[dict] = field(default_factory=list)  # of the mesh: see preflight/exchange.py
     hbm_gb: float = 0.0  # of a device; 0: not known
     peak_hbm_gb: float = 0.0  # arguments, results that are not written in place, temporaries, the program itself
@@ -88,7 +90,7 @@ def with_rows(experiment: Experiment, rows: int = 0) -> Experiment:
     if not rows:
         return experiment
     packs = math.ceil(data.packs * rows / data.batch_size)
-    return dataclasses.replace(experiment, data=dataclasses.replace(data, batch_size=rows, packs=packs, lanes=1))
+    return dataclasses.replace(experiment, data=dataclasses.replace(data, batch_size=rows, packs=packs, lanes=0))
 
 
 def abstract_batch(experiment: Experiment, mesh) -> Batch:
@@ -132,7 +134,7 @@ def preflight(experiment: Experiment, topology: Topology, say=lambda text: None)
     mesh = mesh_of(experiment, devices)
     data, shape = experiment.data, dict(mesh.shape)
     report = Report(topology.name, len(devices) // topology.chip.devices, shape, data.batch_size, data.packs)
-    report.axes = axes_of(mesh, devices, topology)
+    report.axes, report.notes = axes_of(mesh, devices, topology), [note for note in (idle_packs(experiment),) if note]
     report.hbm_gb = topology.share(topology.chip.hbm_bytes) / GB
     state, batch = abstract_state(experiment, mesh), abstract_batch(experiment, mesh)
     tensors = _tensors(state, batch)
@@ -140,6 +142,13 @@ def preflight(experiment: Experiment, topology: Topology, say=lambda text: None)
     report.argument_gb, report.host_gb = (
         sum(t.bytes for t in tensors if t.host == host) / GB for host in (False, True)
     )
+    if report.hbm_gb and report.argument_gb > report.hbm_gb:
+        report.fits, report.peak_hbm_gb = False, report.argument_gb
+        report.reason = (
+            f"the state and the batch alone are {report.argument_gb:.1f} GB, a device has {report.hbm_gb:.1f}; of the kind "
+            f"at least {math.ceil(mesh.size * report.argument_gb / report.hbm_gb)} devices are needed"
+        )
+        return report
     with jax.set_mesh(mesh):
         say(f"{experiment.name} on {topology.name}: lowering")
         start = time.perf_counter()

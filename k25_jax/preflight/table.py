@@ -13,6 +13,8 @@ def render(report: Report) -> str:
         f"{report.topology}: {chips}; in a step {report.rows} rows, packs of patches: {report.packs}",
         f"memory     {_memory(report)}",
     ]
+    lines += [f"note       {note}" for note in report.notes]
+    lines += map(_tried, report.tried)
     if report.temp_gb or report.fits:
         lines.append(
             f"           arguments {report.argument_gb:.2f} GB, results beside them "
@@ -60,6 +62,13 @@ def _bound(report: Report) -> list[str]:
         f"bound      {report.step_seconds_bound:.4g} s a step, by {report.bound_by}; MFU at most {report.mfu_bound:.1%}",
         f"           at least, in seconds: {seconds}; all exchanges one after the other {report.exchange_seconds:.3g}",
     ]
+
+
+def _tried(entry: dict) -> str:
+    word = "fits" if entry["fits"] else "does not"
+    return (
+        f"instead    {word}: {entry['peak_hbm_gb']:.2f} GB with {' '.join(entry['flags'])} ({entry['seconds']:.0f} s)"
+    )
 
 
 def _memory(report: Report) -> str:

@@ -297,6 +297,11 @@ def owners_of(mesh: Mesh) -> np.ndarray:
     return np.vectorize(lambda device: device.process_index, otypes=[int])(mesh.devices)
 
 
+def hosts_of(mesh: Mesh) -> list[int]:
+    """The processes that have devices of the mesh."""
+    return np.unique(owners_of(mesh)).tolist()
+
+
 def own_reader(everyone: list[Reader]) -> int:
     """The number of the reader that this process is, or is one of."""
     return next(n for n, reader in enumerate(everyone) if jax.process_index() in reader.processes)

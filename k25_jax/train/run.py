@@ -13,7 +13,7 @@ from k25_jax.config import ConfigError, Experiment, to_dict
 from k25_jax.parallel.pipeline import bubble
 from k25_jax.sharding import processes
 from k25_jax.train.handover import load_initial
-from k25_jax.train.layout import own_lanes
+from k25_jax.train.layout import lanes_of, own_lanes
 from k25_jax.train.revision import revision
 from k25_jax.train.state import abstract_state, in_layers, in_stages, init_state, state_shardings
 
@@ -23,9 +23,10 @@ def restore_or_init(experiment: Experiment, store: Store, pipeline, mesh: Mesh):
     if store.steps():
         state, data = store.restore(abstract_state(experiment, mesh))
         lanes = data["pipelines"]
-        if len(lanes) != experiment.data.lanes:
+        now = lanes_of(experiment.data, mesh)
+        if len(lanes) != now:
             raise CheckpointError(
-                f"{store.directory}: the data was read in data.lanes={len(lanes)}, now in {experiment.data.lanes}; set "
+                f"{store.directory}: the data was read in data.lanes={len(lanes)}, now in {now}; set "
                 "as many, or take only the weights into a new run by train.init_from"
             )
         pipeline.set_state({"lanes": [lanes[lane] for lane in own_lanes(experiment.data, mesh)]})
