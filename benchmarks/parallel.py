@@ -25,9 +25,10 @@ import numpy as np
 from k25_jax.config import DataConfig, Experiment, K25Config, MeshConfig, OptimConfig, TrainConfig, preset
 from k25_jax.data.packing import Batch, make_example, pack_examples
 from k25_jax.parallel import dep
+from k25_jax.parallel.pipeline import layers_of
 from k25_jax.train.layout import mesh_of
 from k25_jax.train.pretrain import loss_fn
-from k25_jax.train.state import TrainState, init_state, state_shardings
+from k25_jax.train.state import TrainState, in_layers, in_stages, init_state, state_shardings
 from k25_jax.train.step import make_step
 from k25_jax.vision.patchpack import Clip
 
@@ -104,14 +105,22 @@ def run(arm: Arm, batch: Batch, one_device: bool):
     experiment, seen = experiment_of(arm), []
     mesh = None if one_device else mesh_of(experiment)
     state = jax.device_put(initial_state(arm.optimizer), mesh and state_shardings(experiment, mesh))
+    state = in_stages(state, experiment, mesh) if mesh else state
     batch = dep.place(batch, mesh, experiment.model.vision) if mesh else batch
     with jax.set_mesh(mesh) if mesh else contextlib.nullcontext():
         step = make_step(experiment, observed_loss, mesh)
         for _ in range(STEPS):
             state, metrics = step(state, batch)
-            seen.append(jax.device_get((metrics, state.opt_state.mu)))
+            ordered = in_layers(state, experiment, mesh) if mesh else state
+            seen.append(jax.device_get((metrics, ordered.opt_state.mu)))
     first, grads = seen[0]
-    return grads, first["load_YE"], first["max_logit_YH"], np.asarray([metrics["loss"] for metrics, _ in seen])
+    load_YE, max_logit_YH = first["load_YE"], first["max_logit_YH"]
+    if mesh:
+        places = np.argsort(layers_of(len(load_YE), arm.mesh.pipe, arm.mesh.repeats))
+        dense = len(max_logit_YH) - len(load_YE)
+        max_logit_YH = max_logit_YH.copy()
+        load_YE, max_logit_YH[dense:] = load_YE[places], max_logit_YH[dense:][places]
+    return grads, load_YE, max_logit_YH, np.asarray([metrics["loss"] for metrics, _ in seen])
 
 
 def difference(a, b) -> float:

@@ -80,6 +80,7 @@ class MoEConfig:
     bias_rate: float = 1e-3  # step of the sign rule that balances the load
     grouped_matmul: str = "auto"  # auto | blocked | megablox | ragged | reference
     dispatch: str = "gather"  # gather | alltoall: how token copies reach experts on other devices
+    reduce_dtype: str = "float32"  # float32 | bfloat16: in which devices add up their gradients of an expert's matrices
 
     def __post_init__(self):
         require_positive(self, "experts ffn_dim groups".split())
@@ -94,6 +95,7 @@ class MoEConfig:
         if self.groups > 1 and self.experts // self.groups < 2:
             raise ConfigError("moe.groups needs at least 2 experts a group")
         one_of(self, "dispatch", ("gather", "alltoall"))
+        one_of(self, "reduce_dtype", ("float32", "bfloat16"))
         one_of(self, "grouped_matmul", ("auto", "blocked", "megablox", "ragged", "reference"))
 
 

@@ -128,6 +128,7 @@ class TrainConfig:
     remat: str = "none"  # none | full | dots
     accumulate: int = 1  # parts of a batch that the language model takes one after the other
     vision: str = "dep"  # on a mesh, who encodes which packs: dep | stage0 | plain (parallel/dep.py)
+    vision_rounds: int = 0  # in which features come to the tokens of a part; 0: as many as any batch can need
     compute_dtype: str = "float32"
     trainable: tuple[str, ...] = ()  # parts or paths that are trained, as "vision" or "moe/attention"; none: all
     siglip_weight: float = 0.0  # of the contrastive loss of the stage vit; 0: none
@@ -139,7 +140,7 @@ class TrainConfig:
         one_of(self, "vision", ("dep", "stage0", "plain"))
         one_of(self, "compute_dtype", ("float32", "bfloat16"))
         require_positive(self, "steps log_every checkpoint_every keep max_bad_steps accumulate".split())
-        for name in ("siglip_weight", "checkpoint_minutes", "eval_every"):
+        for name in ("siglip_weight", "vision_rounds", "checkpoint_minutes", "eval_every"):
             if getattr(self, name) < 0:
                 raise ConfigError(f"train.{name}={getattr(self, name)} must not be negative")
         if not 0 <= self.seed < 2**32:

@@ -133,9 +133,12 @@ def _backward(saved, dy_ND):
             dx_BD, terms = _block_gradients(x_BD, dy_BD, gate_BF, up_BF, mine_B1, weights)
             return _put(dx_ND, dx_BD, at, mine_B1), *(a + b for a, b in zip(sums, terms, strict=True))
 
-        zeros = [jnp.zeros_like(w) for w in weights]
+        zeros = [jnp.zeros(w.shape, jnp.float32) for w in weights]
         dx_ND, *sums = _over_blocks(x_ND.shape[0], sizes, start, rows, one_block, (dx_ND, *zeros))
-        dweights = [jax.lax.dynamic_update_index_in_dim(a, s, expert, 0) for a, s in zip(dweights, sums, strict=True)]
+        dweights = [
+            jax.lax.dynamic_update_index_in_dim(a, s.astype(a.dtype), expert, 0)
+            for a, s in zip(dweights, sums, strict=True)
+        ]
         return dx_ND, *dweights
 
     init = (jnp.zeros_like(x_ND), *(jnp.zeros_like(w) for w in (gate_EDF, up_EDF, down_EFD)))
@@ -220,7 +223,7 @@ def _times_transposed(x_BF, w_DF):
 
 
 def _transposed_times(x_BD, y_BF):
-    return jax.lax.dot_general(x_BD, y_BF, (((0,), (0,)), ((), ())))
+    return jax.lax.dot_general(x_BD, y_BF, (((0,), (0,)), ((), ())), preferred_element_type=jnp.float32)
 
 
 # --------------------------------------------------------------------------------------------------------- to and back
@@ -241,7 +244,7 @@ def _copy_backward(copies, saved, dy_ND):
     inverse_N, used = saved
     dy_ND = _first_rows(dy_ND, used)  # of padding, a kernel may leave any gradient
     rows_KT = inverse_N.reshape(-1, copies).T
-    return sum(dy_ND[rows_T] for rows_T in rows_KT), None, None, None
+    return sum(dy_ND[rows_T].astype(jnp.float32) for rows_T in rows_KT).astype(dy_ND.dtype), None, None, None
 
 
 copy_rows.defvjp(_copy_forward, _copy_backward)

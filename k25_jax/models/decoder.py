@@ -102,17 +102,17 @@ def scan_layers(stack, x_BLD, segments_BL, positions_BL, config: TextConfig, rem
 
 
 def decode(params, x_BLD, segments_BL, positions_BL, config: TextConfig, remat: str = "none", moe_layers=scan_layers):
-    """All layers, training form: (x_BLD after the final norm, Stats).
+    """All layers, training form: (x_BLD after the final norm, Stats, what else `moe_layers` returns).
 
     `moe_layers`, called as `scan_layers` is, runs the MoE stack.
     """
-    load_YE, max_logits = jnp.zeros((0, config.moe.experts), jnp.int32), []
+    load_YE, max_logits, more = jnp.zeros((0, config.moe.experts), jnp.int32), [], []
     for name, run in (("dense", scan_layers), ("moe", moe_layers)):
         if name in params:
-            x_BLD, (loads, max_logit_YH) = run(params[name], x_BLD, segments_BL, positions_BL, config, remat)
+            x_BLD, (loads, max_logit_YH), *more = run(params[name], x_BLD, segments_BL, positions_BL, config, remat)
             load_YE = load_YE if loads is None else loads
             max_logits.append(max_logit_YH)
-    return rms_norm(x_BLD, params["final_norm"], config.norm_eps), Stats(load_YE, jnp.concatenate(max_logits))
+    return rms_norm(x_BLD, params["final_norm"], config.norm_eps), Stats(load_YE, jnp.concatenate(max_logits)), *more
 
 
 def head(params):
@@ -122,7 +122,7 @@ def head(params):
 
 def logits(params, x_BLD):
     """Scores of the vocabulary in float32."""
-    return (x_BLD @ head(params)).astype(jnp.float32)
+    return jnp.dot(x_BLD, head(params).astype(x_BLD.dtype), preferred_element_type=jnp.float32)
 
 
 # ------------------------------------------------------------------------------------------------ with a cache

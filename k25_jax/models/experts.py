@@ -10,6 +10,7 @@ from jax.sharding import PartitionSpec
 from k25_jax.config import MoEConfig
 from k25_jax.kernels.grouped_matmul import copy_rows, expert_swiglu, permute_rows
 from k25_jax.models.dispatch import exchanged, in_rounds, places_for
+from k25_jax.models.masters import cast_from, whole
 
 ROWS = ("fsdp", "expert")  # the axes of the mesh that share out the rows of a batch; `context` shares out their tokens
 WIDTH = ("fsdp", "context")  # the axes that share out an expert's matrices
@@ -30,6 +31,7 @@ def routed(p, x_BLD, weights_BLK, experts_BLK, load_E, config: MoEConfig):
         parts = (rows, ROWS), (tokens, ("context",)), (config.experts, ("expert",)), (width, WIDTH)
         if not any(size % _devices(mesh, axes) for size, axes in parts):
             return _parallel(p, x_BLD, weights_BLK, experts_BLK, config)
+    p = {name: whole(p[name], x_BLD.dtype) for name, _ in SPLIT}
     x_TD, *chosen = (a.reshape(rows * tokens, -1) for a in (x_BLD, weights_BLK, experts_BLK))
     return _local(p, x_TD, *chosen, load_E, config.grouped_matmul).reshape(x_BLD.shape)
 
@@ -46,7 +48,7 @@ def _local(p, x_TD, weights_TK, experts_TK, load_E, implementation: str):
     out_ND = expert_swiglu(rows_ND, p["gate"], p["up"], p["down"], load_E, implementation)
     out_TKD = permute_rows(out_ND, inverse_N, order_N).reshape(*experts_TK.shape, -1)
     out_TKD = jnp.where((experts_TK < load_E.shape[0])[..., None], out_TKD, 0)  # padding's rows hold no defined value
-    return jnp.einsum("tkd,tk->td", out_TKD, weights_TK.astype(out_TKD.dtype))
+    return (out_TKD * weights_TK[..., None]).sum(axis=1).astype(x_TD.dtype)  # the weights, and so the sum, are float32
 
 
 def _parallel(p, x_BLD, weights_BLK, experts_BLK, config: MoEConfig):
@@ -57,14 +59,14 @@ def _parallel(p, x_BLD, weights_BLK, experts_BLK, config: MoEConfig):
     """
 
     def body(p, x_BLD, *chosen_BLK):
-        p = {name: jax.lax.all_gather(p[name], WIDTH, axis=axis, tiled=True) for name, axis in SPLIT}
+        p = {name: whole(p[name], x_BLD.dtype, WIDTH, axis, config.reduce_dtype) for name, axis in SPLIT}
         arguments = (a.reshape(-1, a.shape[-1]) for a in (x_BLD, *chosen_BLK))
         form = _by_gather if config.dispatch == "gather" else _by_all_to_all
         return form(p, *arguments, config).reshape(x_BLD.shape)
 
     tokens = PartitionSpec(ROWS, "context", None)
     matrices = {name: PartitionSpec("expert", *(WIDTH if i == axis else None for i in (1, 2))) for name, axis in SPLIT}
-    weights = {name: p[name] for name in matrices}
+    weights = {name: cast_from(p[name], x_BLD.dtype) for name in matrices}
     mesh = jax.sharding.get_abstract_mesh()
     manual = set(mesh.axis_names) - set(mesh.manual_axes)  # every axis, as TPU kernels demand, but an outer shard_map's
     return jax.shard_map(
@@ -120,7 +122,7 @@ def _chunks(rows: int, implementation: str, choice):
         def function(p, x_ND, w_N):
             x_ND = jnp.where(used_N1, x_ND, 0)  # the gradient of a row that is not used may be anything
             y_ND = expert_swiglu(x_ND, p["gate"], p["up"], p["down"], sizes_E, implementation)
-            return jnp.where(used_N1, y_ND, 0) * w_N[:, None].astype(y_ND.dtype)
+            return jnp.where(used_N1, y_ND, 0) * w_N[:, None]  # float32, as the weights are
 
         return function, slot_N // number_TK.shape[1], slot_N
 

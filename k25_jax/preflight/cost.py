@@ -4,6 +4,7 @@
 gives several devices the same work, and where it saves or repeats some.
 """
 
+import dataclasses
 import math
 from dataclasses import dataclass
 
@@ -197,8 +198,8 @@ class Roofline:
 
     compute: float
     memory: float
-    network: float
-    dcn: float
+    network: float  # the links of a slice, those along its busiest side
+    dcn: float  # the data-centre network between slices
     mfu: float  # model FLOPs over what the chips could do in `step`; no run can be above it
 
     @property
@@ -211,20 +212,17 @@ def roofline(
     devices: int,
     flops: float,
     traffic: float,
-    sent: float,
     model: float,
-    between_slices: float = 0.0,
+    network: float = 0.0,
+    dcn: float = 0.0,
 ) -> Roofline:
-    """Of one device's FLOPs, bytes to and from memory, and bytes sent, each at the chip's peak and all at once.
+    """Of one device's FLOPs, bytes to and from memory, and seconds on both networks, each at its peak and all at once.
 
-    `sent` goes over the links of a slice, `between_slices` over the data-centre network (dcn).
-
-    Left out: that products seldom reach the peak, latencies, and what cannot overlap. Bytes sent are taken to spread
-    over all links of a chip, though an exchange along one axis of the mesh uses few of them.
+    Left out: that products seldom reach the peak, latencies, and what cannot overlap.
     """
     chip = topology.chip
-    figures = ((flops, chip.peak_flops), (traffic, chip.hbm_bandwidth), (sent, chip.ici_bandwidth))
-    figures += ((between_slices, chip.dcn_bandwidth),)
+    figures = ((flops, chip.peak_flops), (traffic, chip.hbm_bandwidth))
     seconds = [amount / topology.share(peak) if peak else 0.0 for amount, peak in figures]
-    longest, peak = max(seconds), topology.share(chip.peak_flops) * devices
-    return Roofline(*seconds, mfu=model / (longest * peak) if longest and peak else 0.0)
+    bounds = Roofline(*seconds, network, dcn, mfu=0.0)
+    peak = topology.share(chip.peak_flops) * devices
+    return dataclasses.replace(bounds, mfu=model / (bounds.step * peak) if bounds.step and peak else 0.0)

@@ -26,14 +26,9 @@ def render(report: Report) -> str:
         lines.append(
             f"traffic    {report.hbm_bytes / GB:.4g} GB of memory, intensity {report.intensity:.0f} FLOPs a byte"
         )
-    for entry in report.collectives:
-        axes = " x ".join(entry["axes"]) or "itself"
-        sent = f"{entry['bytes'] / GB:.4g} GB in {entry['times']:.0f}"
-        lines.append(f"exchange   {entry['kind']:19s}over {axes:22s}{sent}")
-    if report.step_seconds_bound:
-        lines.append(
-            f"bound      {report.step_seconds_bound:.4g} s a step, by {report.bound_by}; MFU at most {report.mfu_bound:.1%}"
-        )
+    lines += map(_axis, report.axes)
+    lines += map(_exchange, report.collectives)
+    lines += _bound(report)
     if report.unknown_loops:
         lines.append(f"           {report.unknown_loops} loops of unknown length count once")
     lines.append(
@@ -42,6 +37,29 @@ def render(report: Report) -> str:
     lines.append("largest    on one device:")
     lines += [_row(Tensor(**tensor)) for tensor in report.largest]
     return "\n".join(lines)
+
+
+def _axis(entry: dict) -> str:
+    near, plain, rate = entry["hops"], entry["hops_in_plain_order"], entry["gather_rate"] / GB
+    links = f"gathers {rate:.0f} GB/s" if rate else "between slices"
+    hops = f"{near:.2f} hops to the next ({plain:.2f} in plain order)"
+    return f"axis       {entry['axis']:8s}{entry['devices']:4d} devices, {hops}, {links}"
+
+
+def _exchange(entry: dict) -> str:
+    axes = " x ".join(entry["axes"]) or "itself"
+    took = f", {entry['seconds']:.3g} s" if entry["seconds"] else ""
+    return f"exchange   {entry['kind']:19s}over {axes:22s}{entry['bytes'] / GB:.4g} GB in {entry['times']:.0f}{took}"
+
+
+def _bound(report: Report) -> list[str]:
+    if not report.step_seconds_bound:
+        return []
+    seconds = ", ".join(f"{name} {value:.3g}" for name, value in report.bounds.items() if value)
+    return [
+        f"bound      {report.step_seconds_bound:.4g} s a step, by {report.bound_by}; MFU at most {report.mfu_bound:.1%}",
+        f"           at least, in seconds: {seconds}; all exchanges one after the other {report.exchange_seconds:.3g}",
+    ]
 
 
 def _memory(report: Report) -> str:

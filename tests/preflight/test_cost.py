@@ -224,16 +224,16 @@ def test_what_crosses_three_slices(kind):
 
 
 def test_the_network_between_slices_bounds_a_step():
-    bounds = roofline(parse_topology("2xv5e-8"), 16, 0.0, 0.0, sent=200e9, model=1.0, between_slices=2 * 3.125e9)
+    bounds = roofline(parse_topology("2xv5e-8"), 16, 0.0, 0.0, model=1.0, network=1.0, dcn=2.0)
     assert (bounds.network, bounds.dcn, bounds.step) == (1.0, 2.0, 2.0)
 
 
 def test_a_roofline_takes_the_slowest_of_three():
     chip = parse_topology("v5e-8")
-    bounds = roofline(chip, 8, flops=197e12, traffic=2 * 819e9, sent=0.5 * 200e9, model=8 * 197e12)
+    bounds = roofline(chip, 8, flops=197e12, traffic=2 * 819e9, model=8 * 197e12, network=0.5)
     assert (bounds.compute, bounds.memory, bounds.network) == (1.0, 2.0, 0.5)
     assert bounds.step == 2.0 and bounds.mfu == pytest.approx(0.5)
-    assert roofline(parse_topology("cpu"), 1, 1e9, 1e9, 0.0, 1e9).mfu == 0.0
+    assert roofline(parse_topology("cpu"), 1, 1e9, 1e9, 1e9).mfu == 0.0
 
 
 def test_model_flops_are_six_for_each_active_parameter_and_token():

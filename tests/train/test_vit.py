@@ -11,7 +11,7 @@ from k25_jax.config import ConfigError, DataConfig, Experiment, load_experiment
 from k25_jax.data.packing import make_example, pack_examples
 from k25_jax.data.pipeline import make_pipeline
 from k25_jax.losses.siglip import siglip
-from k25_jax.models.k25 import init_params
+from k25_jax.models.k25 import embedded, init_params
 from k25_jax.parallel.dep import striped
 from k25_jax.train import pretrain, vit
 from k25_jax.train.stages import loss_of
@@ -100,7 +100,7 @@ def with_siglip(experiment, weight: float):
 def test_siglip_s_term_pairs_images_with_their_captions(experiment, params, batch):
     """Features from what the model reads: means over each document's image tokens, and over the embeddings of its text."""
     loss, (metrics, _) = caption_loss(params, batch, with_siglip(experiment, 0.5))
-    x = np.asarray(pretrain.inputs(params, batch, experiment))
+    x = np.asarray(embedded(params, batch, experiment.model))
     weights, images, texts, rows = np.where(after_media(batch), batch.loss_weights_BL, 0), [], [], []
     for row in range(2):
         for segment in range(1, batch.segments_BL[row].max() + 1):
