@@ -12,6 +12,7 @@ import os
 import pathlib
 import shutil
 from collections.abc import Callable, Iterator
+from typing import BinaryIO
 
 import jax
 import numpy as np
@@ -154,18 +155,23 @@ def _write_file(path: pathlib.Path, shard: list[Entry], tensors: Tensors) -> Non
     with open(unfinished, "wb") as file:
         file.write(len(head).to_bytes(8, "little") + head)
         for entry in shard:
-            try:
-                arrays = quantised.encode(tensors.read(entry.bound, entry.place), entry.encoding)
-            except ValueError as error:
-                raise CheckpointError(f"{entry.bound.name(entry.place)} {error}") from error
-            for (name, (dtype, _)), array in zip(entry.parts.items(), arrays, strict=True):
-                file.seek(8 + len(head) + starts[name])
-                file.write(np.ascontiguousarray(array, DTYPES[dtype]).view(np.uint8))
+            _write_tensor(file, entry, {name: 8 + len(head) + starts[name] for name in entry.parts}, tensors)
         file.flush()
         os.fsync(file.fileno())
     if sums := tensors.sums():
         path.with_name(path.name + SUMS).write_text(json.dumps(sums))
     unfinished.replace(path)
+
+
+def _write_tensor(file: BinaryIO, entry: Entry, starts: dict[str, int], tensors: Tensors) -> None:
+    """Read a tensor and write its parts where they start; nothing of it is held afterwards."""
+    try:
+        arrays = quantised.encode(tensors.read(entry.bound, entry.place), entry.encoding)
+    except ValueError as error:
+        raise CheckpointError(f"{entry.bound.name(entry.place)} {error}") from error
+    for (name, (dtype, _)), array in zip(entry.parts.items(), arrays, strict=True):
+        file.seek(starts[name])
+        file.write(np.ascontiguousarray(array, DTYPES[dtype]).view(np.uint8))
 
 
 def _compare(folder: pathlib.Path, files, expected: dict[str, int], source: str) -> None:

@@ -137,10 +137,19 @@ def run_convert(args) -> None:
         return "with the files that are missing"
 
     with joined() as index, peers.watched(resume, "k25 convert"):
-        with Progress(console=Console(stderr=True), disable=bool(index)) as bar:
-            task = bar.add_task("files", total=None)
-            show = lambda _, done, total: bar.update(task, completed=done, total=total)  # noqa: E731
+        bar = Progress(console=Console(stderr=True), disable=bool(index))
+
+        def show(_, done: int, total: int) -> None:
+            if not bar.tasks:  # from the first file on: what is wrong before has a line of its own
+                bar.start()
+                bar.add_task("files", total=total)
+            bar.update(bar.tasks[0].id, completed=done)
+
+        try:
             lines = convert(args.checkpoint, args.output, args.dtype, args.quantise, show, args.file_gb * 1e9)
+        finally:
+            if bar.tasks:
+                bar.stop()
     for line in lines:
         print(line)
 

@@ -23,6 +23,7 @@ BLOCKS = (256, 64)  # rows that are multiplied at once, outside of it: fast, and
 FEW, SMALL = 16, 8  # with fewer rows an expert than FEW, as in decoding, blocks are small
 
 
+@jax.named_scope("moe.experts")
 def expert_swiglu(x_ND, gate_EDF, up_EDF, down_EFD, sizes_E, implementation: str = "auto"):
     """SwiGLU [N,D] -> [N,D]; the first sizes_E[0] rows pass through expert 0, and so on.
 

@@ -9,6 +9,7 @@ CHUNK = 8192  # columns of the head at a time: in float32, 32 kB of scores a tok
 LOWEST = -1e30  # finite, so that differences of two of them are
 
 
+@jax.named_scope("loss")
 def cross_entropy(x_BLD, head_DV, targets_BL, weights_BL, whole=None, chunk: int = CHUNK):
     """Weighted mean of -log p(target), and metrics: loss, accuracy, target_weight (the sum of the weights).
 

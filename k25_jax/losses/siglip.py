@@ -7,6 +7,7 @@ SCALE, BIAS = 10.0, -10.0  # with which SigLIP's training begins; here they stay
 DOCUMENTS = 64  # of a row, at most, that take part
 
 
+@jax.named_scope("loss.siglip")
 def siglip(images_BSD, texts_BSD, present_BS, whole=None):
     """Mean over pairs of a row of log(1 + exp(-z (SCALE cos + BIAS))), z = 1 for an image with its own text, else -1.
 

@@ -22,6 +22,7 @@ def context_shares() -> int:
     return 1 if mesh.empty else mesh.shape["context"]
 
 
+@jax.named_scope("attention.context")
 def attend_over_context(p, q_BLHK, c_BLR, r_BLK, segments_BL, scale: float):
     """Causal attention of striped rows: (out_BLHK, the largest logit of each head).
 

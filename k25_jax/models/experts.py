@@ -18,6 +18,7 @@ ROOM = 1.25  # rows in a chunk, over those that a device gets when all get alike
 SPLIT = (("gate", 1), ("up", 1), ("down", 2))  # which axis of each matrix they split: the width of the model
 
 
+@jax.named_scope("moe.dispatch")
 def routed(p, x_BLD, weights_BLK, experts_BLK, load_E, config: MoEConfig):
     """What the chosen experts make of each token, weighted and added up: [B,L,D].
 

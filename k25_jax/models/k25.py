@@ -61,6 +61,7 @@ def vision_features(params, packs: VisionPack, config: K25Config, remat: str = "
     return features_PMD.reshape(-1, features_PMD.shape[-1])
 
 
+@jax.named_scope("embed")
 def embed(params, tokens, config: K25Config, dtype=None):
     """Token embeddings in `dtype`, or that of the table.
 

@@ -111,6 +111,7 @@ def _mean_product(a, b):
     return jnp.einsum("...d,...d->...", a, b, precision="highest")[..., None] / a.shape[-1]
 
 
+@jax.named_scope("mlp")
 def swiglu(p, x):
     """SwiGLU feed-forward over the last axis of `x`."""
     hidden = jax.nn.silu(product("...d,df->...f", x, p["gate"])) * product("...d,df->...f", x, p["up"])

@@ -70,6 +70,7 @@ def latents(p, x_BLD, rope, config: TextConfig):
     return rms_norm(c_BLR, p["kv_a_norm"], LATENT_EPS), rotate(r_BLK, *rope)
 
 
+@jax.named_scope("attention")
 def mla(p, x_BLD, rope, segments_BL, config: TextConfig):
     """Training form: keys and values are expanded from the latent; causal inside each segment.
 

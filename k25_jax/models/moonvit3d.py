@@ -138,6 +138,7 @@ def pool(x_NW, slots_N, weights_N, config: VisionConfig):
     return pooled.reshape(patches // config.group, config.group, -1)
 
 
+@jax.named_scope("vision")
 def encode(p, pack: VisionPack, config: VisionConfig, dtype=jnp.float32, one_at_a_time: bool = False):
     """Pooled patches of one pack, its arrays without their axis P: [M, 4, W].
 

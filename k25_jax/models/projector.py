@@ -24,6 +24,7 @@ class Projector(nn.Module):
         declare(self, "fc1_bias", (d_model,), ("norm",), zeros)
 
 
+@jax.named_scope("projector")
 def project(p, pooled, config: K25Config):
     """[..., M, 4, W] -> [..., M, D], one language-model token per group of patches."""
     x = layer_norm(pooled, p["norm"], config.projector_eps)

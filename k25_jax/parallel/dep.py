@@ -160,6 +160,7 @@ def _cut(clips: Clips, sent: int) -> Clips:
 
 
 # ---------------------------------------------------------------------------------------------------------- on the devices
+@jax.named_scope("dep.encode")
 def features(params, batch: Batch, config: K25Config, dtype=jnp.float32, vision="dep", remat="full"):
     """The features of the batch where they are kept for its parts: [devices * kept, D], split over all axes (K2.5 §3.8).
 
@@ -179,6 +180,7 @@ def features(params, batch: Batch, config: K25Config, dtype=jnp.float32, vision=
     )
 
 
+@jax.named_scope("dep.exchange")
 def at_tokens(features_ID, routes: Tables, media_BL):
     """The feature of every token of a part that has one, else 0: [B,L,D], its rows laid out as those of the batch.
 

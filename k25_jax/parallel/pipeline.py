@@ -29,6 +29,7 @@ def bubble(stages: int, repeats: int, microbatches: int) -> float:
     return (stages - 1) / (microbatches * repeats + stages - 1)
 
 
+@jax.named_scope("pipeline")
 def pipelined(
     stack, x_BLD, segments_BL, positions_BL, config: TextConfig, remat: str, *, repeats: int, microbatches: int, trained
 ):
