@@ -12,7 +12,6 @@ import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
-from k25_jax.kernels.grouped_triton import grouped_triton
 from k25_jax.sharding.mesh import on_own_device, platform
 
 KERNELS = {"tpu": "megablox", "gpu": "triton"}  # what `auto` means, by platform; elsewhere `blocked`
@@ -45,6 +44,8 @@ def grouped_matmul(x_ND, w_EDF, sizes_E, implementation: str):
     if implementation == "ragged":
         return jax.lax.ragged_dot(x_ND, w_EDF, sizes_E.astype(jnp.int32))
     if implementation == "triton":
+        from k25_jax.kernels.grouped_triton import grouped_triton  # JAX may drop what it imports: jax 0.11 says so
+
         return grouped_triton(x_ND, w_EDF, sizes_E)
     if implementation == "megablox":
         tiles_ND = jnp.pad(x_ND, ((0, -x_ND.shape[0] % TILE), (0, 0)))
