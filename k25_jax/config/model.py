@@ -78,7 +78,7 @@ class MoEConfig:
     normalise: bool = True
     scale: float = 2.827
     bias_rate: float = 1e-3  # step of the sign rule that balances the load
-    grouped_matmul: str = "auto"  # auto | blocked | megablox | ragged | reference
+    grouped_matmul: str = "auto"  # auto | blocked | megablox | triton | ragged | reference
     dispatch: str = "gather"  # gather | alltoall: how token copies reach experts on other devices
     chunk: int = 0  # tokens of a device that experts on a mesh take at a time, if it has more; 0: all
     reduce_dtype: str = "float32"  # float32 | bfloat16: in which devices add up their gradients of an expert's matrices
@@ -99,7 +99,7 @@ class MoEConfig:
             raise ConfigError("moe.groups needs at least 2 experts a group")
         one_of(self, "dispatch", ("gather", "alltoall"))
         one_of(self, "reduce_dtype", ("float32", "bfloat16"))
-        one_of(self, "grouped_matmul", ("auto", "blocked", "megablox", "ragged", "reference"))
+        one_of(self, "grouped_matmul", ("auto", "blocked", "megablox", "triton", "ragged", "reference"))
 
 
 @dataclass(frozen=True)

@@ -2,8 +2,8 @@
 
 `reference_grouped_matmul` is the definition of one product, `expert_swiglu` the whole feed-forward. `blocked` runs
 anywhere in plain XLA and costs what the rows cost: it walks over the experts that have rows, a block of rows at a time,
-through all three matrices. `megablox` is JAX's Pallas kernel for TPU. `ragged` is XLA's `ragged_dot`, kept for
-comparison: on CPU and GPU it multiplies every row with every expert.
+through all three matrices. `megablox` is JAX's Pallas kernel for TPU, `triton` ours for GPUs (grouped_triton.py). `ragged`
+is XLA's `ragged_dot`, kept for comparison: on CPU and GPU it multiplies every row with every expert.
 """
 
 import functools
@@ -13,6 +13,8 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
 from k25_jax.sharding.mesh import on_own_device, platform
+
+KERNELS = {"tpu": "megablox", "gpu": "triton"}  # what `auto` means, by platform; elsewhere `blocked`
 
 # Of the TPU kernel. It takes rows in whole tiles, and one that lies on a border between experts twice: tiles are small. Of
 # a matrix it holds a large part, twice over, in a cache of 16 MB.
@@ -30,7 +32,7 @@ def expert_swiglu(x_ND, gate_EDF, up_EDF, down_EFD, sizes_E, implementation: str
     Rows beyond sum(sizes_E) have no defined result: give them no weight.
     """
     if implementation == "auto":
-        implementation = "megablox" if platform() == "tpu" and on_own_device() else "blocked"
+        implementation = KERNELS.get(platform(), "blocked") if on_own_device() else "blocked"
     if implementation == "blocked":
         return blocked_swiglu(x_ND, gate_EDF, up_EDF, down_EFD, sizes_E)
     gate_NF = grouped_matmul(x_ND, gate_EDF, sizes_E, implementation)
@@ -42,12 +44,18 @@ def grouped_matmul(x_ND, w_EDF, sizes_E, implementation: str):
     """One product, [N,D] x [E,D,F] -> [N,F]."""
     if implementation == "ragged":
         return jax.lax.ragged_dot(x_ND, w_EDF, sizes_E.astype(jnp.int32))
+    if implementation == "triton":
+        from k25_jax.kernels.grouped_triton import grouped_triton  # JAX may drop what it imports: jax 0.11 says so
+
+        return grouped_triton(x_ND, w_EDF, sizes_E)
     if implementation == "megablox":
         tiles_ND = jnp.pad(x_ND, ((0, -x_ND.shape[0] % TILE), (0, 0)))
         return megablox(tiles_ND, w_EDF, sizes_E.astype(jnp.int32))[: x_ND.shape[0]]
     if implementation == "reference":
         return reference_grouped_matmul(x_ND, w_EDF, sizes_E)
-    raise ValueError(f"moe.grouped_matmul={implementation!r} is none of auto, blocked, megablox, ragged, reference")
+    raise ValueError(
+        f"moe.grouped_matmul={implementation!r} is none of auto, blocked, megablox, triton, ragged, reference"
+    )
 
 
 def reference_grouped_matmul(x_ND, w_EDF, sizes_E):
