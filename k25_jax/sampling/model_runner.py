@@ -244,19 +244,20 @@ def _each(function):
 def _step(params, state: State, plan: Plan, *, config: K25Config, alternatives: int):
     tokens_ZT, media_ZT, positions_ZT = _each(_tokens)(state.last_ZX, plan)
     scale = softmax_scale(config.text)
+    by_heads = lambda a_ZTHR: engine_laid(a_ZTHR, "expert", None, "tensor")  # noqa: E731 - as the matrices lie
 
     def write(pool, new):
         return _each(_write)(pool, new, plan, positions_ZT)
 
     def attend(q_ZTHR, q_ZTHK, pool):
-        out_ZTHR = _each(functools.partial(_attend, scale=scale))(q_ZTHR, q_ZTHK, pool, plan, positions_ZT)
-        return engine_laid(out_ZTHR, "expert", None, "tensor")
+        q_ZTHR, q_ZTHK = (by_heads(q) for q in (q_ZTHR, q_ZTHK))
+        return by_heads(_each(functools.partial(_attend, scale=scale))(q_ZTHR, q_ZTHK, pool, plan, positions_ZT))
 
     x_ZTD = splice(params, engine_laid(tokens_ZT, "expert"), engine_laid(media_ZT), state.features_MD, config)
     x_ZTD = engine_laid(x_ZTD, ENGINE_AXES)
     x_ZTD, pools = decoder.paged_step(params, x_ZTD, state.pools, positions_ZT, write, attend, config.text)
     x_ZND, places_ZN = _each(_picked)(x_ZTD, plan, positions_ZT)
-    logits_ZNV = decoder.logits(params, engine_laid(x_ZND, "expert"))
+    logits_ZNV = engine_laid(decoder.logits(params, engine_laid(x_ZND, "expert")), "expert", None, "tensor")
     drawn = _each(functools.partial(draw, alternatives=alternatives))(logits_ZNV, places_ZN, plan)
     put = lambda last_X, targets_N, tokens_N: last_X.at[targets_N].set(tokens_N, mode="drop")  # noqa: E731
     last_ZX = _each(put)(state.last_ZX, plan.targets_ZN, drawn.tokens_ZN)
