@@ -87,6 +87,13 @@ def run_preflight(args) -> int:
     from k25_jax.preflight.topology import parse_topology
 
     topology = parse_topology(args.topology)
+    if args.what == "sample":
+        from k25_jax.preflight import sample
+
+        say = lambda text: print(text, file=sys.stderr, flush=True)  # noqa: E731
+        report = sample.sample_preflight(experiment.model, topology, args.rows, args.length, args.tensor, say)
+        print(json.dumps(dataclasses.asdict(report)) if args.json else sample.render(report))
+        return 0 if report.fits else 1
     experiment = aot.with_rows(experiment, args.rows)
     if args.layout:
         tensors = aot.layout(experiment, topology)

@@ -185,7 +185,12 @@ def add_preflight(parser: Parser) -> None:
     parser.add_argument("--config", required=True, metavar="FILE[:ARG]", help="experiment file")
     topologies = "v5p-1024 as gcloud has it, v5p:8x8x8, 2xv5p-1024 (two slices), or cpu, gpu of here"
     parser.add_argument("--topology", required=True, help=topologies)
-    parser.add_argument("--rows", type=int, default=0, help="rows in a step; default data.batch_size")
+    what = "the training step, or those of the sampling engine: how many requests of which length fit beside its weights"
+    parser.add_argument("--what", choices=("train", "sample"), default="train", help=what)
+    rows = "rows in a step; default data.batch_size. For sample: requests at once, default 8 a device"
+    parser.add_argument("--rows", type=int, default=0, help=rows)
+    parser.add_argument("--length", type=int, default=0, help="for sample: tokens of a request; default 32768")
+    parser.add_argument("--tensor", type=int, default=0, help="for sample: devices that share out heads and widths")
     parser.add_argument(
         "--suggest", action="store_true", help="where it does not fit, compile nearby settings till one does"
     )

@@ -11,6 +11,7 @@ from k25_jax.config import ConfigError, MoEConfig
 from k25_jax.kernels.grouped_matmul import copy_rows, expert_swiglu, permute_rows
 from k25_jax.models.dispatch import exchanged, in_rounds, places_for
 from k25_jax.models.masters import cast_from, whole
+from k25_jax.sharding.rules import ENGINE_AXES
 
 ROWS = ("fsdp", "expert")  # the axes of the mesh that share out the rows of a batch; `context` shares out their tokens
 WIDTH = ("fsdp", "context")  # the axes that share out an expert's matrices
@@ -23,18 +24,32 @@ def routed(p, x_BLD, weights_BLK, experts_BLK, load_E, config: MoEConfig):
     """What the chosen experts make of each token, weighted and added up: [B,L,D].
 
     `experts_BLK` is the number of experts where nothing is chosen, as in padding. In a mesh of more than one device
-    (jax.set_mesh; stages of a pipeline aside) the tokens, the experts and their matrices are shared out over it, unless
-    one of the three does not divide: then the compiler lays out the form for one device.
+    (jax.set_mesh; stages of a pipeline aside) the tokens, the experts and their matrices are shared out over it;
+    ConfigError where one of the three does not divide. On the engine's mesh there is a row for each device.
     """
     mesh = jax.sharding.get_abstract_mesh()
-    rows, tokens, width = x_BLD.shape
+    if "tensor" in mesh.axis_names:
+        return _stationary(p, x_BLD, weights_BLK, experts_BLK, config)
     if not mesh.empty and _devices(mesh, (*ROWS, "context")) > 1:
-        parts = (rows, ROWS), (tokens, ("context",)), (config.experts, ("expert",)), (width, WIDTH)
-        if not any(size % _devices(mesh, axes) for size, axes in parts):
-            return _parallel(p, x_BLD, weights_BLK, experts_BLK, config)
+        _check(mesh, x_BLD.shape, config)
+        return _parallel(p, x_BLD, weights_BLK, experts_BLK, config)
     p = {name: whole(p[name], x_BLD.dtype) for name, _ in SPLIT}
-    x_TD, *chosen = (a.reshape(rows * tokens, -1) for a in (x_BLD, weights_BLK, experts_BLK))
+    x_TD, *chosen = (a.reshape(-1, a.shape[-1]) for a in (x_BLD, weights_BLK, experts_BLK))
     return _local(p, x_TD, *chosen, load_E, config.grouped_matmul).reshape(x_BLD.shape)
+
+
+def _check(mesh, shape, config: MoEConfig) -> None:
+    rows, tokens, width = shape
+    for name, size, axes in (
+        ("rows of a step (data.batch_size / train.accumulate / mesh.microbatches)", rows, ROWS),
+        ("tokens of a row (data.seq_len)", tokens, ("context",)),
+        ("moe.experts", config.experts, ("expert",)),
+        ("text.d_model", width, WIDTH),
+    ):
+        parts = _devices(mesh, axes)
+        if size % parts:
+            named = " x ".join(f"mesh.{axis}={mesh.shape[axis]}" for axis in axes)
+            raise ConfigError(f"{name}: {size} must be a multiple of {named}, {parts}; change one of them")
 
 
 def _devices(mesh, axes) -> int:
@@ -84,6 +99,28 @@ def _in_chunks(form, chunk: int, p, arguments):
         raise ConfigError(f"moe.chunk={chunk} must divide the {tokens} tokens that a device has in a microbatch")
     one = jax.checkpoint(lambda some: form(p, *some))
     return jax.lax.map(one, [a.reshape(-1, chunk, a.shape[-1]) for a in arguments])
+
+
+def _stationary(p, x_ZTD, weights_ZTK, experts_ZTK, config: MoEConfig):
+    """On the engine's mesh, where no matrix moves: a device has the width `tensor` of its experts.
+
+    The devices of a `tensor` row compute for the tokens of all of them, and their shares of a result are added up.
+    """
+
+    def body(p, *arguments):
+        p = {name: whole(p[name], x_ZTD.dtype) for name, _ in SPLIT}
+        arguments = (a.reshape(-1, a.shape[-1]) for a in arguments)
+        form = _by_gather if config.dispatch == "gather" else _by_all_to_all
+        y_TD = form(p, *arguments, config).astype(jnp.float32)
+        y_TD = jax.lax.psum_scatter(y_TD, "tensor", scatter_dimension=0, tiled=True)
+        return y_TD.astype(x_ZTD.dtype)[None]
+
+    tokens = PartitionSpec("expert")
+    matrices = {name: PartitionSpec("expert", *("tensor" if i != axis else None for i in (1, 2))) for name, axis in SPLIT}
+    weights = {name: p[name] for name in matrices}
+    return jax.shard_map(
+        body, in_specs=(matrices, tokens, tokens, tokens), out_specs=PartitionSpec(ENGINE_AXES), check_vma=False
+    )(weights, x_ZTD, weights_ZTK, experts_ZTK)
 
 
 def _by_gather(p, x_TD, weights_TK, experts_TK, config: MoEConfig):
