@@ -6,8 +6,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax.extend.core import ClosedJaxpr, Jaxpr
 
+import programs
 from k25_jax.config import DataConfig, Experiment, OptimConfig, TrainConfig, preset
 from k25_jax.data.packing import make_example, pack_examples
 from k25_jax.models.decoder import Stats
@@ -58,19 +58,9 @@ def image_batch():
 
 def checkpoints(jaxpr) -> int:
     """How many pieces of a program are computed again in its backward pass; those inside others not counted."""
-    jaxpr = jaxpr.jaxpr if isinstance(jaxpr, ClosedJaxpr) else jaxpr
-    count = 0
-    for eqn in jaxpr.eqns:
-        if eqn.primitive.name in ("checkpoint", "remat", "remat2"):
-            count += 1
-            continue
-        inner = [leaf for value in eqn.params.values() for leaf in jax.tree.leaves(value, is_leaf=_is_program)]
-        count += sum(checkpoints(leaf) for leaf in inner if _is_program(leaf))
-    return count
-
-
-def _is_program(value) -> bool:
-    return isinstance(value, (Jaxpr, ClosedJaxpr))
+    return sum(
+        eqn.primitive.name in programs.CHECKPOINTS and not set(inside) & programs.CHECKPOINTS for eqn, inside in programs.equations(jaxpr)
+    )
 
 
 def test_the_encoder_is_computed_again_where_it_is_trained_and_only_there():
@@ -84,8 +74,8 @@ def test_the_encoder_is_computed_again_where_it_is_trained_and_only_there():
 
 # --------------------------------------------------------------------------------------------------------------- seeds
 def test_the_seed_of_a_run_decides_its_weights():
-    programs = []
+    traced = []
     for seed in (0, 0, 1):
         experiment = Experiment(model=MODEL, train=TrainConfig(seed=seed))
-        programs.append(str(jax.make_jaxpr(lambda: init_state(experiment).params)()))  # noqa: B023
-    assert programs[0] == programs[1] != programs[2]
+        traced.append(str(jax.make_jaxpr(lambda: init_state(experiment).params)()))  # noqa: B023
+    assert traced[0] == traced[1] != traced[2]
