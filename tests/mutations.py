@@ -132,7 +132,8 @@ def run(mutations: Sequence[Mutation], root: pathlib.Path = ROOT, jobs: int = 2,
     began, found = time.monotonic(), {"caught": [], "SURVIVED": [], "BROKEN": []}
     with copies(root, jobs) as folders, concurrent.futures.ThreadPoolExecutor(jobs) as pool:
         nodes = sorted({node for mutation in mutations for node in mutation.tests})
-        status, text = run_tests(folders[0], [f"--numprocesses={jobs}", "--dist=worksteal", *nodes], 4 * LONGEST)
+        together = [f"--numprocesses={jobs}", "--dist=worksteal"] if jobs > 1 else ["-p", "no:xdist"]
+        status, text = run_tests(folders[0], [*together, *nodes], 4 * LONGEST)
         if status:
             say(f"{text}\nthe tests fail without any mutation")
             return 2

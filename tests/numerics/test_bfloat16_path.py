@@ -25,6 +25,7 @@ TEXT = TextConfig(
     qk_nope_dim=8, qk_rope_dim=4, v_dim=8, max_length=64, moe=MOE,
 )  # fmt: skip
 VISION = VisionConfig(layers=1, width=16, heads=2, mlp_dim=12, patch_size=4, pos_height=3, pos_width=3)
+LOSS = jax.jit(cross_entropy, static_argnames="chunk")
 MODEL = K25Config(text=TEXT, vision=VISION, media_pad_id=60, media_begin_id=61, media_end_id=62, bos_id=0, eos_ids=(1,))
 
 
@@ -60,11 +61,9 @@ def test_the_router_tells_experts_whose_scores_differ_by_a_thousandth():
 
 def test_a_bfloat16_step_chooses_the_experts_of_a_float32_step():
     """The router's weights stay as they are when all others are cast: rounded, these columns would be one and the same."""
-    params = jax.tree.map(lambda a: 0.02 * a, reference.random_params(MODEL))
-    params["moe"]["mlp_norm"] = jnp.ones_like(params["moe"]["mlp_norm"])
-    params["embed"] = jnp.ones_like(params["embed"])
-    params["moe"]["moe"]["router"] = jnp.asarray(close_columns(32, 16))[None]
-    params["moe"]["moe"]["router_bias"] = jnp.zeros_like(params["moe"]["moe"]["router_bias"])
+    params = jax.tree.map(lambda a: np.float32(0.02) * np.asarray(a), reference.random_params(MODEL))
+    params["moe"]["mlp_norm"], params["embed"] = np.ones((1, 32), np.float32), np.ones((64, 32), np.float32)
+    params["moe"]["moe"] |= {"router": close_columns(32, 16)[None], "router_bias": np.zeros((1, 16), np.float32)}
     batch, loads = text_batch(), {}
     for dtype in ("float32", "bfloat16"):
         experiment = Experiment(model=MODEL, train=TrainConfig(compute_dtype=dtype))
@@ -92,9 +91,9 @@ def test_a_norm_is_off_by_one_rounding_alone_however_long_its_rows(size, centred
     exact = wide(x) - (wide(x).mean(axis=-1, keepdims=True) if centred else 0)
     exact /= np.sqrt((exact**2).mean(axis=-1, keepdims=True) + 1e-6)
     if centred:
-        got = layer_norm(x, {"scale": jnp.ones(1000), "bias": jnp.zeros(1000)}, 1e-6)
+        got = jax.jit(layer_norm, static_argnums=2)(x, {"scale": np.ones(1000, "f"), "bias": np.zeros(1000, "f")}, 1e-6)
     else:
-        got = rms_norm(x, jnp.ones(1000), 1e-6)
+        got = jax.jit(rms_norm, static_argnums=2)(x, np.ones(1000, "f"), 1e-6)
     assert got.dtype == jnp.bfloat16
     assert np.abs(wide(got) - exact).max() <= 1e-6 + 1.001 * HALF_A_STEP * np.abs(exact).max()
     assert (np.abs(wide(got) - exact) <= 1e-6 + 1.01 * HALF_A_STEP * np.abs(exact)).all()
@@ -104,10 +103,25 @@ def test_the_gradient_of_a_norm_is_that_of_float32():
     """An upstream gradient that is almost a multiple of the row itself: what is left of it is a difference of sums."""
     x = draw(16, 1000)
     dy = (x.astype(jnp.float32) + 0.05 * draw(16, 1000, seed=1, dtype=jnp.float32)).astype(jnp.bfloat16)
-    _, pull = jax.vjp(lambda x, s: rms_norm(x, s, 1e-6), x, jnp.ones(1000))
-    _, want = jax.vjp(lambda x, s: rms_norm(x, s, 1e-6), x.astype(jnp.float32), jnp.ones(1000))
-    for got, exact in zip(pull(dy), want(dy.astype(jnp.float32)), strict=True):
+    gradients = jax.jit(lambda x, dy: jax.vjp(lambda x, s: rms_norm(x, s, 1e-6), x, jnp.ones(1000))[1](dy))
+    for got, exact in zip(gradients(x, dy), gradients(x.astype(jnp.float32), dy.astype(jnp.float32)), strict=True):
         assert np.linalg.norm(wide(got) - wide(exact)) <= 2 * HALF_A_STEP * np.linalg.norm(wide(exact))
+
+
+@pytest.mark.parametrize("centred", [False, True])
+def test_the_written_gradient_of_a_norm_is_the_derived_one(centred):
+    x, scale, dy = (draw(*shape, seed=i, dtype=jnp.float32) for i, shape in enumerate([(5, 30), (30,), (5, 30)]))
+
+    def plain(x, scale):
+        x = x - x.mean(axis=-1, keepdims=True) if centred else x
+        return x / jnp.sqrt((x**2).mean(axis=-1, keepdims=True) + 1e-3) * scale
+
+    def ours(x, scale):
+        return layer_norm(x, {"scale": scale, "bias": 0 * scale}, 1e-3) if centred else rms_norm(x, scale, 1e-3)
+
+    gradients = jax.jit(lambda *a: [jax.vjp(form, *a)[1](dy) for form in (ours, plain)])
+    for got, want in zip(*gradients(x + 1, scale), strict=True):
+        np.testing.assert_allclose(got, want, rtol=1e-4, atol=1e-5)
 
 
 # ------------------------------------------------------------------------------------------------------- the vocabulary
@@ -120,7 +134,7 @@ def test_scores_of_the_vocabulary_are_not_rounded():
     targets_BL = np.array([[0, 20, 40, 63]])
     want_BL = np.log(np.exp(exact_BLV - 192).sum(axis=-1)) + 192 - np.take_along_axis(exact_BLV, targets_BL[..., None], -1)[..., 0]
     for chunk in (64, 16):
-        loss, metrics = cross_entropy(x_BLD, head_DV, targets_BL, np.ones((1, 4), np.float32), chunk=chunk)
+        loss, metrics = LOSS(x_BLD, head_DV, targets_BL, np.ones((1, 4), np.float32), chunk=chunk)
         np.testing.assert_allclose(loss, want_BL.mean(), rtol=1e-4)
         assert metrics["accuracy"] == 0.25
     np.testing.assert_allclose(decoder.logits({"head": head_DV}, x_BLD), exact_BLV, rtol=1e-6)
@@ -129,7 +143,7 @@ def test_scores_of_the_vocabulary_are_not_rounded():
 def test_the_loss_is_added_up_in_float32():
     """4,096 places with a loss of one each, nearly; added in bfloat16 they would come to 256."""
     x_BLD, head_DV = jnp.zeros((1, 4096, 4), jnp.bfloat16), jnp.zeros((4, 3), jnp.bfloat16)
-    loss, metrics = cross_entropy(x_BLD, head_DV, np.zeros((1, 4096), int), np.ones((1, 4096), np.float32))
+    loss, metrics = LOSS(x_BLD, head_DV, np.zeros((1, 4096), int), np.ones((1, 4096), np.float32))
     np.testing.assert_allclose(loss, np.log(3), rtol=1e-6)
     assert metrics["target_weight"] == 4096
 
@@ -151,7 +165,8 @@ def test_attention_at_logits_of_a_hundred_is_that_of_float32():
     q = (q + 3).astype(jnp.bfloat16)
     k = (k + 3).astype(jnp.bfloat16)
     scale = 100 / float(np.einsum("blhk,bshk->bhls", wide(q), wide(k)).max())
-    out, top = attention(q, k, v, np.ones((1, 64), np.int32), scale=scale, causal=True, block=32)
+    attend = jax.jit(lambda q, k, v: attention(q, k, v, np.ones((1, 64), np.int32), scale=scale, causal=True, block=32))
+    out, top = attend(q, k, v)
     exact, _ = softmax_attention(q, k, v, scale, causal=True)
     np.testing.assert_allclose(top.max(), 100, rtol=1e-5)
     assert np.abs(wide(out) - exact).max() <= 0.01
@@ -169,18 +184,19 @@ def test_the_backward_pass_of_attention_tells_values_that_differ_by_half_of_a_hu
     k, q = draw(1, 16, 1, 8, seed=1), jnp.zeros((1, 16, 1, 8), jnp.bfloat16)
     dout = jnp.asarray(np.abs(rng.normal(size=(1, 16, 1, 32))), jnp.bfloat16)
     how = dict(scale=1.0, causal=False, keep_weights=keep_weights)
-    out, pull = jax.vjp(lambda q: attention(q, k, v, np.ones((1, 16), np.int32), **how)[0], q)
+    attend = lambda q: attention(q, k, v, np.ones((1, 16), np.int32), **how)[0]  # noqa: E731
+    out, (dq,) = jax.jit(lambda q: (attend(q), jax.vjp(attend, q)[1](dout)))(q)
     assert (wide(out) == 96).all()
     dweights = np.einsum("blhk,bshk->bhls", wide(dout), wide(v))
     dscores = (dweights - 96 * wide(dout).sum(axis=-1).swapaxes(1, 2)[..., None]) / 16
     exact = np.einsum("bhls,bshk->blhk", dscores, wide(k))
-    assert np.linalg.norm(wide(pull(dout)[0]) - exact) <= 4 * HALF_A_STEP * np.linalg.norm(exact)
+    assert np.linalg.norm(wide(dq) - exact) <= 4 * HALF_A_STEP * np.linalg.norm(exact)
 
 
 # ----------------------------------------------------------------------------------------------------------- optimizer
 def test_newton_schulz_does_not_feel_how_large_a_matrix_is():
     """Its norm is taken, and taken out, in float32: then a factor changes no bit of what is rounded, or hardly one."""
     stack = draw(2, 24, 40, dtype=jnp.float32)
-    alone = np.asarray(newton_schulz(stack))
+    orthogonal = jax.jit(newton_schulz)
     for size in np.geomspace(1.07, 1.9, 7):
-        assert np.abs(np.asarray(newton_schulz(np.float32(size) * stack)) - alone).mean() <= 1e-4, size
+        assert jnp.abs(orthogonal(np.float32(size) * stack) - orthogonal(stack)).mean() <= 1e-4, size
