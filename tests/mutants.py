@@ -138,9 +138,9 @@ of(
 of(
     "models/experts.py",
     (
-        "rows of a chunk that are not used count",
-        "jnp.where(used_N1, y_ND, 0) * w_N",
-        "y_ND * w_N",
+        "a later chunk has the experts of the first",
+        "jnp.clip(ends_E - i * rows, 0, rows)",
+        "jnp.clip(ends_E, 0, rows)",
         "models/test_experts.py::test_chunks_equal_one_piece_however_many_there_are",
     ),
     (
