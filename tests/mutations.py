@@ -1,6 +1,6 @@
 """Break the package in one small way at a time and see that a test notices: `make mutate`.
 
-Each mutation of tests/mutants.py is put into a copy of the repository, and the tests that it names run there. One that they
+Each mutation of tests/mutants/ is put into a copy of the repository, and the tests that it names run there. One that they
 let pass is a survivor: a fault of that kind would go unseen. Exit status 0 where all are caught, 1 where one survives, 2
 where a mutation no longer fits the source, or its tests fail without it.
 """
@@ -18,21 +18,13 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator, Sequence
-from typing import NamedTuple
+
+from mutants import MUTATIONS
+from mutants.mutation import Mutation
 
 ROOT = pathlib.Path(__file__).parent.parent
 LEFT_OUT = ("build", "dist", "runs", "__pycache__")  # of the copy, beside all that is hidden
 LONGEST = 900.0  # seconds; a mutation that makes a loop endless is caught by this
-
-
-class Mutation(NamedTuple):
-    """`old`, which stands once in the file, becomes `new`; the tests are to fail then."""
-
-    name: str
-    file: str  # from the root of the repository
-    old: str
-    new: str
-    tests: tuple[str, ...]  # arguments of pytest: files, or single tests, from the root
 
 
 class Stale(ValueError):
@@ -45,15 +37,15 @@ def mutated(source: str, mutation: Mutation) -> str:
     if count != 1:
         raise Stale(
             f"{mutation.file}: {mutation.name!r} replaces text that is there {count} times: {mutation.old!r}; "
-            "correct it in tests/mutants.py"
+            "correct it in tests/mutants"
         )
     out = source.replace(mutation.old, mutation.new)
     if out == source:
-        raise Stale(f"{mutation.file}: {mutation.name!r} changes nothing; correct it in tests/mutants.py")
+        raise Stale(f"{mutation.file}: {mutation.name!r} changes nothing; correct it in tests/mutants")
     try:
         compile(out, mutation.file, "exec")
     except SyntaxError as error:
-        raise Stale(f"{mutation.file}: {mutation.name!r} is no Python: {error}; correct it in tests/mutants.py") from error
+        raise Stale(f"{mutation.file}: {mutation.name!r} is no Python: {error}; correct it in tests/mutants") from error
     return out
 
 
@@ -166,8 +158,6 @@ def run(mutations: Sequence[Mutation], root: pathlib.Path = ROOT, jobs: int = 2,
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """The command line."""
-    from mutants import MUTATIONS
-
     parser = argparse.ArgumentParser(prog="mutations", description=__doc__.split("\n")[0])
     parser.add_argument("--only", default="", metavar="PATTERN", help="those with PATTERN in their name or file")
     parser.add_argument("--list", action="store_true", help="name them, and run none")

@@ -4,10 +4,20 @@ import pytest
 
 import mutations
 from mutants import MUTATIONS
-from mutations import Mutation
+from mutants.mutation import Mutation
 
 SOURCE = "def double(x):\n    return 2 * x\n\n\ndef half(x):\n    return x / 2\n"
-TESTS = "from package import double, half\n\n\ndef test_double():\n    assert double(3) == 6\n\n\ndef test_half():\n    assert half(0) == 0\n"
+TESTS = """
+from package import double, half
+
+
+def test_double():
+    assert double(3) == 6
+
+
+def test_half():
+    assert half(0) == 0
+"""
 
 
 def test_every_mutation_fits_the_source_and_names_tests_that_are_there():

@@ -13,7 +13,16 @@ from jax._src import source_info_util
 from jax.extend.core import Literal
 
 import programs
-from k25_jax.config import DataConfig, Experiment, K25Config, MoEConfig, OptimConfig, TextConfig, TrainConfig, VisionConfig
+from k25_jax.config import (
+    DataConfig,
+    Experiment,
+    K25Config,
+    MoEConfig,
+    OptimConfig,
+    TextConfig,
+    TrainConfig,
+    VisionConfig,
+)
 from k25_jax.data.packing import make_example, pack_examples
 from k25_jax.models.k25 import abstract_params
 from k25_jax.train.pretrain import loss_fn
@@ -61,6 +70,8 @@ def _fault(eqn, weights) -> str:
     if name == "dot_general" and out[0].dtype == NARROW:
         if kind := _kind_of_scores(out[0].shape):
             return f"scores of {kind} {out[0].shape} in bfloat16"
+        if out[0].ndim > 1 and out[0].shape in weights:
+            return f"a gradient of weights {out[0].shape} leaves its product in bfloat16"
         if eqn.invars[0] is eqn.invars[1] and out[0].ndim < operand.ndim:
             return f"a sum of squares {out[0].shape} in bfloat16"
     if name in SUMS and _terms(eqn, operand) >= LONG:
@@ -175,6 +186,11 @@ def test_rules_leave_products_and_short_sums_alone():
     def fine(x):
         hidden = jax.nn.silu(x @ W)
         scores = jnp.einsum("blk,bsk->bls", x, x, preferred_element_type=jnp.float32)
-        return hidden.sum(), jax.nn.softmax(scores), x[..., :3].sum(axis=-1), jnp.zeros((5, 8), NARROW).at[:3].set(x[0, :3])
+        return (
+            hidden.sum(),
+            jax.nn.softmax(scores),
+            x[..., :3].sum(axis=-1),
+            jnp.zeros((5, 8), NARROW).at[:3].set(x[0, :3]),
+        )
 
     assert violations(jax.make_jaxpr(fine)(X), {(8, 16)}) == []

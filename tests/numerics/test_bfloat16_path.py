@@ -1,32 +1,25 @@
 """What the bfloat16 path keeps in float32, on inputs where bfloat16 would give something else."""
 
-import dataclasses
-
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-import reference
-from k25_jax.config import DataConfig, Experiment, K25Config, MoEConfig, TextConfig, TrainConfig, VisionConfig
+from drawn import MINUTE, random_params
+from k25_jax.config import DataConfig, Experiment, TrainConfig
 from k25_jax.data.packing import make_example, pack_examples
 from k25_jax.kernels.attention import attention
 from k25_jax.losses.lm import cross_entropy
 from k25_jax.models import decoder
+from k25_jax.models.k25 import abstract_params, cast
 from k25_jax.models.layers import layer_norm, rms_norm
 from k25_jax.models.moe import route
 from k25_jax.optim.newton_schulz import newton_schulz
 from k25_jax.train.pretrain import loss_fn
 
 HALF_A_STEP = 2.0**-8  # of bfloat16, relative: the most that rounding a result once costs
-MOE = MoEConfig(experts=16, top_k=2, ffn_dim=8, shared_experts=0)
-TEXT = TextConfig(
-    vocab_size=64, d_model=32, layers=1, dense_layers=0, ffn_dim=16, heads=2, q_lora_rank=8, kv_lora_rank=8,
-    qk_nope_dim=8, qk_rope_dim=4, v_dim=8, max_length=64, moe=MOE,
-)  # fmt: skip
-VISION = VisionConfig(layers=1, width=16, heads=2, mlp_dim=12, patch_size=4, pos_height=3, pos_width=3)
+MODEL, MOE = MINUTE, MINUTE.text.moe
 LOSS = jax.jit(cross_entropy, static_argnames="chunk")
-MODEL = K25Config(text=TEXT, vision=VISION, media_pad_id=60, media_begin_id=61, media_end_id=62, bos_id=0, eos_ids=(1,))
 
 
 def draw(*shape, seed=0, dtype=jnp.bfloat16):
@@ -61,7 +54,7 @@ def test_the_router_tells_experts_whose_scores_differ_by_a_thousandth():
 
 def test_a_bfloat16_step_chooses_the_experts_of_a_float32_step():
     """The router's weights stay as they are when all others are cast: rounded, these columns would be one and the same."""
-    params = jax.tree.map(lambda a: np.float32(0.02) * np.asarray(a), reference.random_params(MODEL))
+    params = jax.tree.map(lambda a: np.float32(0.02) * np.asarray(a), random_params(MODEL))
     params["moe"]["mlp_norm"], params["embed"] = np.ones((1, 32), np.float32), np.ones((64, 32), np.float32)
     params["moe"]["moe"] |= {"router": close_columns(32, 16)[None], "router_bias": np.zeros((1, 16), np.float32)}
     batch, loads = text_batch(), {}
@@ -73,9 +66,16 @@ def test_a_bfloat16_step_chooses_the_experts_of_a_float32_step():
     np.testing.assert_array_equal(loads["bfloat16"], loads["float32"])
 
 
+def test_weights_that_are_cast_for_sampling_keep_the_router():
+    params = cast(jax.tree.map(lambda a: np.zeros(a.shape, np.float32), abstract_params(MODEL)), jnp.bfloat16)
+    moe = params["moe"]["moe"]
+    assert moe["router"].dtype == moe["router_bias"].dtype == jnp.float32
+    assert moe["experts"]["gate"].dtype == params["embed"].dtype == jnp.bfloat16
+
+
 def test_padding_reaches_no_expert():
     """Of 32 places 29 hold a token; each goes to two experts."""
-    batch, params = text_batch(), reference.random_params(MODEL)
+    batch, params = text_batch(), random_params(MODEL)
     for dtype in ("float32", "bfloat16"):
         experiment = Experiment(model=MODEL, train=TrainConfig(compute_dtype=dtype))
         _, (_, stats) = jax.jit(loss_fn, static_argnames="experiment")(params, batch, experiment=experiment)
@@ -132,7 +132,11 @@ def test_scores_of_the_vocabulary_are_not_rounded():
     head_DV = jnp.asarray(head_DV, jnp.bfloat16)
     exact_BLV = wide(x_BLD) @ wide(head_DV)
     targets_BL = np.array([[0, 20, 40, 63]])
-    want_BL = np.log(np.exp(exact_BLV - 192).sum(axis=-1)) + 192 - np.take_along_axis(exact_BLV, targets_BL[..., None], -1)[..., 0]
+    want_BL = (
+        np.log(np.exp(exact_BLV - 192).sum(axis=-1))
+        + 192
+        - np.take_along_axis(exact_BLV, targets_BL[..., None], -1)[..., 0]
+    )
     for chunk in (64, 16):
         loss, metrics = LOSS(x_BLD, head_DV, targets_BL, np.ones((1, 4), np.float32), chunk=chunk)
         np.testing.assert_allclose(loss, want_BL.mean(), rtol=1e-4)

@@ -4,18 +4,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-import reference
-from k25_jax.config import DataConfig, Experiment, K25Config, MoEConfig, TextConfig, TrainConfig, VisionConfig
+from drawn import MINUTE, random_params
+from k25_jax.config import DataConfig, Experiment, TrainConfig
 from k25_jax.data.packing import make_example, pack_examples
 from k25_jax.losses.lm import cross_entropy
 from k25_jax.train.pretrain import loss_fn
 
-TEXT = TextConfig(
-    vocab_size=64, d_model=16, layers=1, dense_layers=0, ffn_dim=16, heads=2, q_lora_rank=8, kv_lora_rank=8,
-    qk_nope_dim=8, qk_rope_dim=4, v_dim=8, max_length=64, moe=MoEConfig(experts=4, top_k=2, ffn_dim=8),
-)  # fmt: skip
-VISION = VisionConfig(layers=1, width=16, heads=2, mlp_dim=12, patch_size=4, pos_height=3, pos_width=3)
-MODEL = K25Config(text=TEXT, vision=VISION, media_pad_id=60, media_begin_id=61, media_end_id=62, bos_id=0, eos_ids=(1,))
+MODEL = MINUTE
 
 
 def test_losses_of_parts_add_up_to_that_of_the_whole():
@@ -36,14 +31,18 @@ def test_losses_of_parts_add_up_to_that_of_the_whole():
 def test_a_batch_in_parts_has_the_gradients_of_the_whole():
     """Four rows one by one, of unlike length, the first with the largest logits; what follows doubles the loss."""
     rng = np.random.default_rng(1)
-    examples = [make_example(rng.integers(2, 60, n).tolist(), [1.0] * n, [], MODEL.media_pad_id) for n in (24, 15, 9, 20)]
+    examples = [
+        make_example(rng.integers(2, 60, n).tolist(), [1.0] * n, [], MODEL.media_pad_id) for n in (24, 15, 9, 20)
+    ]
     batch = pack_examples(examples, DataConfig(batch_size=4, seq_len=24, packs=0, pack_patches=16), MODEL)
     batch = batch.replace(tokens_BL=np.where(np.arange(4)[:, None] == 0, batch.tokens_BL, batch.tokens_BL % 5 + 2))
-    params = reference.random_params(MODEL)
+    params = random_params(MODEL)
 
     def gradients(parts: int):
         experiment = Experiment(model=MODEL, train=TrainConfig(accumulate=parts))
-        grad_fn = jax.value_and_grad(lambda p: jax.tree.map(lambda a: 2 * a, loss_fn(p, batch, experiment)), has_aux=True)
+        grad_fn = jax.value_and_grad(
+            lambda p: jax.tree.map(lambda a: 2 * a, loss_fn(p, batch, experiment)), has_aux=True
+        )
         return jax.jit(grad_fn)(params)
 
     (want_loss, want_seen), want = gradients(1)

@@ -3,13 +3,13 @@
 import numpy as np
 import pytest
 
-import reference
+from drawn import random_params
 from engines import CONFIG, PAD, PARAMS, SETTINGS, drain, greedy, logprobs
 from k25_jax.sampling.engine import Engine
 from k25_jax.sampling.requests import Completion, Request
 from k25_jax.sampling.sample import SampleConfig
 
-OTHER = reference.random_params(CONFIG, seed=2, std=0.25)
+OTHER = random_params(CONFIG, seed=2, std=0.25)
 PROMPT = np.random.default_rng(8).integers(1, 49, 14).tolist()  # three full pages of 4, and 2
 
 

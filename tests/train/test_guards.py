@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import AbstractMesh
 
 import programs
 from k25_jax.config import DataConfig, Experiment, OptimConfig, TrainConfig, preset
@@ -13,6 +14,8 @@ from k25_jax.data.packing import make_example, pack_examples
 from k25_jax.models.decoder import Stats
 from k25_jax.models.k25 import abstract_params
 from k25_jax.optim.muonclip import muonclip
+from k25_jax.preflight.aot import abstract_batch
+from k25_jax.sharding.mesh import AXES
 from k25_jax.train.pretrain import loss_fn
 from k25_jax.train.state import TrainState, init_state
 from k25_jax.train.step import make_step
@@ -59,7 +62,8 @@ def image_batch():
 def checkpoints(jaxpr) -> int:
     """How many pieces of a program are computed again in its backward pass; those inside others not counted."""
     return sum(
-        eqn.primitive.name in programs.CHECKPOINTS and not set(inside) & programs.CHECKPOINTS for eqn, inside in programs.equations(jaxpr)
+        eqn.primitive.name in programs.CHECKPOINTS and not set(inside) & programs.CHECKPOINTS
+        for eqn, inside in programs.equations(jaxpr)
     )
 
 
@@ -69,6 +73,21 @@ def test_the_encoder_is_computed_again_where_it_is_trained_and_only_there():
     for trained, names in (("all", ()), ("text alone", ("embed", "dense", "moe", "final_norm", "head"))):
         experiment = Experiment(model=MODEL, train=TrainConfig(remat="full", trainable=names))
         found[trained] = checkpoints(jax.make_jaxpr(lambda p: loss_fn(p, batch, experiment)[0])(params))  # noqa: B023
+    assert found["all"] == found["text alone"] + 1, found
+
+
+def test_on_a_mesh_too_the_encoder_is_computed_again_where_it_is_trained():
+    """As the compiler would be given it for eight devices, of which none is needed."""
+    found, mesh = {}, AbstractMesh((1, 8, 1, 1), AXES)
+    for trained, names in (("all", ()), ("text alone", ("embed", "dense", "moe", "final_norm", "head"))):
+        train = TrainConfig(remat="full", trainable=names)
+        data = DataConfig(batch_size=8, seq_len=32, packs=8, pack_patches=16)
+        experiment = Experiment(model=MODEL, data=data, train=train)
+        with jax.sharding.use_abstract_mesh(mesh):
+            traced = jax.make_jaxpr(lambda p, b: loss_fn(p, b, experiment)[0])(  # noqa: B023
+                abstract_params(MODEL), abstract_batch(experiment, mesh)
+            )
+        found[trained] = checkpoints(traced)
     assert found["all"] == found["text alone"] + 1, found
 
 
