@@ -1,10 +1,10 @@
 """What a host plans beside a step of the 1.04T model, on 64 to 2048 chips, and the memory that it takes (K2.5 §3.8).
 
 The batch has 16384 rows of 4096 tokens, in up to 16 parts, and packs of 4096 patches that are as full as lanes make them,
-with images of heavy-tailed sizes. Timed is all that a host of four chips does for a step (`planned_as_told`): it learns of
-all clips, balances them over the packs, and makes the tables of its own chips, rows and packs. Also: the bytes that hosts
-tell each other, and the most memory that the planning takes. Beside it stands the way before: packs without room tried again for
-every clip, and tables of all pairs of chips on every host, which are counted, not made.
+with images of heavy-tailed sizes. Timed is all that a host of four chips does for a step (`planned_as_told`): it learns
+of all clips, balances them over the packs, and makes the tables of its own chips, rows and packs. Also: the bytes that
+hosts tell each other, and the most memory that the planning takes. Beside it stands the way before: packs without room
+tried again for every clip, and tables of all pairs of chips on every host, which are counted, not made.
 
 Seconds are those of the processor, as much may run beside it. The bound is a share of the 85 seconds that a step of the
 flagship takes at least on 512 chips, by the compiler's figures (benchmarks/RESULTS.md). With --json one JSON line.
