@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator, Sequence
 import jax
 
 from k25_jax.config import ConfigError, Experiment
-from k25_jax.preflight.aot import Report, preflight, with_rows
+from k25_jax.preflight.aot import Report, preflight
 from k25_jax.preflight.topology import Topology, devices_of
 from k25_jax.train.layout import mesh_of, packs_wanted
 
@@ -61,14 +61,17 @@ def changes(experiment: Experiment, devices: Sequence) -> Iterator[Change]:
     data, train = experiment.data, experiment.train
     whole = math.lcm(len(devices), data.lanes or 1)
     packs = math.ceil(packs_wanted(experiment) / whole) * whole
-    steps = [("data", {"packs": packs})] if data.packs > experiment.model.vision.pos_time * packs else []
+    idle = data.packs > experiment.model.vision.pos_time * packs
+    steps = [("data", {"packs": packs})] if idle else []
     steps += [("train", {"accumulate": 2 * train.accumulate}), ("train", {"remat": "full"})]
     steps += [("train", {"accumulate": 4 * train.accumulate}), ("optim", {"offload": True})]
-    steps += [("rows", data.batch_size // part) for part in (2, 4) if data.batch_size % part == 0]
+    for part in (2, 4):
+        fewer = math.ceil((packs if idle else data.packs) / part / whole) * whole
+        steps.append(("data", {"batch_size": data.batch_size // part, "packs": fewer}))
     change = Change((), experiment)
     for section, values in steps:
-        other = _rows(change, values) if section == "rows" else _set(change, section, values)
-        if other.experiment != change.experiment and _taken(other.experiment, devices):
+        other = _set(change, section, values)
+        if other and other.experiment != change.experiment and _taken(other.experiment, devices):
             change = other
             yield change
 
@@ -80,13 +83,11 @@ def _taken(experiment: Experiment, devices: Sequence) -> bool:
         return False
 
 
-def _rows(change: Change, rows: int) -> Change:
-    kept = tuple(flag for flag in change.flags if not flag.startswith("--rows="))
-    return Change((*kept, f"--rows={rows}"), with_rows(change.experiment, rows))
-
-
-def _set(change: Change, section: str, values: dict) -> Change:
-    part = dataclasses.replace(getattr(change.experiment, section), **values)
+def _set(change: Change, section: str, values: dict) -> Change | None:
+    try:
+        part = dataclasses.replace(getattr(change.experiment, section), **values)
+    except ConfigError:
+        return None
     starts = tuple(f"--config.{section}.{name}=" for name in values)
     flags = tuple(f"{start}{value}" for start, value in zip(starts, values.values(), strict=True))
     kept = tuple(flag for flag in change.flags if not flag.startswith(starts))
