@@ -215,7 +215,9 @@ def render(report: SampleReport) -> str:
     ]
     if report.read_ms:
         rate = 1e3 * report.requests / report.read_ms
-        lines.append(f"bound      {report.read_ms:.1f} ms to read weights and cache once: {rate:.0f} tokens/s on all devices")
+        lines.append(
+            f"bound      {report.read_ms:.1f} ms to read weights and cache once: {rate:.0f} tokens/s on all devices"
+        )
     if report.largest:
         lines.append("largest    requests at once on all devices, by their length:")
         lines += [f"           {entry['length']:9d} tokens {entry['requests']:9d} requests" for entry in report.largest]

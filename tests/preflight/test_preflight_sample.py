@@ -1,13 +1,11 @@
 """`k25 preflight --what=sample`: what an engine needs of each device, and what fits beside its weights."""
 
-import dataclasses
 import importlib.util
 import json
 
 import jax
 import pytest
 
-import runs
 from k25_jax.cli import main
 from k25_jax.config import preset
 from k25_jax.models.count import count_params
@@ -24,7 +22,10 @@ TPU = pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="nee
 def judged(hbm: float, requests: int, length: int):
     """A report over eight devices of `hbm` GB: weights 4, programs 0.5, temporaries 1 for `requests`, 1 MB a token."""
     report = sample.SampleReport("v5e:2x4", 8, {"expert": 4, "tensor": 2}, requests, length, hbm_gb=hbm, weights_gb=4.0)
-    report.programs = [sample.Program("decode", 1.0, 0.3, 0.0, 0.0), sample.Program("decode and read", 0.5, 0.2, 0.0, 0.0)]
+    report.programs = [
+        sample.Program("decode", 1.0, 0.3, 0.0, 0.0),
+        sample.Program("decode and read", 0.5, 0.2, 0.0, 0.0),
+    ]
     report.cache_token_bytes = 1e6
     share = EngineConfig(rows=(requests,), pages=requests * length // 16).share(8)
     report.cache_gb = share.pages * 16 * 1e6 / 1e9
