@@ -52,7 +52,7 @@ ARMS = {
     "DEP": Arm(MeshConfig(1, 8, 1), optimizer="adamw"),
     "experts": Arm(MeshConfig(1, 2, 4)),
     "context": Arm(MeshConfig(1, 2, 1, context=4)),
-    "pipeline": Arm(MeshConfig(4, 1, 2), optimizer="adamw", remat="dots"),
+    "pipeline": Arm(MeshConfig(4, 1, 2), optimizer="adamw", remat="full"),
     "pipeline, experts": Arm(MeshConfig(2, 2, 2), remat="full"),
     "pipeline with repeats, experts": Arm(MeshConfig(2, 2, 2, repeats=2, microbatches=4), remat="full", chunk=24),
     "all, in two parts": Arm(

@@ -128,7 +128,7 @@ class TrainConfig:
     eval_every: int = 0  # steps between two validations (data.validation), and one at the end; 0: none
     keep: int = 3
     max_bad_steps: int = 5  # NaN/inf steps in a row before the run stops
-    remat: str = "none"  # none | full | dots
+    remat: str = "none"  # none | full | dots: what of a layer is kept for its gradient; in a pipeline always as full
     accumulate: int = 1  # parts of a batch that the language model takes one after the other
     vision: str = "dep"  # on a mesh, who encodes which packs: dep | stage0 | plain (parallel/dep.py)
     vision_rounds: int = 0  # in which features come to the tokens of a part; 0: as many as any batch can need
