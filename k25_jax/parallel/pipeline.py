@@ -83,10 +83,10 @@ def _layer(config: TextConfig, rope, segments_BL, weights, x_BLD):
 
 
 def _run_forward(config, size, stack, trained, repeat, x_BLD, segments_BL, positions_BL):
-    rope = rope_tables(config.rope, config.qk_rope_dim, positions_BL)
+    rope, one = rope_tables(config.rope, config.qk_rope_dim, positions_BL), _one(segments_BL)
 
     def step(x_BLD, i):
-        y_BLD, observed = _layer(config, rope, segments_BL, _at(stack, repeat * size + i), x_BLD)
+        y_BLD, observed = _layer(config, rope, segments_BL, _at(stack, repeat * size + i, one), x_BLD)
         return y_BLD, (observed, x_BLD)
 
     y_BLD, (seen, x_YBLD) = jax.lax.scan(step, x_BLD, jnp.arange(size))
@@ -97,13 +97,13 @@ def _run_forward(config, size, stack, trained, repeat, x_BLD, segments_BL, posit
 def _run_backward(config, size, saved, gradients):
     stack, repeat, x_YBLD, segments_BL, positions_BL = saved
     dy_BLD, _, dtrained = gradients
-    rope = rope_tables(config.rope, config.qk_rope_dim, positions_BL)
+    rope, one = rope_tables(config.rope, config.qk_rope_dim, positions_BL), _one(segments_BL)
 
     def step(carry, item):
         dx_BLD, dtrained = carry
         i, x_BLD = item
         number = repeat * size + i
-        weights = _at(stack, number)
+        weights = _at(stack, number, one)
         function = lambda some, x_BLD: _layer(config, rope, segments_BL, _merged(weights, some), x_BLD)  # noqa: E731
         _, pull, _ = jax.vjp(function, _part(weights, dtrained), x_BLD, has_aux=True)
         dweights, dx_BLD = pull(dx_BLD)
@@ -117,10 +117,14 @@ def _run_backward(config, size, saved, gradients):
 _run.defvjp(_run_forward, _run_backward)
 
 
-def _at(stack, number):
-    """One layer. The barrier keeps the compiler from casting the whole stack before the loop, and holding that as well."""
-    layer = jax.tree.map(lambda a: jax.lax.dynamic_index_in_dim(a, number, keepdims=False), stack)
-    return jax.lax.optimization_barrier(layer)
+def _at(stack, number, one):
+    """One layer. Times `one`, as else the compiler casts the whole stack before the loop, and holds that as well."""
+    return jax.tree.map(lambda a: jax.lax.dynamic_index_in_dim(a, number, keepdims=False) * one, stack)
+
+
+def _one(segments_BL):
+    """1.0, which the compiler does not know."""
+    return (segments_BL.max() >= 0).astype(jnp.float32)
 
 
 def _add_at(number, sum_Y, a):
