@@ -16,6 +16,17 @@ from k25_jax.checkpoint.store import restore_params
 from k25_jax.checkpoint.tensor_files import TensorFiles
 from k25_jax.config import K25Config
 from k25_jax.models.k25 import abstract_params
+from k25_jax.runtime.paths import (
+    UPLOAD,
+    AnyPath,
+    absolute,
+    download,
+    is_remote,
+    local_only,
+    names,
+    size_and_time,
+    to_path,
+)
 from k25_jax.text.tokenizer import VOCABULARIES, TokenizerError, find_vocabulary
 from k25_jax.text.tokenizer_json import byte_level_files
 
@@ -31,7 +42,7 @@ def convert(checkpoint: str, output: str, dtype: str = "bfloat16", quantise: str
     A language model alone stays one. Of a public checkpoint all small files that are not weights are carried, of a run
     of ours those of its vocabulary; what is in `output` already stays. Raises CheckpointError.
     """
-    (source, is_run), target = find(checkpoint), pathlib.Path(output)
+    (source, is_run), target = find(checkpoint), local_only(output, "--output", UPLOAD)
     if is_run:
         experiment = read_experiment(source)
         config, text_only, generation = experiment.model, False, {}
@@ -44,20 +55,21 @@ def convert(checkpoint: str, output: str, dtype: str = "bfloat16", quantise: str
         converted = {*WRITTEN, *(stored.file.name for stored in TensorFiles(source, public_name).tensors.values())}
         files = [path for path in _files(source) if path.name not in converted]
     save_params(params, config, target, jnp.dtype(dtype), quantise, text_only=text_only, generation=generation)
-    left = _carry(files, target) if target.resolve() != source.resolve() else []
+    left = _carry(files, target) if target.resolve() != absolute(source) else []
     _write_byte_level(config, target)
     return [f"wrote {output}", *([f"left in {source}: {_few(left)}"] if left else [])]
 
 
-def _files(folder) -> list[pathlib.Path]:
+def _files(folder) -> list[AnyPath]:
     """What lies in a folder."""
+    folder = to_path(folder)
     try:
-        return sorted(pathlib.Path(folder).iterdir())
+        return [folder / name for name in names(folder)]
     except OSError as error:
         raise CheckpointError(f"{folder}: {error.strerror or error}") from error
 
 
-def _carry(files: list[pathlib.Path], target: pathlib.Path) -> list[str]:
+def _carry(files: list[AnyPath], target: pathlib.Path) -> list[str]:
     """Copy files to `target` unless one of that name is there; returns the names of those that were left.
 
     Those are folders, weights of another format, large files, and links that lead out of the source.
@@ -67,19 +79,20 @@ def _carry(files: list[pathlib.Path], target: pathlib.Path) -> list[str]:
         if not _can_be_carried(path):
             left.append(path.name + "/" * path.is_dir())
         elif not (target / path.name).exists() and not (target / path.name).is_symlink():
-            shutil.copy2(path, target / path.name)
+            (download if is_remote(path) else shutil.copy2)(path, target / path.name)
     return left
 
 
-def _of_vocabulary(path: pathlib.Path) -> bool:
+def _of_vocabulary(path: AnyPath) -> bool:
     return path.name.lower().startswith(VOCABULARY) or path.suffix.lower() in (".py", ".jinja")
 
 
-def _can_be_carried(path: pathlib.Path) -> bool:
-    if path.name.startswith(".") or not path.is_file() or path.stat().st_size > MOST_BYTES:
+def _can_be_carried(path: AnyPath) -> bool:
+    if path.name.startswith(".") or not path.is_file() or size_and_time(path)[0] > MOST_BYTES:
         return False
-    names = path.name.lower().removesuffix(".json").removesuffix(".index")  # the index of weights goes with them
-    return not names.endswith(tuple(WEIGHTS)) and path.resolve().is_relative_to(_root(path.parent).resolve())
+    name = path.name.lower().removesuffix(".json").removesuffix(".index")  # the index of weights goes with them
+    inside = is_remote(path) or path.resolve().is_relative_to(_root(path.parent).resolve())
+    return inside and not name.endswith(tuple(WEIGHTS))
 
 
 def _root(folder: pathlib.Path) -> pathlib.Path:

@@ -1,10 +1,10 @@
 """The report of one run: curves from metrics.jsonl, configuration, versions."""
 
 import json
-import pathlib
 
 from k25_jax.report import html, plots
 from k25_jax.report.metrics import read_metrics
+from k25_jax.runtime.paths import AnyPath, to_path
 
 CURVES = (
     ("loss", "Loss", "loss (nats per token)"),
@@ -27,16 +27,16 @@ def curve_sections(metrics: list[dict]) -> list[html.Figure]:
     return figures
 
 
-def config_sections(directory: pathlib.Path) -> list[html.Config]:
+def config_sections(directory: AnyPath) -> list[html.Config]:
     """The experiment and the environment that it ran in."""
     files = (("Configuration", "experiment.json"), ("Revision, versions, devices", "run.json"))
     found = [(title, directory / name) for title, name in files if (directory / name).is_file()]
     return [html.Config(title, json.loads(file.read_text())) for title, file in found]
 
 
-def write_run_report(directory: str | pathlib.Path) -> pathlib.Path:
+def write_run_report(directory: str | AnyPath) -> AnyPath:
     """Write `report.html` into a run's folder. Raises MetricsError when it holds no metrics."""
-    directory = pathlib.Path(directory)
+    directory = to_path(directory)
     metrics = read_metrics(directory / "metrics.jsonl")
     sections = [*curve_sections(metrics), *config_sections(directory)]
     return html.write_report(directory / "report.html", f"Run {directory.name}", sections)

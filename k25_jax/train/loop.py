@@ -2,7 +2,6 @@
 
 import contextlib
 import logging
-import pathlib
 import time
 
 import jax
@@ -16,6 +15,7 @@ from k25_jax.config import Experiment
 from k25_jax.data.mixture import realised
 from k25_jax.parallel import hosts
 from k25_jax.report.metrics import MetricsWriter, read_metrics
+from k25_jax.runtime.paths import AnyPath, to_path
 from k25_jax.runtime.waiting import first_call
 from k25_jax.sharding import peers, processes
 from k25_jax.train.interrupts import between_steps
@@ -31,14 +31,14 @@ class BadSteps(RuntimeError):
     """Too many steps in a row without a finite loss and gradient."""
 
 
-def train(experiment: Experiment, directory: str | pathlib.Path, on_step=None) -> dict:
+def train(experiment: Experiment, directory: str | AnyPath, on_step=None) -> dict:
     """Run `experiment` in `directory` to its last step and return the last metrics; resumes what it finds there.
 
     `on_step(step, metrics)` is called after each logged step. SIGTERM and Ctrl-C end the run after the step in hand, which
     is saved, with Interrupted (train/interrupts.py). Several processes (sharding/processes.py) all call this with the same
     arguments; process 0 writes what is not theirs together. One that fails, or loses another, ends at once.
     """
-    directory, config, first = pathlib.Path(directory), experiment.train, jax.process_index() == 0
+    directory, config, first = to_path(directory), experiment.train, jax.process_index() == 0
     watch = peers.watched(lambda: f"after step {max(complete_steps(directory / 'checkpoints'), default=0)}")
     calm = between_steps(alone=jax.process_count() == 1)
     with watch as watcher, calm as stop, contextlib.ExitStack() as stack, peers.leaving(watcher):
@@ -81,6 +81,8 @@ def train(experiment: Experiment, directory: str | pathlib.Path, on_step=None) -
                 )
             if step % config.checkpoint_every == 0:
                 saved = step
+                if writer:
+                    writer.publish()
                 store.save(step, state, {"pipelines": data_states(pipeline, mesh), "bad_in_a_row": bad})
             if stop.number and step < config.steps:
                 break
@@ -88,6 +90,8 @@ def train(experiment: Experiment, directory: str | pathlib.Path, on_step=None) -
             if logged < step:
                 log_step(step, metrics, experiment, pipeline, mesh, writer, on_step)
         if saved < step:
+            if writer:
+                writer.publish()
             store.save(step, state, {"pipelines": data_states(pipeline, mesh), "bad_in_a_row": bad})
     return (read_metrics(directory) or [{}])[-1]
 
