@@ -1,10 +1,14 @@
 """A bucket of Cloud Storage on loopback: gcp-storage-emulator, and the variables that lead all clients to it."""
 
 import contextlib
+import logging
 import os
+import pathlib
 from collections.abc import Iterator
 
 from gcp_storage_emulator.server import create_server
+
+from k25_jax.runtime.paths import to_path, upload
 
 NAME = "k25-tests"
 
@@ -12,6 +16,7 @@ NAME = "k25-tests"
 @contextlib.contextmanager
 def serving() -> Iterator[str]:
     """The address of an empty bucket of this process's memory; this process and its children find it there meanwhile."""
+    logging.getLogger("gcp_storage_emulator").setLevel(logging.CRITICAL)  # it logs what is asked for and not there
     emulator = create_server("127.0.0.1", 0, in_memory=True, default_bucket=NAME)
     emulator._api.daemon = True
     emulator.start()
@@ -31,6 +36,15 @@ def serving() -> Iterator[str]:
         for name, value in before.items():
             os.environ.pop(name) if value is None else os.environ.update({name: value})
         _forget()
+
+
+def copied(folder: pathlib.Path, address: str) -> str:
+    """`address`, to which all files below a local folder were copied."""
+    target = to_path(address)
+    for file in folder.rglob("*"):
+        if file.is_file():
+            upload(file, target / str(file.relative_to(folder)))
+    return address
 
 
 def _forget():

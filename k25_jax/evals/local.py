@@ -105,11 +105,8 @@ def identity_of(directory: str | AnyPath) -> dict:
     folder = BASE if str(directory) == "base" else to_path(directory)
     step = max(complete_steps(folder / "checkpoints"), default=None)
     if step is None:
-        files = [
-            folder / "config.json",
-            folder / "generation_config.json",
-            *(folder / name for name in names(folder) if name.endswith(".safetensors")),
-        ]
+        tensors = [folder / name for name in names(folder) if name.endswith(".safetensors")] if folder.is_dir() else []
+        files = [folder / "config.json", folder / "generation_config.json", *tensors]
         if not any(path.is_file() for path in files):
             raise CheckpointError(f"{folder} holds no checkpoint (experiment.json with checkpoints/, or config.json)")
         return {"weights": fingerprint(folder, files)}
