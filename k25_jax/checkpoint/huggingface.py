@@ -26,6 +26,7 @@ from k25_jax.checkpoint.layout import LANGUAGE, VISION, Bound, axes_of, bind, pu
 from k25_jax.checkpoint.store import CheckpointError
 from k25_jax.checkpoint.tensor_files import DTYPES, INDEX, TensorFiles, raise_problems
 from k25_jax.config import K25Config
+from k25_jax.runtime.paths import UPLOAD, local_only
 
 WRITTEN = (INDEX, "config.json", GENERATION)
 EMBED, HEAD, NORM = (f"{LANGUAGE}{name}.weight" for name in ("model.embed_tokens", "lm_head", "model.norm"))
@@ -211,7 +212,7 @@ def save_params(
     _check_tree(directory, flat, rows)
     shards = _split(_entries(rows, names[np.dtype(dtype)], quantise or "", text_only), shard_bytes)
     weight_map, total = {}, 0
-    with _replacing(pathlib.Path(directory).absolute()) as folder:
+    with _replacing(local_only(directory, "directory", UPLOAD).absolute()) as folder:
         for number, shard in enumerate(shards, 1):
             file = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
             _write_shard(folder / file, shard, flat)

@@ -59,7 +59,7 @@ def copy(name: str, output: str | None = None) -> pathlib.Path:
         raise ConfigError(
             f"no experiment {name!r} in the package{nearest(name, names())}; `k25 experiments` lists them"
         )
-    target = pathlib.Path(output or file.name)
+    target = local_only(output or file.name, "--output", "an experiment file is code of this machine")
     if target.is_dir():
         target /= file.name
     try:

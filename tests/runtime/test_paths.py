@@ -114,6 +114,16 @@ def test_what_is_missing_is_named(root):
         assert error.value.filename == str(root / "missing") or error.value.filename == root / "missing"
 
 
+def test_what_another_process_writes_is_seen(bucket):
+    """Listings that were remembered would hide it."""
+    root = to_path(f"{bucket}/seen")
+    paths.write(root / "a", b"")
+    assert paths.names(root) == ["a"] and not (root / "b").exists()
+    another = type(paths._store())(token="anon", skip_instance_cache=True)
+    another.pipe_file(str(root / "b"), b"x")
+    assert paths.names(root) == ["a", "b"] and (root / "b").exists()
+
+
 def test_a_bucket_that_is_not_there_is_named(bucket):
     path = to_path("gs://k25-nowhere/run")
     with pytest.raises(PathError, match="^--workdir=gs://k25-nowhere/run: gs://k25-nowhere cannot be read .*no such"):
