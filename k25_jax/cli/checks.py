@@ -145,8 +145,7 @@ def _at_least(args, **least: float) -> None:
 def _reached(name: str, path: str | AnyPath) -> AnyPath:
     """The path that was given; a bucket is there, and may be read."""
     place = to_path(path, name)
-    if is_remote(place):
-        check_reachable(place, name)
+    check_reachable(place, name)
     return place
 
 

@@ -29,7 +29,7 @@ from k25_jax.data.jsonl import METADATA, ImageFolder, Json, Jsonl, metadata_file
 from k25_jax.data.parquet import ParquetTables
 from k25_jax.data.records import DataError, RecordError, Source, parse_record
 from k25_jax.data.tar import TarFiles
-from k25_jax.runtime.paths import AnyPath, copies, is_remote, lexists, names, to_path, walk
+from k25_jax.runtime.paths import AnyPath, PathError, check_reachable, copies, is_remote, lexists, names, to_path, walk
 
 logger = logging.getLogger(__name__)
 
@@ -58,6 +58,10 @@ READ = ("a folder of texts or of pictures and videos with captions, a text (.txt
 def open_source(config: SourceConfig) -> Source:
     """Open a source; raises DataError when its path is missing or it holds no record."""
     path, kind = config.path, config.kind
+    try:
+        check_reachable(to_path(path, "data.sources"), "data.sources")
+    except PathError as problem:
+        raise DataError(str(problem)) from problem
     if kind == "auto":
         kind = _guess_kind(path)
     if kind in ("folder", "jsonl") and not glob.has_magic(path) and not to_path(path, "data.sources").exists():

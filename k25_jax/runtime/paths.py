@@ -118,7 +118,9 @@ def _told(path: AnyPath):
 
 
 def check_reachable(path: AnyPath, what: str, write: bool = False) -> None:
-    """Raise PathError unless the bucket of a remote path is there and may be read, and written where that is wanted."""
+    """Raise PathError unless the bucket of a path may be read, and written where that is wanted; local ones always may."""
+    if not is_remote(path):
+        return
     bucket = path.parts[2]
     try:
         with _told(path):

@@ -95,6 +95,13 @@ def test_a_source_that_is_not_there_is_named(both, path):
         open_source(SourceConfig(f"{both[1]}/{path}"))
 
 
+def test_a_bucket_that_cannot_be_read_is_named(bucket):
+    with pytest.raises(DataError, match="^data.sources=gs://k25-nowhere/x.jsonl: gs://k25-nowhere cannot be read"):
+        open_source(SourceConfig("gs://k25-nowhere/x.jsonl"))
+    with pytest.raises(DataError, match="^data.sources=gs:/x.jsonl: a path in a bucket is written gs://BUCKET/PATH"):
+        open_source(SourceConfig("gs:/x.jsonl"))
+
+
 def test_a_vocabulary_in_a_bucket(bucket):
     folder = to_path(f"{bucket}/vocabulary")
     for name, contents in byte_level_files().items():

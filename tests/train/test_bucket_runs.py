@@ -23,7 +23,7 @@ from k25_jax.runtime import mirror
 from k25_jax.runtime.paths import names, to_path, write
 
 STATE = {"params": {"w": jnp.arange(64.0).reshape(8, 8)}}
-STEPS, EVERY = 240, 20
+STEPS, EVERY = 24, 4
 
 
 # ------------------------------------------------------------------------------------------------------------ its parts
