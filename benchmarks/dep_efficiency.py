@@ -130,7 +130,7 @@ class Arm:
         self.step = make_step(self.run, loss_fn, mesh)
 
     def place(self) -> Batch:
-        return hosts.place(self.batch, self.mesh, self.run.model.vision, self.run.train.vision)
+        return hosts.place(self.batch, self.mesh, self.run)
 
     def take(self, state):
         """(the state after a step, {seconds of the step, of placing in it, of this process's core}, metrics)."""
@@ -161,7 +161,7 @@ def work(run: Experiment, rounds: int) -> dict:
                 state, seen, _ = arms[name].take(state)
                 times[name] += [seen] if turn >= 0 else []
             note(f"round {turn + 1} of {rounds}")
-        of_batch = {name: hosts.metrics(arm.batch, arm.place(), mesh, run.model.vision, arm.run.train.vision)
+        of_batch = {name: hosts.planned(arm.batch, mesh, arm.run).metrics
                     for name, arm in arms.items()}  # fmt: skip
     cores = processes.gathered({name: np.median([t["core"] for t in times[name]]) for name in ARMS})
     return {"first": first, "times": times, "batch": of_batch, "cores": cores}

@@ -21,52 +21,22 @@ import torch
 from transformers import Kimi_K25ForConditionalGeneration
 from transformers.utils import logging
 
+from benchmarks.on_gpu.asking import ask_engine, draw
 from k25_jax.checkpoint.huggingface import save_params
 from k25_jax.config import DataConfig, preset
 from k25_jax.data.packing import make_example, pack_examples
 from k25_jax.models.k25 import forward, init_params
 from k25_jax.sampling.engine import Engine
 from k25_jax.sampling.latent_cache import cache_bytes
-from k25_jax.sampling.requests import EngineConfig, Request
+from k25_jax.sampling.requests import EngineConfig
 from k25_jax.sampling.sample import SampleConfig, Sampler
 
 BOUND, ERROR_BOUND = 3.0, 1e-4
 
 
-def draw(config, args, at_once: int, turn: int) -> list[tuple[list[int], int]]:
-    """(prompt, tokens to answer with) of each request; the lengths are those of every turn."""
-    lengths = np.random.default_rng(at_once)
-    words = np.random.default_rng([at_once, turn])
-    vocabulary = [i for i in range(min(config.text.vocab_size, 256)) if i != config.media_pad_id]
-    return [
-        (
-            words.choice(vocabulary, lengths.integers(16, args.prompt + 1)).tolist(),
-            int(lengths.integers(16, args.answer + 1)),
-        )
-        for _ in range(args.waves * at_once)
-    ]
-
-
 def batches(asked, at_once: int):
     """The requests in their order, as many as run at once."""
     return [asked[start : start + at_once] for start in range(0, len(asked), at_once)]
-
-
-def ask_engine(engine, asked, at_once: int) -> list[list[int]]:
-    """Answers of the engine, which gets a new request when one ends."""
-    answers, open_, queue = {}, set(), list(reversed(asked))
-    while queue or engine.busy:
-        while queue and len(open_) < at_once:
-            prompt, count = queue.pop()
-            number = engine.submit(Request(prompt, (), SampleConfig(count, 0.0)))
-            answers[number] = []
-            open_.add(number)
-        for event in engine.step():
-            if hasattr(event, "token"):
-                answers[event.request].append((event.token, event.logprob))
-            else:
-                open_.discard(event.request)
-    return [answers[number] for number in sorted(answers)]
 
 
 def ask_sampler(sampler, asked, at_once: int) -> list[list[int]]:

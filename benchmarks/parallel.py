@@ -24,10 +24,11 @@ import numpy as np
 
 from k25_jax.config import DataConfig, Experiment, K25Config, MeshConfig, OptimConfig, TrainConfig, preset
 from k25_jax.data.packing import Batch, make_example, pack_examples
-from k25_jax.parallel import dep
+from k25_jax.parallel import hosts
+from k25_jax.parallel.pipeline import layers_of
 from k25_jax.train.layout import mesh_of
 from k25_jax.train.pretrain import loss_fn
-from k25_jax.train.state import TrainState, init_state, state_shardings
+from k25_jax.train.state import TrainState, in_layers, in_stages, init_state, state_shardings
 from k25_jax.train.step import make_step
 from k25_jax.vision.patchpack import Clip
 
@@ -44,6 +45,7 @@ class Arm:
     remat: str = "none"
     accumulate: int = 1
     dispatch: str = "gather"
+    chunk: int = 0
 
 
 ARMS = {
@@ -52,17 +54,21 @@ ARMS = {
     "context": Arm(MeshConfig(1, 2, 1, context=4)),
     "pipeline": Arm(MeshConfig(4, 1, 2), optimizer="adamw", remat="dots"),
     "pipeline, experts": Arm(MeshConfig(2, 2, 2), remat="full"),
-    "pipeline with repeats, experts": Arm(MeshConfig(2, 2, 2, repeats=2, microbatches=4), remat="full"),
+    "pipeline with repeats, experts": Arm(MeshConfig(2, 2, 2, repeats=2, microbatches=4), remat="full", chunk=24),
     "all, in two parts": Arm(
-        MeshConfig(2, 1, 2, context=2, repeats=2, microbatches=4), remat="full", accumulate=2, dispatch="alltoall"
+        MeshConfig(2, 1, 2, context=2, repeats=2, microbatches=4),
+        remat="full",
+        accumulate=2,
+        dispatch="alltoall",
+        chunk=12,
     ),
 }
 
 
-def model(dispatch: str = "gather") -> K25Config:
+def model(dispatch: str = "gather", chunk: int = 0) -> K25Config:
     """The tiny model with one dense and four MoE layers."""
     tiny = preset("tiny")
-    moe = dataclasses.replace(tiny.text.moe, dispatch=dispatch)
+    moe = dataclasses.replace(tiny.text.moe, dispatch=dispatch, chunk=chunk)
     return dataclasses.replace(tiny, text=dataclasses.replace(tiny.text, layers=5, moe=moe))
 
 
@@ -81,7 +87,7 @@ def experiment_of(arm: Arm) -> Experiment:
     """The run of one arm."""
     optim = OptimConfig(name=arm.optimizer, muon_dtype="float32", warmup_steps=1, peak_lr=1e-3, clip_norm=1e9)
     train = TrainConfig(steps=STEPS, remat=arm.remat, accumulate=arm.accumulate)
-    return Experiment(model=model(arm.dispatch), data=DATA, optim=optim, train=train, mesh=arm.mesh)
+    return Experiment(model=model(arm.dispatch, arm.chunk), data=DATA, optim=optim, train=train, mesh=arm.mesh)
 
 
 @functools.cache
@@ -104,14 +110,22 @@ def run(arm: Arm, batch: Batch, one_device: bool):
     experiment, seen = experiment_of(arm), []
     mesh = None if one_device else mesh_of(experiment)
     state = jax.device_put(initial_state(arm.optimizer), mesh and state_shardings(experiment, mesh))
-    batch = dep.place(batch, mesh, experiment.model.vision) if mesh else batch
+    state = in_stages(state, experiment, mesh) if mesh else state
+    batch = hosts.place(batch, mesh, experiment) if mesh else batch
     with jax.set_mesh(mesh) if mesh else contextlib.nullcontext():
         step = make_step(experiment, observed_loss, mesh)
         for _ in range(STEPS):
             state, metrics = step(state, batch)
-            seen.append(jax.device_get((metrics, state.opt_state.mu)))
+            ordered = in_layers(state, experiment, mesh) if mesh else state
+            seen.append(jax.device_get((metrics, ordered.opt_state.mu)))
     first, grads = seen[0]
-    return grads, first["load_YE"], first["max_logit_YH"], np.asarray([metrics["loss"] for metrics, _ in seen])
+    load_YE, max_logit_YH = first["load_YE"], first["max_logit_YH"]
+    if mesh:
+        places = np.argsort(layers_of(len(load_YE), arm.mesh.pipe, arm.mesh.repeats))
+        dense = len(max_logit_YH) - len(load_YE)
+        max_logit_YH = max_logit_YH.copy()
+        load_YE, max_logit_YH[dense:] = load_YE[places], max_logit_YH[dense:][places]
+    return grads, load_YE, max_logit_YH, np.asarray([metrics["loss"] for metrics, _ in seen])
 
 
 def difference(a, b) -> float:

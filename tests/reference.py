@@ -2,18 +2,15 @@
 
 import pathlib
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 import torch
 from safetensors.torch import load_file, save_file
 from transformers import Kimi_K25Config, Kimi_K25ForConditionalGeneration
 
+from drawn import random_params as random_params
 from k25_jax.checkpoint.hf_config import read_config
 from k25_jax.checkpoint.huggingface import load_params
-from k25_jax.config import K25Config
 from k25_jax.data.packing import Batch
-from k25_jax.models.k25 import abstract_params
 from k25_jax.sampling.sample import lay_out
 from k25_jax.vision.patchpack import Clip, pack_clips
 
@@ -149,17 +146,6 @@ def ours(model, folder):
     save(model, folder)
     config = read_config(folder)
     return config, load_params(folder, config)
-
-
-def random_params(config: K25Config, seed: int = 0, std: float = 0.3):
-    """Our parameters without a PyTorch model: norms near one, all else near zero."""
-    rng = np.random.default_rng(seed)
-
-    def leaf(path, a):
-        norm = any(word in path[-1].key for word in ("norm", "scale"))
-        return jnp.asarray(norm + std * rng.standard_normal(a.shape), jnp.float32)
-
-    return jax.tree_util.tree_map_with_path(leaf, abstract_params(config))
 
 
 # -------------------------------------------------------------------------------------------------------------- inputs

@@ -47,6 +47,7 @@ def _stage(length: int):
         max_image_patches=4096,
         max_frame_patches=1024,
         tokenizer="data/tokenizer",
+        lanes=BATCH_TOKENS // length // 16,  # as many as read on a v5p-1024, where hosts share rows that are long
         seed=0,
     )
     config.optim = dict(

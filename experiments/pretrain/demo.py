@@ -2,6 +2,8 @@
 
 import ml_collections
 
+from k25_jax.config import ConfigError
+
 SOURCES = (  # percent of the tokens
     ("digits:train:size=28,variants=8", 53.0),
     ("words:train", 10.0),
@@ -13,6 +15,8 @@ SOURCES = (  # percent of the tokens
 
 def get_config(arg: str = ""):
     """The demo's experiment; `runlocal` is the same, as it is small already."""
+    if arg not in ("", "runlocal"):
+        raise ConfigError(f"demo.py: unknown argument {arg!r}; it can be runlocal")
     config = ml_collections.ConfigDict()
     config.name = "demo"
     config.model = "tiny"

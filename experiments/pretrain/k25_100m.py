@@ -27,7 +27,7 @@ def get_config(arg: str = ""):
         max_image_patches=1024,
         max_frame_patches=256,
         vision_share=0.2,
-        lanes=8,
+        lanes=16,
         seed=0,
         # files of their own, never trained on; weights as above
         validation=dict(

@@ -42,7 +42,7 @@ def get_config(arg: str = ""):
         max_frame_patches=1024,
         tokenizer="data/tokenizer",
         vision_share=0.1,  # 10:90 all the way
-        lanes=128,  # as many as a v5p-1024 has hosts
+        lanes=256,  # as many as two v5p-1024 have hosts; fewer take several each
         seed=0,
         validation=dict(one_in=10_000, batches=2),  # 134M tokens of these sources that are never trained on
     )

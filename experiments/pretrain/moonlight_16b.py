@@ -35,7 +35,7 @@ def get_config(arg: str = ""):
         max_frame_patches=1024,
         tokenizer="data/tokenizer",
         vision_share=0.9,
-        lanes=64,
+        lanes=256,  # as many as two v5p-1024 have hosts; fewer take several each
         seed=0,
     )
     steps = round(TOKENS / (BATCH * SEQ_LEN))

@@ -38,6 +38,7 @@ def get_config(arg: str = ""):
         max_image_patches=4096,
         max_frame_patches=1024,
         tokenizer="data/tokenizer",
+        lanes=256,  # as experiments/pretrain/k25_1t.py
         seed=0,
     )
     config.optim = dict(

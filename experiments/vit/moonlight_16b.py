@@ -36,6 +36,7 @@ def get_config(arg: str = ""):
         max_image_patches=4096,
         max_frame_patches=1024,
         tokenizer="data/tokenizer",
+        lanes=256,  # as experiments/pretrain/moonlight_16b.py
         seed=0,
     )
     steps = round(TOKENS / (BATCH * SEQ_LEN))

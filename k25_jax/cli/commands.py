@@ -88,13 +88,25 @@ def run_preflight(args) -> int:
     from k25_jax.preflight.topology import parse_topology
 
     topology = parse_topology(args.topology)
+    if args.what == "sample":
+        from k25_jax.preflight import sample
+
+        say = lambda text: print(text, file=sys.stderr, flush=True)  # noqa: E731
+        report = sample.sample_preflight(experiment.model, topology, args.rows, args.length, args.tensor, say)
+        print(json.dumps(dataclasses.asdict(report)) if args.json else sample.render(report))
+        return 0 if report.fits else 1
     experiment = aot.with_rows(experiment, args.rows)
     if args.layout:
         tensors = aot.layout(experiment, topology)
         rows = [dataclasses.asdict(tensor) for tensor in tensors]
         print(json.dumps(rows) if args.json else table.render_layout(tensors))
         return 0
-    report = aot.preflight(experiment, topology, say=lambda text: print(text, file=sys.stderr, flush=True))
+    say = lambda text: print(text, file=sys.stderr, flush=True)  # noqa: E731
+    report = aot.preflight(experiment, topology, say)
+    if args.suggest and not report.fits:
+        from k25_jax.preflight.suggest import suggest
+
+        report.tried = suggest(experiment, topology, report, say)
     print(json.dumps(dataclasses.asdict(report)) if args.json else table.render(report))
     return 0 if report.fits else 1
 
@@ -133,10 +145,19 @@ def run_convert(args) -> None:
         return "with the files that are missing"
 
     with joined() as index, peers.watched(resume, "k25 convert"):
-        with Progress(console=Console(stderr=True), disable=bool(index)) as bar:
-            task = bar.add_task("files", total=None)
-            show = lambda _, done, total: bar.update(task, completed=done, total=total)  # noqa: E731
+        bar = Progress(console=Console(stderr=True), disable=bool(index))
+
+        def show(_, done: int, total: int) -> None:
+            if not bar.tasks:  # from the first file on: what is wrong before has a line of its own
+                bar.start()
+                bar.add_task("files", total=total)
+            bar.update(bar.tasks[0].id, completed=done)
+
+        try:
             lines = convert(args.checkpoint, args.output, args.dtype, args.quantise, show, args.file_gb * 1e9)
+        finally:
+            if bar.tasks:
+                bar.stop()
     for line in lines:
         print(line)
 

@@ -9,8 +9,9 @@ TRAIN_HELP = """several processes: on a TPU pod, the same command on every worke
   JAX_COORDINATOR_ADDRESS  HOST:PORT of process 0, at a port that is free
   JAX_NUM_PROCESSES        how many there are
   JAX_PROCESS_ID           which one this is, from 0
-or, on one machine, python launch/local.py --processes=N -- k25 train ... All need the same --workdir, and data.lanes
-a multiple of N. When one was lost, start all again, or another number: they go on after the last checkpoint."""
+or, on one machine, python launch/local.py --processes=N -- k25 train ... All need the same --workdir; data.lanes,
+where it is given, is a multiple of N. When one was lost, start all again, or another number: they go on after the last
+checkpoint, and then data.lanes must be given as it was, or as many as there were."""
 CHECKPOINT_HELP = "a run of ours or a public checkpoint; default: the tiny model that comes with the package"
 EVAL_HELP = """benchmarks: aime, hmmt, gpqa, mmlu_pro, mmmu, mmmu_pro, mmmu_pro_vision, mathvista, ocrbench, docvqa, infovqa,
 charxiv_reasoning, charxiv_descriptive, videomme. Every answer is kept as it comes: the same command goes on where it was
@@ -184,7 +185,15 @@ def add_preflight(parser: Parser) -> None:
     parser.add_argument("--config", required=True, metavar="FILE[:ARG]", help="experiment file")
     topologies = "v5p-1024 as gcloud has it, v5p:8x8x8, 2xv5p-1024 (two slices), or cpu, gpu of here"
     parser.add_argument("--topology", required=True, help=topologies)
-    parser.add_argument("--rows", type=int, default=0, help="rows in a step; default data.batch_size")
+    what = "the training step, or those of the sampling engine: how many requests of which length fit beside its weights"
+    parser.add_argument("--what", choices=("train", "sample"), default="train", help=what)
+    rows = "rows in a step; default data.batch_size. For sample: requests at once, default 8 a device"
+    parser.add_argument("--rows", type=int, default=0, help=rows)
+    parser.add_argument("--length", type=int, default=0, help="for sample: tokens of a request; default 32768")
+    parser.add_argument("--tensor", type=int, default=0, help="for sample: devices that share out heads and widths")
+    parser.add_argument(
+        "--suggest", action="store_true", help="where it does not fit, compile nearby settings till one does"
+    )
     parser.add_argument("--layout", action="store_true", help="only list every array's sharding and bytes a device")
     parser.add_argument("--json", action="store_true", help="print JSON")
 

@@ -78,11 +78,15 @@ class MoEConfig:
     normalise: bool = True
     scale: float = 2.827
     bias_rate: float = 1e-3  # step of the sign rule that balances the load
-    grouped_matmul: str = "auto"  # auto | blocked | megablox | ragged | reference
+    grouped_matmul: str = "auto"  # auto | blocked | megablox | triton | ragged | reference
     dispatch: str = "gather"  # gather | alltoall: how token copies reach experts on other devices
+    chunk: int = 0  # tokens of a device that experts on a mesh take at a time, if it has more; 0: all
+    reduce_dtype: str = "float32"  # float32 | bfloat16: in which devices add up their gradients of an expert's matrices
 
     def __post_init__(self):
         require_positive(self, "experts ffn_dim groups".split())
+        if self.chunk < 0:
+            raise ConfigError(f"moe.chunk={self.chunk} must not be negative")
         if not 1 <= self.top_k <= self.experts:
             raise ConfigError(f"moe.top_k={self.top_k} must lie between 1 and moe.experts={self.experts}")
         if self.experts % self.groups or not 1 <= self.top_groups <= self.groups:
@@ -94,7 +98,8 @@ class MoEConfig:
         if self.groups > 1 and self.experts // self.groups < 2:
             raise ConfigError("moe.groups needs at least 2 experts a group")
         one_of(self, "dispatch", ("gather", "alltoall"))
-        one_of(self, "grouped_matmul", ("auto", "blocked", "megablox", "ragged", "reference"))
+        one_of(self, "reduce_dtype", ("float32", "bfloat16"))
+        one_of(self, "grouped_matmul", ("auto", "blocked", "megablox", "triton", "ragged", "reference"))
 
 
 @dataclass(frozen=True)

@@ -49,8 +49,9 @@ class DataConfig:
     """Packed batches: `batch_size` rows of `seq_len` tokens and `packs` vision packs of `pack_patches` patches.
 
     The batch is made of `lanes` independent streams, of batch_size / lanes rows and packs / lanes packs each, so that it
-    is the same whatever number of hosts reads it. Packs are filled to the brim or left out, so give them about the
-    patches that `vision_share` asks of a batch: batch_size x seq_len x vision_share x patches a token of vision sources.
+    is the same whatever number of hosts reads it; where none are given, each host that reads has one. Packs are filled
+    to the brim or left out, so give them about the patches that `vision_share` asks of a batch: batch_size x seq_len x
+    vision_share x patches a token of vision sources.
     """
 
     sources: tuple[SourceConfig, ...] = ()
@@ -64,16 +65,18 @@ class DataConfig:
     tokenizer: str = ""  # a directory with tiktoken.model or tokenizer.json; empty: byte-level
     shuffle: bool = True
     seed: int = 0
-    lanes: int = 1  # a multiple of the hosts that read
+    lanes: int = 0  # a multiple of the hosts that read; 0: as many
     vision_share: Schedule | None = None  # of all tokens, those of vision sources' documents; None: as the weights say
     text_tokens: int = 0  # of text sources in the whole run, exactly; 0: without end
     vision_tokens: int = 0  # of vision sources
     validation: ValidationConfig = field(default_factory=ValidationConfig)
 
     def __post_init__(self):
-        require_positive(self, "batch_size seq_len pack_patches max_image_patches max_frame_patches lanes".split())
+        require_positive(self, "batch_size seq_len pack_patches max_image_patches max_frame_patches".split())
+        if self.lanes < 0:
+            raise ConfigError(f"data.lanes={self.lanes} must be positive, or 0 for as many as hosts that read")
         for name in ("batch_size", "packs"):
-            if getattr(self, name) % self.lanes:
+            if self.lanes and getattr(self, name) % self.lanes:
                 raise ConfigError(f"data.{name}={getattr(self, name)} must be a multiple of data.lanes={self.lanes}")
         for name in ("text_tokens", "vision_tokens"):
             if getattr(self, name) < 0:
@@ -128,6 +131,7 @@ class TrainConfig:
     remat: str = "none"  # none | full | dots
     accumulate: int = 1  # parts of a batch that the language model takes one after the other
     vision: str = "dep"  # on a mesh, who encodes which packs: dep | stage0 | plain (parallel/dep.py)
+    vision_rounds: int = 0  # in which features come to the tokens of a part; 0: as many as any batch can need
     compute_dtype: str = "float32"
     trainable: tuple[str, ...] = ()  # parts or paths that are trained, as "vision" or "moe/attention"; none: all
     siglip_weight: float = 0.0  # of the contrastive loss of the stage vit; 0: none
@@ -139,7 +143,7 @@ class TrainConfig:
         one_of(self, "vision", ("dep", "stage0", "plain"))
         one_of(self, "compute_dtype", ("float32", "bfloat16"))
         require_positive(self, "steps log_every checkpoint_every keep max_bad_steps accumulate".split())
-        for name in ("siglip_weight", "checkpoint_minutes", "eval_every"):
+        for name in ("siglip_weight", "vision_rounds", "checkpoint_minutes", "eval_every"):
             if getattr(self, name) < 0:
                 raise ConfigError(f"train.{name}={getattr(self, name)} must not be negative")
         if not 0 <= self.seed < 2**32:

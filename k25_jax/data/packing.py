@@ -47,7 +47,7 @@ class Batch:
     positions_BL: np.ndarray  # int32, from 0 in each document
     media_BL: np.ndarray  # int32, index into the vision features flattened to [P * M]; -1 elsewhere
     vision: VisionPack
-    routes: tuple[np.ndarray, np.ndarray] | None = None  # on a mesh, how features travel to tokens: parallel/dep.py
+    routes: tuple[np.ndarray, ...] | None = None  # on a mesh, how features travel to tokens: parallel/dep.py
 
 
 def expand_media(tokens: Sequence[int], counts: Sequence[int], media_pad_id: int) -> np.ndarray:

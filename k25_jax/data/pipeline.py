@@ -34,9 +34,11 @@ def make_pipeline(
 ) -> grain.DatasetIterator[Batch]:
     """An iterator of batches of some `lanes` of `data`, else of all, with `get_state`, `set_state` and `close`.
 
-    `steps` is the length of the run, for schedules. The state belongs to the batch that was handed out last, whatever was
-    read ahead. With data.validation.one_in `held_out` says which part of the records: those, or the others. Raises DataError.
+    `steps` is the length of the run, for schedules. Where data.lanes is 0 there is one. The state belongs to the batch that
+    was handed out last, whatever was read ahead. With data.validation.one_in `held_out` says which part of the records:
+    those, or the others. Raises DataError.
     """
+    data = dataclasses.replace(data, lanes=data.lanes or 1)
     tokenizer = load_tokenizer(data.tokenizer)
     check(data, model, tokenizer)
     lanes = range(data.lanes) if lanes is None else lanes

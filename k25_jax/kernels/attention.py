@@ -28,7 +28,7 @@ def reference_attention(q_BLHK, k_BLHK, v_BLHK, segments_BL, *, scale: float, ca
     mask_BLS = segments_BL[:, :, None] == segments_BL[:, None, :]
     if causal:
         mask_BLS &= jnp.tril(jnp.ones((length, length), bool))
-    scores_BHLS = jnp.einsum("blhk,bshk->bhls", q_BLHK, k_BLHK).astype(jnp.float32) * scale
+    scores_BHLS = jnp.einsum("blhk,bshk->bhls", q_BLHK, k_BLHK, preferred_element_type=jnp.float32) * scale
     scores_BHLS = jnp.where(mask_BLS[:, None], scores_BHLS, MASKED)
     weights_BHLS = jax.nn.softmax(scores_BHLS)
     out_BLHK = jnp.einsum("bhls,bshk->blhk", weights_BHLS.astype(v_BLHK.dtype), v_BLHK)
@@ -141,12 +141,13 @@ def _blocked_backward(
             q, dout, shift, normaliser = (_cut(a, at, size) for a in (q_BHLK, dout_BHLK, shift_BHL1, normaliser_BHL1))
             if weights is None:
                 weights = jnp.exp(_scores(q, k, segments_BL, segments_BS, first, at, scale, causal) - normaliser)
-            dweights = jnp.einsum("bhlk,bhsk->bhls", dout, v).astype(jnp.float32)
+            dweights = jnp.einsum("bhlk,bhsk->bhls", dout, v, preferred_element_type=jnp.float32)
             dscores = (weights * (dweights - shift) * scale).astype(dout.dtype)
             weights = weights.astype(dout.dtype)
             q_BHKl, dout_BHKl = (_cut(a, at, size, axis=3) for a in (q_BHKL, dout_BHKL))
-            dk_BHKS = dk_BHKS.at[..., :keys].add(jnp.einsum("bhkl,bhls->bhks", q_BHKl, dscores))
-            dv_BHKS = dv_BHKS.at[..., :keys].add(jnp.einsum("bhkl,bhls->bhks", dout_BHKl, weights))
+            add_up = functools.partial(jnp.einsum, "bhkl,bhls->bhks", preferred_element_type=jnp.float32)
+            dk_BHKS = dk_BHKS.at[..., :keys].add(add_up(q_BHKl, dscores))
+            dv_BHKS = dv_BHKS.at[..., :keys].add(add_up(dout_BHKl, weights))
             return (dk_BHKS, dv_BHKS), jnp.einsum("bhls,bhsk->bhlk", dscores, k)
 
         (dk_BHKS, dv_BHKS), dq = _scan(one, (dk_BHKS, dv_BHKS), count, kept)
@@ -197,7 +198,7 @@ def _scores(q_BHLK, k_BHSK, segments_BL, segments_BS, first, at, scale: float, c
     if causal:
         place_L = first + (at + jnp.arange(queries)) * (segments_BS.shape[1] // segments_BL.shape[1])
         mask &= place_L[:, None] >= jnp.arange(keys)[None, :]
-    scores = jnp.einsum("bhlk,bhsk->bhls", q_BHLK, k_BHSK).astype(jnp.float32) * scale
+    scores = jnp.einsum("bhlk,bhsk->bhls", q_BHLK, k_BHSK, preferred_element_type=jnp.float32) * scale
     return jnp.where(mask[:, None], scores, MASKED)
 
 

@@ -2,8 +2,8 @@
 
 `reference_grouped_matmul` is the definition of one product, `expert_swiglu` the whole feed-forward. `blocked` runs
 anywhere in plain XLA and costs what the rows cost: it walks over the experts that have rows, a block of rows at a time,
-through all three matrices. `megablox` is JAX's Pallas kernel for TPU. `ragged` is XLA's `ragged_dot`, kept for
-comparison: on CPU and GPU it multiplies every row with every expert.
+through all three matrices. `megablox` is JAX's Pallas kernel for TPU, `triton` ours for GPUs (grouped_triton.py). `ragged`
+is XLA's `ragged_dot`, kept for comparison: on CPU and GPU it multiplies every row with every expert.
 """
 
 import functools
@@ -14,6 +14,8 @@ from jax.ad_checkpoint import checkpoint_name
 
 from k25_jax.sharding.mesh import on_own_device, platform
 
+KERNELS = {"tpu": "megablox", "gpu": "triton"}  # what `auto` means, by platform; elsewhere `blocked`
+
 # Of the TPU kernel. It takes rows in whole tiles, and one that lies on a border between experts twice: tiles are small. Of
 # a matrix it holds a large part, twice over, in a cache of 16 MB.
 TILE, LANES = 128, 128
@@ -23,13 +25,14 @@ BLOCKS = (256, 64)  # rows that are multiplied at once, outside of it: fast, and
 FEW, SMALL = 16, 8  # with fewer rows an expert than FEW, as in decoding, blocks are small
 
 
+@jax.named_scope("moe.experts")
 def expert_swiglu(x_ND, gate_EDF, up_EDF, down_EFD, sizes_E, implementation: str = "auto"):
     """SwiGLU [N,D] -> [N,D]; the first sizes_E[0] rows pass through expert 0, and so on.
 
     Rows beyond sum(sizes_E) have no defined result: give them no weight.
     """
     if implementation == "auto":
-        implementation = "megablox" if platform() == "tpu" and on_own_device() else "blocked"
+        implementation = KERNELS.get(platform(), "blocked") if on_own_device() else "blocked"
     if implementation == "blocked":
         return blocked_swiglu(x_ND, gate_EDF, up_EDF, down_EFD, sizes_E)
     gate_NF = grouped_matmul(x_ND, gate_EDF, sizes_E, implementation)
@@ -41,12 +44,18 @@ def grouped_matmul(x_ND, w_EDF, sizes_E, implementation: str):
     """One product, [N,D] x [E,D,F] -> [N,F]."""
     if implementation == "ragged":
         return jax.lax.ragged_dot(x_ND, w_EDF, sizes_E.astype(jnp.int32))
+    if implementation == "triton":
+        from k25_jax.kernels.grouped_triton import grouped_triton  # JAX may drop what it imports: jax 0.11 says so
+
+        return grouped_triton(x_ND, w_EDF, sizes_E)
     if implementation == "megablox":
         tiles_ND = jnp.pad(x_ND, ((0, -x_ND.shape[0] % TILE), (0, 0)))
         return megablox(tiles_ND, w_EDF, sizes_E.astype(jnp.int32))[: x_ND.shape[0]]
     if implementation == "reference":
         return reference_grouped_matmul(x_ND, w_EDF, sizes_E)
-    raise ValueError(f"moe.grouped_matmul={implementation!r} is none of auto, blocked, megablox, ragged, reference")
+    raise ValueError(
+        f"moe.grouped_matmul={implementation!r} is none of auto, blocked, megablox, triton, ragged, reference"
+    )
 
 
 def reference_grouped_matmul(x_ND, w_EDF, sizes_E):
@@ -133,9 +142,12 @@ def _backward(saved, dy_ND):
             dx_BD, terms = _block_gradients(x_BD, dy_BD, gate_BF, up_BF, mine_B1, weights)
             return _put(dx_ND, dx_BD, at, mine_B1), *(a + b for a, b in zip(sums, terms, strict=True))
 
-        zeros = [jnp.zeros_like(w) for w in weights]
+        zeros = [jnp.zeros(w.shape, jnp.float32) for w in weights]
         dx_ND, *sums = _over_blocks(x_ND.shape[0], sizes, start, rows, one_block, (dx_ND, *zeros))
-        dweights = [jax.lax.dynamic_update_index_in_dim(a, s, expert, 0) for a, s in zip(dweights, sums, strict=True)]
+        dweights = [
+            jax.lax.dynamic_update_index_in_dim(a, s.astype(a.dtype), expert, 0)
+            for a, s in zip(dweights, sums, strict=True)
+        ]
         return dx_ND, *dweights
 
     init = (jnp.zeros_like(x_ND), *(jnp.zeros_like(w) for w in (gate_EDF, up_EDF, down_EFD)))
@@ -220,7 +232,7 @@ def _times_transposed(x_BF, w_DF):
 
 
 def _transposed_times(x_BD, y_BF):
-    return jax.lax.dot_general(x_BD, y_BF, (((0,), (0,)), ((), ())))
+    return jax.lax.dot_general(x_BD, y_BF, (((0,), (0,)), ((), ())), preferred_element_type=jnp.float32)
 
 
 # --------------------------------------------------------------------------------------------------------- to and back
@@ -241,7 +253,7 @@ def _copy_backward(copies, saved, dy_ND):
     inverse_N, used = saved
     dy_ND = _first_rows(dy_ND, used)  # of padding, a kernel may leave any gradient
     rows_KT = inverse_N.reshape(-1, copies).T
-    return sum(dy_ND[rows_T] for rows_T in rows_KT), None, None, None
+    return sum(dy_ND[rows_T].astype(jnp.float32) for rows_T in rows_KT).astype(dy_ND.dtype), None, None, None
 
 
 copy_rows.defvjp(_copy_forward, _copy_backward)

@@ -6,12 +6,17 @@ prompt passes through the latents too. Expanding keys and values would take fewe
 R (nope + v) / (2 R - nope - v) tokens: 128 for the preset 100m, 171 for K2.5.
 """
 
+import functools
+
 import jax
 import jax.numpy as jnp
 from einops import rearrange
 
 KEYS = 128  # places of a block, about
 MASKED = -1e30  # finite: a row without tokens stays finite
+
+# Scores and sums are float32 whatever the inputs are: at logits of 100 bfloat16 is off by half a unit.
+_product = functools.partial(jnp.einsum, preferred_element_type=jnp.float32)
 
 
 def reference_paged_attention(q_BLHR, q_BLHK, c_QOR, r_QOK, tables_BW, positions_BL, scale: float):
@@ -21,10 +26,10 @@ def reference_paged_attention(q_BLHR, q_BLHK, c_QOR, r_QOK, tables_BW, positions
     Place s of row b is place s % O of page tables_BW[b, s // O]. A query has a part for the latent and a rotary part.
     """
     c_BSR, r_BSK = (rearrange(pool[tables_BW], "b w o r -> b (w o) r") for pool in (c_QOR, r_QOK))
-    scores = jnp.einsum("blhr,bsr->blhs", q_BLHR, c_BSR) + jnp.einsum("blhk,bsk->blhs", q_BLHK, r_BSK)
+    scores = _product("blhr,bsr->blhs", q_BLHR, c_BSR) + _product("blhk,bsk->blhs", q_BLHK, r_BSK)
     seen_BLS = jnp.arange(c_BSR.shape[1]) <= positions_BL[..., None]
-    weights = jax.nn.softmax(jnp.where(seen_BLS[:, :, None], scores.astype(jnp.float32) * scale, MASKED))
-    return jnp.einsum("blhs,bsr->blhr", weights.astype(c_BSR.dtype), c_BSR)
+    weights = jax.nn.softmax(jnp.where(seen_BLS[:, :, None], scores * scale, MASKED))
+    return _product("blhs,bsr->blhr", weights.astype(c_BSR.dtype), c_BSR).astype(q_BLHR.dtype)
 
 
 def paged_attention(q_BLHR, q_BLHK, c_QOR, r_QOK, tables_BW, positions_BL, scale: float):
@@ -42,11 +47,11 @@ def paged_attention(q_BLHR, q_BLHK, c_QOR, r_QOK, tables_BW, positions_BL, scale
         c_BSR, r_BSK = (rearrange(pool[table_BW], "b w o r -> b (w o) r") for pool in (c_QOR, r_QOK))
         place_S = i * pages * size + jnp.arange(pages * size)
         c_BSR = jnp.where(place_S[:, None] <= end_B11, c_BSR, 0)  # what others left there may not be finite
-        scores = jnp.einsum("bnr,bsr->bns", q_BNR, c_BSR) + jnp.einsum("bnk,bsk->bns", q_BNK, r_BSK)
-        scores = jnp.where(place_S <= position_BN1, scores.astype(jnp.float32) * scale, MASKED)
+        scores = _product("bnr,bsr->bns", q_BNR, c_BSR) + _product("bnk,bsk->bns", q_BNK, r_BSK)
+        scores = jnp.where(place_S <= position_BN1, scores * scale, MASKED)
         new_BN1 = jnp.maximum(top_BN1, scores.max(axis=-1, keepdims=True))
         shrunk_BN1, weights = jnp.exp(top_BN1 - new_BN1), jnp.exp(scores - new_BN1)
-        added_BNR = jnp.einsum("bns,bsr->bnr", weights.astype(c_BSR.dtype), c_BSR)
+        added_BNR = _product("bns,bsr->bnr", weights.astype(c_BSR.dtype), c_BSR)
         total_BN1 = total_BN1 * shrunk_BN1 + weights.sum(axis=-1, keepdims=True)
         return new_BN1, total_BN1, out_BNR * shrunk_BN1 + added_BNR
 

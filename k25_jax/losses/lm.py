@@ -1,5 +1,7 @@
 """Next-token cross-entropy (K2.5 §3.3), the scores of the vocabulary made a chunk at a time."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 
@@ -7,6 +9,7 @@ CHUNK = 8192  # columns of the head at a time: in float32, 32 kB of scores a tok
 LOWEST = -1e30  # finite, so that differences of two of them are
 
 
+@jax.named_scope("loss")
 def cross_entropy(x_BLD, head_DV, targets_BL, weights_BL, whole=None, chunk: int = CHUNK):
     """Weighted mean of -log p(target), and metrics: loss, accuracy, target_weight (the sum of the weights).
 
@@ -27,33 +30,72 @@ def cross_entropy(x_BLD, head_DV, targets_BL, weights_BL, whole=None, chunk: int
 def vocabulary_scores(x_BLD, head_DV, targets_BL, chunk: int = CHUNK):
     """(log of the normaliser, score of the target, token of the highest score), each [B, L]; scores are float32.
 
-    The backward pass makes each chunk of scores again.
+    The head is read in the dtype of x. The backward pass makes each chunk of scores again, unless there is only one, and
+    adds up both gradients in float32.
     """
-    vocab = head_DV.shape[1]
-    chunk = min(chunk, vocab)
+    return _scores(min(chunk, head_DV.shape[1]), str(head_DV.dtype), x_BLD, head_DV, targets_BL)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def _scores(chunk, dtype, x_BLD, head_DV, targets_BL):
+    return _forward(chunk, dtype, x_BLD, head_DV, targets_BL)[0]
+
+
+def _forward(chunk, dtype, x_BLD, head_DV, targets_BL):
+    head_DV = head_DV.astype(x_BLD.dtype)
 
     def one(carry, piece):
         largest_BL, sum_BL, target_BL, best_BL = carry
         first, head_DC = piece
-        scores_BLC = jnp.dot(x_BLD, head_DC, preferred_element_type=jnp.float32)
-        if vocab % chunk:
-            scores_BLC = jnp.where(first + jnp.arange(chunk) < vocab, scores_BLC, LOWEST)
-        here_BL = jax.lax.stop_gradient(scores_BLC.max(axis=-1))
+        scores_BLC = _of_chunk(x_BLD, head_DC, first, head_DV.shape[1])
+        here_BL = scores_BLC.max(axis=-1)
         best_BL = jnp.where(here_BL > largest_BL, first + scores_BLC.argmax(axis=-1), best_BL)
         new_BL = jnp.maximum(largest_BL, here_BL)
         sum_BL = sum_BL * jnp.exp(largest_BL - new_BL) + jnp.exp(scores_BLC - new_BL[..., None]).sum(axis=-1)
         column_BL = jnp.clip(targets_BL - first, 0, chunk - 1)
         at_BL = jnp.take_along_axis(scores_BLC, column_BL[..., None], axis=-1)[..., 0]
         target_BL = jnp.where(targets_BL - first == column_BL, at_BL, target_BL)
-        return (new_BL, sum_BL, target_BL, best_BL), None
+        return (new_BL, sum_BL, target_BL, best_BL), scores_BLC if chunk == head_DV.shape[1] else None
 
     zeros_BL = jnp.zeros(targets_BL.shape, jnp.float32)
     carry = zeros_BL + LOWEST, zeros_BL, zeros_BL, jnp.zeros_like(targets_BL)
-    if chunk == vocab:
-        carry, _ = one(carry, (0, head_DV))
-    else:
-        head_DV = jnp.pad(head_DV, ((0, 0), (0, -vocab % chunk)))
-        pieces_QDC = head_DV.reshape(len(head_DV), -1, chunk).swapaxes(0, 1)
-        carry, _ = jax.lax.scan(jax.checkpoint(one), carry, (jnp.arange(len(pieces_QDC)) * chunk, pieces_QDC))
-    largest_BL, sum_BL, target_BL, best_BL = carry
-    return largest_BL + jnp.log(sum_BL), target_BL, best_BL
+    (largest_BL, sum_BL, target_BL, best_BL), kept = _over_chunks(one, carry, head_DV, chunk)
+    log_normaliser_BL = largest_BL + jnp.log(sum_BL)
+    return (log_normaliser_BL, target_BL, best_BL), (x_BLD, head_DV, targets_BL, log_normaliser_BL, kept)
+
+
+def _backward(chunk, dtype, saved, gradients):
+    x_BLD, head_DV, targets_BL, log_normaliser_BL, kept = saved
+    dnormaliser_BL1, dtarget_BL1, _ = (a[..., None] for a in gradients)
+
+    def one(dx_BLD, piece):
+        first, head_DC = piece
+        scores_BLC = _of_chunk(x_BLD, head_DC, first, head_DV.shape[1]) if kept is None else kept
+        is_target_BLC = first + jnp.arange(chunk) == targets_BL[..., None]
+        dscores_BLC = dnormaliser_BL1 * jnp.exp(scores_BLC - log_normaliser_BL[..., None])
+        dscores_BLC = (dscores_BLC + jnp.where(is_target_BLC, dtarget_BL1, 0.0)).astype(x_BLD.dtype)
+        dx_BLD += jnp.einsum("blc,dc->bld", dscores_BLC, head_DC, preferred_element_type=jnp.float32)
+        return dx_BLD, jnp.einsum("bld,blc->dc", x_BLD, dscores_BLC, preferred_element_type=jnp.float32)
+
+    dx_BLD, dpieces = _over_chunks(one, jnp.zeros(x_BLD.shape, jnp.float32), head_DV, chunk)
+    if chunk < head_DV.shape[1]:
+        dpieces = dpieces.swapaxes(0, 1).reshape(len(head_DV), -1)[:, : head_DV.shape[1]]
+    return dx_BLD.astype(x_BLD.dtype), dpieces.astype(dtype), None
+
+
+_scores.defvjp(_forward, _backward)
+
+
+def _of_chunk(x_BLD, head_DC, first, vocab: int):
+    """Scores of a chunk in float32; LOWEST beyond the vocabulary."""
+    scores_BLC = jnp.dot(x_BLD, head_DC, preferred_element_type=jnp.float32)
+    return jnp.where(first + jnp.arange(head_DC.shape[1]) < vocab, scores_BLC, LOWEST)
+
+
+def _over_chunks(one, carry, head_DV, chunk: int):
+    """`one(carry, (first column, head_DC))` for each chunk; a single one stands in the program as it is."""
+    if chunk == head_DV.shape[1]:
+        return one(carry, (0, head_DV))
+    head_DV = jnp.pad(head_DV, ((0, 0), (0, -head_DV.shape[1] % chunk)))
+    pieces_QDC = head_DV.reshape(len(head_DV), -1, chunk).swapaxes(0, 1)
+    return jax.lax.scan(one, carry, (jnp.arange(len(pieces_QDC)) * chunk, pieces_QDC))

@@ -13,6 +13,7 @@ from k25_jax.models.layers import SwiGLU, declare, ones, rematerialised, rms_nor
 from k25_jax.models.mla import MLA, absorbed, latents, mla, mla_decode
 from k25_jax.models.moe import MoE, moe
 from k25_jax.models.rope import rope_tables
+from k25_jax.sharding.rules import ENGINE_AXES, engine_laid
 
 
 class Stats(NamedTuple):
@@ -102,17 +103,17 @@ def scan_layers(stack, x_BLD, segments_BL, positions_BL, config: TextConfig, rem
 
 
 def decode(params, x_BLD, segments_BL, positions_BL, config: TextConfig, remat: str = "none", moe_layers=scan_layers):
-    """All layers, training form: (x_BLD after the final norm, Stats).
+    """All layers, training form: (x_BLD after the final norm, Stats, what else `moe_layers` returns).
 
     `moe_layers`, called as `scan_layers` is, runs the MoE stack.
     """
-    load_YE, max_logits = jnp.zeros((0, config.moe.experts), jnp.int32), []
+    load_YE, max_logits, more = jnp.zeros((0, config.moe.experts), jnp.int32), [], []
     for name, run in (("dense", scan_layers), ("moe", moe_layers)):
         if name in params:
-            x_BLD, (loads, max_logit_YH) = run(params[name], x_BLD, segments_BL, positions_BL, config, remat)
+            x_BLD, (loads, max_logit_YH), *more = run(params[name], x_BLD, segments_BL, positions_BL, config, remat)
             load_YE = load_YE if loads is None else loads
             max_logits.append(max_logit_YH)
-    return rms_norm(x_BLD, params["final_norm"], config.norm_eps), Stats(load_YE, jnp.concatenate(max_logits))
+    return rms_norm(x_BLD, params["final_norm"], config.norm_eps), Stats(load_YE, jnp.concatenate(max_logits)), *more
 
 
 def head(params):
@@ -122,17 +123,24 @@ def head(params):
 
 def logits(params, x_BLD):
     """Scores of the vocabulary in float32."""
-    return (x_BLD @ head(params)).astype(jnp.float32)
+    return jnp.dot(x_BLD, head(params).astype(x_BLD.dtype), preferred_element_type=jnp.float32)
 
 
 # ------------------------------------------------------------------------------------------------ with a cache
-def unstack(params):
-    """The same weights with each layer on its own: a list under "layers", so that decoding copies no stack."""
+def _one_by_one(a):
+    return [a[i] for i in range(len(a))]
+
+
+def unstack(params, split=_one_by_one):
+    """The same weights with each layer on its own: a list under "layers", so that decoding copies no stack.
+
+    `split` makes a list of its layers of a leaf of a stack.
+    """
     layers = []
     for name in ("dense", "moe"):
         if name in params:
-            count = jax.tree.leaves(params[name])[0].shape[0]
-            layers += [jax.tree.map(lambda a, i=i: a[i], params[name]) for i in range(count)]
+            leaves, structure = jax.tree.flatten(params[name])
+            layers += [structure.unflatten(layer) for layer in zip(*map(split, leaves), strict=True)]
     return {k: v for k, v in params.items() if k not in ("dense", "moe")} | {"layers": layers}
 
 
@@ -165,21 +173,21 @@ def decode_step(params, x_B1D, cache, positions_B, config: TextConfig):
     return rms_norm(x_B1D, params["final_norm"], config.norm_eps), new_cache
 
 
-def paged_step(params, x_T1D, pools, positions_T, pages_T, attend, config: TextConfig):
-    """New tokens of any rows and of any number a row: (x_T1D after the final norm, pools).
+def paged_step(params, x_ZTD, pools, positions_ZT, write, attend, config: TextConfig):
+    """New tokens of any rows and of any number a row, T on each of Z devices: (x_ZTD after the final norm, pools).
 
-    `pools` are (c_QOR, r_QOK) a layer. A token's latents go to place positions_T % O of page pages_T, or nowhere where
-    that is no page, and position -1 says that there is no token. `attend(q_T1HR, q_T1HK, c_QOR, r_QOK)` follows.
+    Position -1 says that there is no token. In each layer `write(pool, (c_ZTR, r_ZTK))` gives the pool with the latents of
+    the new tokens in it, and `attend(q_ZTHR, q_ZTHK, pool)` the mean latent that each head sees. On the engine's mesh a
+    device has its own tokens, but in products with matrices that are shared out over `tensor`: there, those of its row.
     """
-    rope = rope_tables(config.rope, config.qk_rope_dim, positions_T[:, None])
-    place_T, valid_T1 = positions_T % pools[0][0].shape[1], positions_T[:, None] >= 0
-    new_pools = []
+    rope = rope_tables(config.rope, config.qk_rope_dim, positions_ZT)
+    valid_ZT, new_pools = positions_ZT >= 0, []
     for layer, pool in zip(params["layers"], pools, strict=True):
-        h_T1D = rms_norm(x_T1D, layer["attention_norm"], config.norm_eps)
-        new = latents(layer["attention"], h_T1D, rope, config)
-        pool = [a.at[pages_T, place_T].set(b[:, 0], mode="drop") for a, b in zip(pool, new, strict=True)]
-        x_T1D = x_T1D + absorbed(layer["attention"], h_T1D, rope, lambda *q, pool=pool: attend(*q, *pool), config)
-        h_T1D = rms_norm(x_T1D, layer["mlp_norm"], config.norm_eps)
-        x_T1D = x_T1D + feed_forward(layer, h_T1D, valid_T1, config)[0]
-        new_pools.append(tuple(pool))
-    return rms_norm(x_T1D, params["final_norm"], config.norm_eps), new_pools
+        h_ZTD = engine_laid(rms_norm(x_ZTD, layer["attention_norm"], config.norm_eps), "expert")
+        pool = write(pool, latents(layer["attention"], h_ZTD, rope, config))
+        y_ZTD = absorbed(layer["attention"], h_ZTD, rope, lambda *q, pool=pool: attend(*q, pool), config)
+        x_ZTD = x_ZTD + engine_laid(y_ZTD, ENGINE_AXES)
+        h_ZTD = engine_laid(rms_norm(x_ZTD, layer["mlp_norm"], config.norm_eps), "expert")
+        x_ZTD = x_ZTD + engine_laid(feed_forward(layer, h_ZTD, valid_ZT, config)[0], ENGINE_AXES)
+        new_pools.append(pool)
+    return rms_norm(x_ZTD, params["final_norm"], config.norm_eps), new_pools

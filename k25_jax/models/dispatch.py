@@ -34,7 +34,7 @@ def exchanged(layer, places: int, p, x_TD, weights_TK, experts_TK):
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def in_rounds(rounds, p, x_TD, weights_TK, choice):
-    """The weighted results of token copies, added up by token, a round of copies at a time: [T,D].
+    """The weighted results of token copies, added up by token in float32, a round of copies at a time: [T,D].
 
     `rounds(choice)` is (how many; round(i) -> (a function of weights p, rows and router weights to results; the token
     and the copy of each row)). Memory is held for one round: the backward pass computes each again.
@@ -45,7 +45,7 @@ def in_rounds(rounds, p, x_TD, weights_TK, choice):
         function, token_N, slot_N = one_round(i)
         return y_TD.at[token_N].add(function(p, x_TD[token_N], weights_TK.reshape(-1)[slot_N]))
 
-    return jax.lax.fori_loop(0, count, add, jnp.zeros_like(x_TD))
+    return jax.lax.fori_loop(0, count, add, jnp.zeros(x_TD.shape, jnp.float32)).astype(x_TD.dtype)
 
 
 def _forward(rounds, *arguments):
@@ -59,13 +59,14 @@ def _backward(rounds, arguments, dy_TD):
     def add(i, carry):
         dp, dx_TD, dweights_N = carry
         function, token_N, slot_N = one_round(i)
-        _, pull = jax.vjp(function, p, x_TD[token_N], weights_TK.reshape(-1)[slot_N])
-        dp_here, dx_ND, dw_N = pull(dy_TD[token_N])
+        y_ND, pull = jax.vjp(function, p, x_TD[token_N], weights_TK.reshape(-1)[slot_N])
+        dp_here, dx_ND, dw_N = pull(dy_TD[token_N].astype(y_ND.dtype))
         dp = jax.tree.map(jnp.add, dp, dp_here)
         return dp, dx_TD.at[token_N].add(dx_ND), dweights_N.at[slot_N].add(dw_N)
 
-    init = jax.tree.map(jnp.zeros_like, (p, x_TD, weights_TK.reshape(-1)))
-    dp, dx_TD, dweights_N = jax.lax.fori_loop(0, count, add, init)
+    like = p, x_TD, weights_TK.reshape(-1)
+    sums = jax.lax.fori_loop(0, count, add, jax.tree.map(lambda a: jnp.zeros(a.shape, jnp.float32), like))
+    dp, dx_TD, dweights_N = jax.tree.map(lambda total, a: total.astype(a.dtype), sums, like)
     return dp, dx_TD, dweights_N.reshape(weights_TK.shape), None
 
 

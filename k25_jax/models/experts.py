@@ -7,9 +7,11 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 
-from k25_jax.config import MoEConfig
+from k25_jax.config import ConfigError, MoEConfig
 from k25_jax.kernels.grouped_matmul import copy_rows, expert_swiglu, permute_rows
 from k25_jax.models.dispatch import exchanged, in_rounds, places_for
+from k25_jax.models.masters import cast_from, whole
+from k25_jax.sharding.rules import ENGINE_AXES
 
 ROWS = ("fsdp", "expert")  # the axes of the mesh that share out the rows of a batch; `context` shares out their tokens
 WIDTH = ("fsdp", "context")  # the axes that share out an expert's matrices
@@ -17,21 +19,37 @@ ROOM = 1.25  # rows in a chunk, over those that a device gets when all get alike
 SPLIT = (("gate", 1), ("up", 1), ("down", 2))  # which axis of each matrix they split: the width of the model
 
 
+@jax.named_scope("moe.dispatch")
 def routed(p, x_BLD, weights_BLK, experts_BLK, load_E, config: MoEConfig):
     """What the chosen experts make of each token, weighted and added up: [B,L,D].
 
     `experts_BLK` is the number of experts where nothing is chosen, as in padding. In a mesh of more than one device
-    (jax.set_mesh; stages of a pipeline aside) the tokens, the experts and their matrices are shared out over it, unless
-    one of the three does not divide: then the compiler lays out the form for one device.
+    (jax.set_mesh; stages of a pipeline aside) the tokens, the experts and their matrices are shared out over it;
+    ConfigError where one of the three does not divide. On the engine's mesh there is a row for each device.
     """
     mesh = jax.sharding.get_abstract_mesh()
-    rows, tokens, width = x_BLD.shape
+    if "tensor" in mesh.axis_names:
+        return _stationary(p, x_BLD, weights_BLK, experts_BLK, config)
     if not mesh.empty and _devices(mesh, (*ROWS, "context")) > 1:
-        parts = (rows, ROWS), (tokens, ("context",)), (config.experts, ("expert",)), (width, WIDTH)
-        if not any(size % _devices(mesh, axes) for size, axes in parts):
-            return _parallel(p, x_BLD, weights_BLK, experts_BLK, config)
-    x_TD, *chosen = (a.reshape(rows * tokens, -1) for a in (x_BLD, weights_BLK, experts_BLK))
+        _check(mesh, x_BLD.shape, config)
+        return _parallel(p, x_BLD, weights_BLK, experts_BLK, config)
+    p = {name: whole(p[name], x_BLD.dtype) for name, _ in SPLIT}
+    x_TD, *chosen = (a.reshape(-1, a.shape[-1]) for a in (x_BLD, weights_BLK, experts_BLK))
     return _local(p, x_TD, *chosen, load_E, config.grouped_matmul).reshape(x_BLD.shape)
+
+
+def _check(mesh, shape, config: MoEConfig) -> None:
+    rows, tokens, width = shape
+    for name, size, axes in (
+        ("rows of a step (data.batch_size / train.accumulate / mesh.microbatches)", rows, ROWS),
+        ("tokens of a row (data.seq_len)", tokens, ("context",)),
+        ("moe.experts", config.experts, ("expert",)),
+        ("text.d_model", width, WIDTH),
+    ):
+        parts = _devices(mesh, axes)
+        if size % parts:
+            named = " x ".join(f"mesh.{axis}={mesh.shape[axis]}" for axis in axes)
+            raise ConfigError(f"{name}: {size} must be a multiple of {named}, {parts}; change one of them")
 
 
 def _devices(mesh, axes) -> int:
@@ -46,30 +64,63 @@ def _local(p, x_TD, weights_TK, experts_TK, load_E, implementation: str):
     out_ND = expert_swiglu(rows_ND, p["gate"], p["up"], p["down"], load_E, implementation)
     out_TKD = permute_rows(out_ND, inverse_N, order_N).reshape(*experts_TK.shape, -1)
     out_TKD = jnp.where((experts_TK < load_E.shape[0])[..., None], out_TKD, 0)  # padding's rows hold no defined value
-    return jnp.einsum("tkd,tk->td", out_TKD, weights_TK.astype(out_TKD.dtype))
+    return (out_TKD * weights_TK[..., None]).sum(axis=1).astype(x_TD.dtype)  # the weights, and so the sum, are float32
 
 
 def _parallel(p, x_BLD, weights_BLK, experts_BLK, config: MoEConfig):
     """Expert parallelism, dropless, in one of two forms (`moe.dispatch`; models/dispatch.py compares what they send).
 
-    Matrices are split over WIDTH too and gathered for use; in the backward pass the same exchanges run the other way
-    round and add up the gradients.
+    Matrices are split over WIDTH too and gathered for use, once for all chunks of tokens (`moe.chunk`); in the backward
+    pass the same exchanges run the other way round and add up the gradients.
     """
 
     def body(p, x_BLD, *chosen_BLK):
-        p = {name: jax.lax.all_gather(p[name], WIDTH, axis=axis, tiled=True) for name, axis in SPLIT}
-        arguments = (a.reshape(-1, a.shape[-1]) for a in (x_BLD, *chosen_BLK))
+        p = {name: whole(p[name], x_BLD.dtype, WIDTH, axis, config.reduce_dtype) for name, axis in SPLIT}
         form = _by_gather if config.dispatch == "gather" else _by_all_to_all
-        return form(p, *arguments, config).reshape(x_BLD.shape)
+        arguments = [a.reshape(-1, a.shape[-1]) for a in (x_BLD, *chosen_BLK)]
+        return _in_chunks(lambda p, *some: form(p, *some, config), config.chunk, p, arguments).reshape(x_BLD.shape)
 
     tokens = PartitionSpec(ROWS, "context", None)
     matrices = {name: PartitionSpec("expert", *(WIDTH if i == axis else None for i in (1, 2))) for name, axis in SPLIT}
-    weights = {name: p[name] for name in matrices}
+    weights = {name: cast_from(p[name], x_BLD.dtype) for name in matrices}
     mesh = jax.sharding.get_abstract_mesh()
     manual = set(mesh.axis_names) - set(mesh.manual_axes)  # every axis, as TPU kernels demand, but an outer shard_map's
     return jax.shard_map(
         body, in_specs=(matrices, tokens, tokens, tokens), out_specs=tokens, axis_names=manual, check_vma=False
     )(weights, x_BLD, weights_BLK, experts_BLK)
+
+
+def _in_chunks(form, chunk: int, p, arguments):
+    """form(p, *arguments), `chunk` tokens after the other; what one chunk holds, the next one's memory is."""
+    tokens = len(arguments[0])
+    if not chunk or tokens <= chunk:
+        return form(p, *arguments)
+    if tokens % chunk:
+        raise ConfigError(f"moe.chunk={chunk} must divide the {tokens} tokens that a device has in a microbatch")
+    one = jax.checkpoint(lambda some: form(p, *some))
+    return jax.lax.map(one, [a.reshape(-1, chunk, a.shape[-1]) for a in arguments])
+
+
+def _stationary(p, x_ZTD, weights_ZTK, experts_ZTK, config: MoEConfig):
+    """On the engine's mesh, where no matrix moves: a device has the width `tensor` of its experts.
+
+    The devices of a `tensor` row compute for the tokens of all of them, and their shares of a result are added up.
+    """
+
+    def body(p, *arguments):
+        p = {name: whole(p[name], x_ZTD.dtype) for name, _ in SPLIT}
+        arguments = (a.reshape(-1, a.shape[-1]) for a in arguments)
+        form = _by_gather if config.dispatch == "gather" else _by_all_to_all
+        y_TD = form(p, *arguments, config).astype(jnp.float32)
+        y_TD = jax.lax.psum_scatter(y_TD, "tensor", scatter_dimension=0, tiled=True)
+        return y_TD.astype(x_ZTD.dtype)[None]
+
+    tokens = PartitionSpec("expert")
+    matrices = {name: PartitionSpec("expert", *("tensor" if i != axis else None for i in (1, 2))) for name, axis in SPLIT}
+    weights = {name: p[name] for name in matrices}
+    return jax.shard_map(
+        body, in_specs=(matrices, tokens, tokens, tokens), out_specs=PartitionSpec(ENGINE_AXES), check_vma=False
+    )(weights, x_ZTD, weights_ZTK, experts_ZTK)
 
 
 def _by_gather(p, x_TD, weights_TK, experts_TK, config: MoEConfig):
@@ -120,7 +171,7 @@ def _chunks(rows: int, implementation: str, choice):
         def function(p, x_ND, w_N):
             x_ND = jnp.where(used_N1, x_ND, 0)  # the gradient of a row that is not used may be anything
             y_ND = expert_swiglu(x_ND, p["gate"], p["up"], p["down"], sizes_E, implementation)
-            return jnp.where(used_N1, y_ND, 0) * w_N[:, None].astype(y_ND.dtype)
+            return jnp.where(used_N1, y_ND, 0) * w_N[:, None]  # float32, as the weights are
 
         return function, slot_N // number_TK.shape[1], slot_N
 

@@ -8,6 +8,7 @@ from k25_jax.config import K25Config
 from k25_jax.data.packing import Batch
 from k25_jax.models import decoder
 from k25_jax.models.decoder import Decoder
+from k25_jax.models.embedding import lookup, rows_of
 from k25_jax.models.layers import rematerialised
 from k25_jax.models.moonvit3d import MoonViT3D, encode
 from k25_jax.models.projector import Projector, project
@@ -53,58 +54,61 @@ def vision_features(params, packs: VisionPack, config: K25Config, remat: str = "
     """
 
     def one_pack(pack):
-        weights = cast({"vision": params["vision"], "projector": params["projector"]}, dtype)
-        pooled = encode(weights["vision"], pack, config.vision, dtype, one_at_a_time=remat == "full")
-        return project(weights["projector"], pooled, config)
+        pooled = encode(params["vision"], pack, config.vision, dtype, one_at_a_time=remat == "full")
+        return project(params["projector"], pooled, config)
 
     features_PMD = jax.lax.map(rematerialised(one_pack, remat), packs)
     return features_PMD.reshape(-1, features_PMD.shape[-1])
 
 
-def embed(params, tokens, config: K25Config):
-    """Token embeddings. A media_pad with no image behind it reads as token 0, as in the public implementation."""
-    return params["embed"][jnp.where(tokens == config.media_pad_id, 0, tokens)]
+@jax.named_scope("embed")
+def embed(params, tokens, config: K25Config, dtype=None):
+    """Token embeddings in `dtype`, or that of the table.
+
+    A media_pad with no image behind it reads as token 0, as in the public implementation.
+    """
+    tokens = jnp.where(tokens == config.media_pad_id, 0, tokens)
+    return lookup(params["embed"], tokens, params["embed"].dtype if dtype is None else dtype)
 
 
-def splice(params, tokens_BL, media_BL, features_MD, config: K25Config):
+def splice(params, tokens_BL, media_BL, features_MD, config: K25Config, dtype=None):
     """Token embeddings, with vision feature media_BL[b, l] in its place where that is not -1."""
-    vision_BLD = None if features_MD is None else features_MD[jnp.maximum(media_BL, 0)]
-    return overlay(params, tokens_BL, media_BL, vision_BLD, config)
+    vision_BLD = None
+    if features_MD is not None:
+        vision_BLD = rows_of(features_MD, jnp.maximum(media_BL, 0), features_MD.dtype)
+    return overlay(params, tokens_BL, media_BL, vision_BLD, config, dtype)
 
 
-def overlay(params, tokens_BL, media_BL, vision_BLD, config: K25Config):
+def overlay(params, tokens_BL, media_BL, vision_BLD, config: K25Config, dtype=None):
     """Token embeddings, with vision_BLD in their place where media_BL is not -1."""
-    embedded = embed(params, tokens_BL, config)
+    embedded = embed(params, tokens_BL, config, dtype)
     if vision_BLD is None:
         return embedded
     return jnp.where(media_BL[..., None] >= 0, vision_BLD.astype(embedded.dtype), embedded)
 
 
-def embedded(params, batch: Batch, config: K25Config, remat="none", dtype=jnp.float32, vision_BLD=None):
-    """What the decoder reads, [B,L,D]: embeddings of tokens, features of images in their places. `params` in `dtype`.
-
-    `vision_BLD` has the feature of every token that has one (parallel/dep.py); without it they are computed here.
-    """
-    params = cast({name: params[name] for name in ("embed", "vision", "projector")}, dtype)
-    if vision_BLD is None and batch.vision.patches_PNC.shape[0]:
+def embedded(params, batch: Batch, config: K25Config, remat="none", dtype=jnp.float32):
+    """What the decoder reads, [B,L,D] in `dtype`: embeddings of tokens, features of images in their places."""
+    features_MD = None
+    if batch.vision.patches_PNC.shape[0]:
         features_MD = vision_features(params, batch.vision, config, remat, dtype)
-        return splice(params, batch.tokens_BL, batch.media_BL, features_MD, config)
-    return overlay(params, batch.tokens_BL, batch.media_BL, vision_BLD, config)
+    return splice(params, batch.tokens_BL, batch.media_BL, features_MD, config, dtype)
 
 
 def forward(params, batch: Batch, config: K25Config):
     """Logits of every position, [B, L, V] float32."""
     x_BLD = embedded(params, batch, config)
-    x_BLD, _ = decoder.decode(params, x_BLD, batch.segments_BL, batch.positions_BL, config.text)
+    x_BLD, *_ = decoder.decode(params, x_BLD, batch.segments_BL, batch.positions_BL, config.text)
     return decoder.logits(params, x_BLD)
 
 
+KEPT = "router", "norm", "bias", "pos_table"  # float32 in any case: little memory, and read in float32
+
+
 def cast(params, dtype):
-    """Weights in the compute dtype; the router stays in float32."""
-    if dtype == jnp.float32:
-        return params
+    """Weights of products, and the embedding, in `dtype`, for use without gradients; KEPT stay as they are."""
 
     def leaf(path, a):
-        return a if any("router" in str(key) for key in path) else a.astype(dtype)
+        return a if any(name in str(key) for key in path for name in KEPT) else a.astype(dtype)
 
     return jax.tree_util.tree_map_with_path(leaf, params)

@@ -6,6 +6,8 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from k25_jax.models.masters import product
+
 
 def declare(module: nn.Module, name: str, shape, axes, init=None) -> None:
     """Declare one float32 parameter with logical axis names; `axes` names each dimension of `shape`.
@@ -56,7 +58,7 @@ class SwiGLU(nn.Module):
 
 def rms_norm(x, scale, eps: float):
     """RMSNorm, computed in float32, in the dtype of `x`."""
-    return _normalised(x, scale.astype(x.dtype), eps, False)
+    return _normalised(x, scale, eps, False)
 
 
 def layer_norm(x, p, eps: float):
@@ -75,7 +77,7 @@ def _normalised(x, scale, eps: float, centred: bool):
 
 def _normalised_forward(x, scale, eps, centred):
     unit, inverse = _unit(x, eps, centred)
-    return unit.astype(x.dtype) * scale, (x, scale, inverse)
+    return (unit * scale).astype(x.dtype), (x, scale, inverse)
 
 
 def _normalised_backward(eps, centred, saved, dy):
@@ -109,10 +111,11 @@ def _mean_product(a, b):
     return jnp.einsum("...d,...d->...", a, b, precision="highest")[..., None] / a.shape[-1]
 
 
+@jax.named_scope("mlp")
 def swiglu(p, x):
     """SwiGLU feed-forward over the last axis of `x`."""
-    hidden = jax.nn.silu(x @ p["gate"]) * (x @ p["up"])
-    return hidden @ p["down"]
+    hidden = jax.nn.silu(product("...d,df->...f", x, p["gate"])) * product("...d,df->...f", x, p["up"])
+    return product("...f,fd->...d", hidden, p["down"])
 
 
 def rematerialised(body, remat: str, names: tuple[str, ...] = ()):

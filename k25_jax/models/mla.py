@@ -1,5 +1,7 @@
 """Multi-head latent attention, training form and absorbed-latent decoding form (K2.5 §3.1)."""
 
+import functools
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -9,6 +11,7 @@ from k25_jax.config import TextConfig
 from k25_jax.kernels.attention import attention
 from k25_jax.models.context import attend_over_context, context_shares
 from k25_jax.models.layers import declare, ones, rms_norm, zeros
+from k25_jax.models.masters import biased, product
 from k25_jax.models.rope import rotate, softmax_scale
 from k25_jax.sharding.rules import row_axes
 
@@ -47,12 +50,12 @@ class MLA(nn.Module):
 def queries(p, x_BLD, rope, config: TextConfig):
     """Queries, their rotary part turned: (q_nope_BLHK, q_rope_BLHK)."""
     if config.q_lora_rank:
-        latent_BLR = x_BLD @ p["q_a"]
+        latent_BLR = product("bld,dr->blr", x_BLD, p["q_a"])
         if "q_a_bias" in p:
-            latent_BLR = latent_BLR + p["q_a_bias"]
-        q_BLHK = jnp.einsum("blr,rhk->blhk", rms_norm(latent_BLR, p["q_a_norm"], LATENT_EPS), p["q_b"])
+            latent_BLR = biased(latent_BLR, p["q_a_bias"])
+        q_BLHK = product("blr,rhk->blhk", rms_norm(latent_BLR, p["q_a_norm"], LATENT_EPS), p["q_b"])
     else:
-        q_BLHK = jnp.einsum("bld,dhk->blhk", x_BLD, p["q"])
+        q_BLHK = product("bld,dhk->blhk", x_BLD, p["q"])
     q_nope, q_rope = jnp.split(q_BLHK, [config.qk_nope_dim], axis=-1)
     cos, sin = rope
     return q_nope, rotate(q_rope, cos[:, :, None], sin[:, :, None])
@@ -60,13 +63,14 @@ def queries(p, x_BLD, rope, config: TextConfig):
 
 def latents(p, x_BLD, rope, config: TextConfig):
     """What a cache holds of each token: the normed latent c_BLR and the shared rotary key r_BLK, turned."""
-    kv_BLR = x_BLD @ p["kv_a"]
+    kv_BLR = product("bld,dr->blr", x_BLD, p["kv_a"])
     if "kv_a_bias" in p:
-        kv_BLR = kv_BLR + p["kv_a_bias"]
+        kv_BLR = biased(kv_BLR, p["kv_a_bias"])
     c_BLR, r_BLK = jnp.split(kv_BLR, [config.kv_lora_rank], axis=-1)
     return rms_norm(c_BLR, p["kv_a_norm"], LATENT_EPS), rotate(r_BLK, *rope)
 
 
+@jax.named_scope("attention")
 def mla(p, x_BLD, rope, segments_BL, config: TextConfig):
     """Training form: keys and values are expanded from the latent; causal inside each segment.
 
@@ -85,8 +89,8 @@ def attend_in_rows(p, q_BLHK, c_BLR, r_BLK, segments_BL, scale: float):
 
     In a mesh each device takes its own rows. Left to the compiler, the gradients of the keys were held for all rows.
     """
-    k_nope = jnp.einsum("blr,rhk->blhk", c_BLR, p["k_b"])
-    v_BLHK = jnp.einsum("blr,rhk->blhk", c_BLR, p["v_b"])
+    k_nope = product("blr,rhk->blhk", c_BLR, p["k_b"])
+    v_BLHK = product("blr,rhk->blhk", c_BLR, p["v_b"])
     r_BLHK = jnp.broadcast_to(r_BLK[:, :, None], (*k_nope.shape[:3], r_BLK.shape[-1]))
     k_BLHK = jnp.concatenate([k_nope, r_BLHK], axis=-1)
     axes = row_axes(len(q_BLHK))
@@ -112,8 +116,9 @@ def mla_decode(p, x_BLD, rope, cache, valid_BLS, config: TextConfig):
     c_BSR, r_BSK = cache
 
     def attend(q_BLHR, q_BLHK):
-        scores = jnp.einsum("blhr,bsr->bhls", q_BLHR, c_BSR) + jnp.einsum("blhk,bsk->bhls", q_BLHK, r_BSK)
-        scores = jnp.where(valid_BLS[:, None], scores.astype(jnp.float32) * softmax_scale(config), -jnp.inf)
+        in_float32 = functools.partial(jnp.einsum, preferred_element_type=jnp.float32)
+        scores = in_float32("blhr,bsr->bhls", q_BLHR, c_BSR) + in_float32("blhk,bsk->bhls", q_BLHK, r_BSK)
+        scores = jnp.where(valid_BLS[:, None], scores * softmax_scale(config), -jnp.inf)
         weights = jnp.exp(scores - scores.max(axis=-1, keepdims=True))
         weights = (weights / weights.sum(axis=-1, keepdims=True)).astype(x_BLD.dtype)
         return jnp.einsum("bhls,bsr->blhr", weights, c_BSR)
@@ -127,10 +132,10 @@ def absorbed(p, x_BLD, rope, attend, config: TextConfig):
     `attend(q_BLHR, q_BLHK)`, the latent and the rotary part of the queries, gives the mean latent that each head sees.
     """
     q_nope, q_rope = queries(p, x_BLD, rope, config)
-    out_BLHR = attend(jnp.einsum("blhk,rhk->blhr", q_nope, p["k_b"]), q_rope)
-    return _output(p, jnp.einsum("blhr,rhk->blhk", out_BLHR, p["v_b"]))
+    out_BLHR = attend(product("blhk,rhk->blhr", q_nope, p["k_b"]), q_rope)
+    return _output(p, product("blhr,rhk->blhk", out_BLHR, p["v_b"]))
 
 
 def _output(p, out_BLHK):
-    y_BLD = jnp.einsum("blhk,hkd->bld", out_BLHK, p["o"])
-    return y_BLD + p["o_bias"] if "o_bias" in p else y_BLD
+    y_BLD = product("blhk,hkd->bld", out_BLHK, p["o"])
+    return biased(y_BLD, p["o_bias"]) if "o_bias" in p else y_BLD

@@ -43,6 +43,7 @@ class MoE(nn.Module):
             SwiGLU(c.d_model, m.ffn_dim * m.shared_experts, self.layers, c.init_std, "stages", name="shared")()
 
 
+@jax.named_scope("moe.router")
 def route(router_DE, bias_E, x_TD, config: MoEConfig):
     """Choose experts by score plus bias, weigh them by the score alone: (weights_TK, experts_TK), float32.
 
@@ -69,6 +70,7 @@ def _keep_best_groups(choice_TE, config: MoEConfig):
     return jnp.where(kept_TG[..., None], grouped_TGE, -jnp.inf).reshape(choice_TE.shape)
 
 
+@jax.named_scope("moe")
 def moe(p, x_BLD, valid_BL, config: MoEConfig):
     """Dropless MoE feed-forward: (y_BLD, load_E). Padding (valid False) is neither computed nor counted."""
     weights_BLK, experts_BLK = route(p["router"], p["router_bias"], x_BLD, config)

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 from k25_jax.config import VisionConfig
 from k25_jax.kernels.attention import attention
 from k25_jax.models.layers import LayerNorm, declare, fan_in, layer_norm, zeros
+from k25_jax.models.masters import biased, product
 from k25_jax.models.rope import axial_tables, rotate
 from k25_jax.vision.patchpack import VisionPack
 
@@ -105,21 +106,21 @@ def time_table(config: VisionConfig):
 def encoder_block(p, x_NW, rope, segments_N, config: VisionConfig, keep_weights: bool = False):
     """Pre-norm attention inside each segment, then the GELU feed-forward; `keep_weights` is that of the attention."""
     h_NW = layer_norm(x_NW, p["norm0"], config.norm_eps)
-    qkv = jnp.einsum("nw,wthk->tnhk", h_NW, p["qkv"]) + p["qkv_bias"][:, None]
+    qkv = biased(product("nw,wthk->tnhk", h_NW, p["qkv"]), p["qkv_bias"][:, None])
     cos, sin = rope[0][:, None], rope[1][:, None]
     q, k = rotate(qkv[0], cos, sin), rotate(qkv[1], cos, sin)
     scale = config.head_dim**-0.5
     qkv_segments = q[None], k[None], qkv[2][None], segments_N[None]
     out, _ = attention(*qkv_segments, scale=scale, causal=False, keep_weights=keep_weights)
-    x_NW = x_NW + jnp.einsum("nhk,hkw->nw", out[0], p["out"]) + p["out_bias"]
+    x_NW = x_NW + biased(product("nhk,hkw->nw", out[0], p["out"]), p["out_bias"])
     h_NW = layer_norm(x_NW, p["norm1"], config.norm_eps)
-    hidden = jax.nn.gelu(h_NW @ p["fc0"] + p["fc0_bias"], approximate=True)
-    return x_NW + hidden @ p["fc1"] + p["fc1_bias"]
+    hidden = jax.nn.gelu(biased(product("nw,wf->nf", h_NW, p["fc0"]), p["fc0_bias"]), approximate=True)
+    return x_NW + biased(product("nf,fw->nw", hidden, p["fc1"]), p["fc1_bias"])
 
 
 def vision_hidden(p, patches_NC, segments_N, coords_N5, config: VisionConfig, keep_weights: bool = False):
     """Every patch of one pack after the last LayerNorm, [N,W]."""
-    x_NW = patches_NC @ p["patch_embed"]["kernel"] + p["patch_embed"]["bias"]
+    x_NW = biased(product("nc,cw->nw", patches_NC, p["patch_embed"]["kernel"]), p["patch_embed"]["bias"])
     x_NW = x_NW + positions(p, coords_N5, config).astype(x_NW.dtype)
     rope = axial_tables(config, coords_N5[:, 1], coords_N5[:, 2])
 
@@ -133,10 +134,11 @@ def vision_hidden(p, patches_NC, segments_N, coords_N5, config: VisionConfig, ke
 def pool(x_NW, slots_N, weights_N, config: VisionConfig):
     """Mean over the frames of a chunk and grouping of spatial neighbours: [N,W] -> [M, 4, W] (temporal pooling)."""
     patches = x_NW.shape[0]
-    pooled = jax.ops.segment_sum(x_NW * weights_N[:, None].astype(x_NW.dtype), slots_N, patches)
+    pooled = jax.ops.segment_sum(x_NW * weights_N[:, None], slots_N, patches).astype(x_NW.dtype)
     return pooled.reshape(patches // config.group, config.group, -1)
 
 
+@jax.named_scope("vision")
 def encode(p, pack: VisionPack, config: VisionConfig, dtype=jnp.float32, one_at_a_time: bool = False):
     """Pooled patches of one pack, its arrays without their axis P: [M, 4, W].
 

@@ -5,6 +5,7 @@ import jax
 
 from k25_jax.config import K25Config
 from k25_jax.models.layers import LayerNorm, declare, fan_in, layer_norm, zeros
+from k25_jax.models.masters import biased, product
 
 
 class Projector(nn.Module):
@@ -23,9 +24,10 @@ class Projector(nn.Module):
         declare(self, "fc1_bias", (d_model,), ("norm",), zeros)
 
 
+@jax.named_scope("projector")
 def project(p, pooled, config: K25Config):
     """[..., M, 4, W] -> [..., M, D], one language-model token per group of patches."""
     x = layer_norm(pooled, p["norm"], config.projector_eps)
     x = x.reshape(*x.shape[:-2], -1)
-    hidden = jax.nn.gelu(x @ p["fc0"] + p["fc0_bias"], approximate=False)
-    return hidden @ p["fc1"] + p["fc1_bias"]
+    hidden = jax.nn.gelu(biased(product("...g,gf->...f", x, p["fc0"]), p["fc0_bias"]), approximate=False)
+    return biased(product("...f,fd->...d", hidden, p["fc1"]), p["fc1_bias"])

@@ -88,11 +88,13 @@ def muonclip(config: OptimConfig, steps: int, shardings=None) -> optax.GradientT
     return optax.GradientTransformationExtraArgs(init, update)
 
 
+@jax.named_scope("optimizer.adam")
 def _adam_direction(m, v, taken, config: OptimConfig):
     mu_scale, nu_scale = 1 / (1 - config.b1**taken), 1 / (1 - config.b2**taken)
     return m * mu_scale / (jnp.sqrt(v * nu_scale) + config.eps)
 
 
+@jax.named_scope("optimizer.muon")
 def _muon_direction(m, g, taken, form: str, sharding: NamedSharding | None, config: OptimConfig):
     """Nesterov's momentum made orthogonal, its entries of root mean square about RMS whatever the matrix's shape."""
     b = config.momentum
@@ -149,6 +151,7 @@ def decays(params):
     return jax.tree_util.tree_map_with_path(is_matrix, params)
 
 
+@jax.named_scope("optimizer.qk_clip")
 def qk_clip(params, max_logit_YH, config: TextConfig, threshold: float):
     """(params, heads clipped): each head whose largest attention logit exceeds `threshold` scaled back to it.
 

@@ -1,12 +1,13 @@
 """One batch from those that several processes read: its rows stay, its images go where they are encoded (K2.5 §3.8).
 
 Every process reads, decodes and packs its own share of the data. Then all learn how large each clip is and where its tokens
-are, balance the clips over the devices of all, each for itself and all alike, and the pixels travel in rounds as the features
-will (parallel/dep.py).
+are, balance the clips over the devices of all, each for itself and all alike, and the pixels travel as the features will
+(parallel/routes.py). `planned` is the host's work, for which a thread may take the time that the devices need for the step
+before; `placed` launches programs on them, which all processes must launch in one order: call it from the main thread.
 
-What it costs beyond one process: two small gathers of the hosts' figures a step; pixels go over the network once, a sixth of
-the bytes of the features at the width of K2.5, and are twice on a device for a moment; every process makes the whole tables
-of the features, in time proportional to the media tokens of the whole batch.
+What it costs beyond one process: a gather of the hosts' figures a step, by way of process 0; pixels go over the network
+twice, a third of the bytes of the features at the width of K2.5, and are thrice on a device for a moment. A process makes
+the tables of its own devices alone, in time proportional to the clips of the whole batch (benchmarks/host_plan.py).
 """
 
 import functools
@@ -16,43 +17,95 @@ import jax
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from k25_jax.config import VisionConfig
+from k25_jax.config import Experiment, VisionConfig
 from k25_jax.data.packing import Batch, batch_stats
 from k25_jax.parallel import dep
+from k25_jax.parallel.routes import Runs, Tables, form_of, tables
 from k25_jax.sharding.mesh import AXES
 from k25_jax.sharding.processes import Reader, assembled, gathered, own_reader, owners_of, readers, spread
-from k25_jax.vision.patchpack import VisionPack, balance, blank_pack, pack_flops, write_grid
+from k25_jax.vision.patchpack import balance, blank_pack, clip_flops, write_grid
 
 
-def place(batch: Batch, mesh: Mesh, config: VisionConfig, vision: str = "dep") -> Batch:
-    """`dep.place` of the batch whose rows and packs the processes have read, each its own; all must call it.
+@dataclass(frozen=True)
+class Planned:
+    """A batch before it is on the devices: what this process has of it, on the host, and where that goes."""
 
-    In one process the batch is whole. In several, a reader's rows become those of its blocks of rows, in their order.
+    batch: Batch  # own rows, striped; own packs, their pixels as they were read; tables of own devices
+    pixels: Tables | None  # tables by which pixels travel, where they do
+    metrics: dict[str, float]  # of the whole batch: `batch_stats` and the balance of vision
+    mesh: Mesh
+    vision: str  # train.vision
+    rows: tuple[int, ...]  # the blocks of rows that it has; of a pack and a table it has those of its devices
+    devices: tuple[int, ...]
+    read: tuple[int, ...]  # devices whose share of pixels it has read
+
+
+def planned(batch: Batch, mesh: Mesh, experiment: Experiment, channel: str = "train") -> Planned:
+    """Where all of the batch goes whose rows and packs the processes have read, each its own; all must call it.
+
+    In one process the batch is whole. In several, a reader's rows become those of its blocks of rows, in their order;
+    threads that plan at the same time have a `channel` each.
     """
-    if jax.process_count() == 1:
-        return dep.place(batch, mesh, config, vision)
-    owners = owners_of(mesh)
+    config, vision, owners = experiment.model.vision, experiment.train.vision, owners_of(mesh)
     everyone = readers(owners)
-    own, blocks = everyone[own_reader(everyone)], sum(len(reader.rows) for reader in everyone)
-    plan = make_plan(batch, everyone, mesh.size, config)
-    mine = np.flatnonzero(owners == jax.process_index()).tolist()
-    packs = _packs(batch.vision.patches_PNC, plan, own, mine, mesh, config)
-    batch = dep.striped(batch.replace(media_BL=plan.media_BL, vision=None), mesh.shape["context"])
-    whole = jax.tree.map(lambda _: batch.media_BL, batch).replace(vision=packs)  # rows of the right shape
-    if dep.travels(whole, mesh, vision):
-        features = plan.packs * plan.slots // config.group
-        whole = whole.replace(routes=dep.tables(batch.media_BL, features, dict(mesh.shape), vision))
-    layout = dep.layout(whole, mesh, vision)
-    rows = {name: assembled(getattr(batch, name), own.rows, blocks, getattr(layout, name)) for name in ROWS}
-    return whole.replace(
+    own = everyone[own_reader(everyone)]
+    mine = tuple(np.flatnonzero(owners == jax.process_index()).tolist())
+    if jax.process_count() > 1:
+        told = gathered(what_to_tell(batch, config), f"plan/{channel}")
+        return planned_as_told(told, batch, everyone, own, mine, mesh, experiment)
+    metrics = batch_stats(batch) | dep.balance_metrics(batch, mesh, config, vision)
+    batch = _with_routes(batch, dep.clips_in(batch.media_BL), len(batch.vision.segments_PN), mine, mesh, experiment)
+    return Planned(batch, None, metrics, mesh, vision, own.rows, mine, own.devices)
+
+
+def planned_as_told(
+    told: list[dict], batch: Batch, everyone: list[Reader], own: Reader, mine, mesh, experiment: Experiment
+) -> Planned:
+    """What `planned` returns for the devices `mine` of a process that reads as `own`, when it knows what all have told."""
+    config, vision = experiment.model.vision, experiment.train.vision
+    told = [told[reader.processes[0]] for reader in everyone]
+    slots, rows = batch.vision.segments_PN.shape[1], len(batch.media_BL)
+    plan = make_plan(told, everyone, mesh.size, slots, rows, config)
+    metrics = plan.stats(told) | plan.balance_metrics(mesh, config, vision)
+    batch, pixels = _as_encoded(batch, plan, own, mine, mesh.size, config)
+    batch = _with_routes(batch, plan.clips(config.group), plan.packs, mine, mesh, experiment)
+    return Planned(batch, pixels, metrics, mesh, vision, own.rows, mine, own.devices)
+
+
+def _with_routes(batch: Batch, clips: dep.Clips, packs: int, mine, mesh, experiment: Experiment) -> Batch:
+    """The batch striped, with the tables of the devices `mine` where features travel."""
+    batch = dep.striped(batch, mesh.shape["context"])
+    if not dep.travels(packs, mesh, experiment.train.vision):
+        return batch
+    return batch.replace(routes=dep.routes_of(clips, dep.exchange_of(experiment, mesh), mine))
+
+
+def place(batch: Batch, mesh: Mesh, experiment: Experiment) -> Batch:
+    """A batch planned and placed at once."""
+    return placed(planned(batch, mesh, experiment))
+
+
+def placed(plan: Planned) -> Batch:
+    """The batch on the devices of all processes; all must call it, in one order with whatever else they launch."""
+    batch, mesh = plan.batch, plan.mesh
+    if jax.process_count() == 1:
+        return jax.device_put(batch, dep.layout(batch, mesh, plan.vision))
+    blocks = sum(len(reader.rows) for reader in readers(owners_of(mesh)))
+    rows, length = batch.media_BL.shape
+    whole = jax.ShapeDtypeStruct((rows // len(plan.rows) * blocks, length), np.int32)
+    layout = dep.layout(batch.replace(**dict.fromkeys(ROWS, whole)), mesh, plan.vision)
+    rows = {name: assembled(getattr(batch, name), plan.rows, blocks, getattr(layout, name)) for name in ROWS}
+    return batch.replace(
         **rows,
-        media_BL=spread(batch.media_BL, layout.media_BL),
-        vision=jax.device_put(packs, layout.vision),
-        routes=jax.tree.map(spread, whole.routes, layout.routes),
-    )
+        vision=_packs(plan, layout.vision),
+        routes=batch.routes and Tables(
+            *(assembled(a, plan.devices, mesh.size, where, axis) for a, where, axis in
+              zip(batch.routes, layout.routes, (0, 1, 1), strict=True))
+        ),
+    )  # fmt: skip
 
 
-ROWS = ("tokens_BL", "targets_BL", "loss_weights_BL", "segments_BL", "positions_BL")
+ROWS = ("tokens_BL", "targets_BL", "loss_weights_BL", "segments_BL", "positions_BL", "media_BL")
 
 
 # ------------------------------------------------------------------------------------------------------------- the plan
@@ -66,8 +119,8 @@ class Plan:
     packs: int
     slots: int  # of a pack
     dtype: str  # of the pixels
-    media_BL: np.ndarray  # of all rows, not striped
     grids: np.ndarray  # [clips, 3]: frames, rows, columns of patches
+    homes: np.ndarray  # [clips, 2]: row and column of the first token
     read: np.ndarray  # [clips]: place in the packs as their readers filled them
     encoded: np.ndarray  # [clips]: place in the packs as they are encoded
     segments: np.ndarray  # [clips]: number in that pack
@@ -78,19 +131,44 @@ class Plan:
         """Patches of each clip."""
         return self.grids.prod(axis=1)
 
+    def clips(self, group: int) -> dep.Clips:
+        """The clips as their tokens lie in the rows of the whole batch."""
+        first = self.encoded // max(self.slots, 1) * (self.slots // group) + self.tokens
+        return dep.Clips(self.homes[:, 0], self.homes[:, 1], self.grids[:, 1:].prod(axis=1) // group, first)
 
-def make_plan(batch: Batch, everyone: list[Reader], devices: int, config: VisionConfig) -> Plan:
-    """Learn of all clips and balance them over the packs of all devices."""
-    told = gathered(
-        {
-            "clips": _clips(batch, config).tolist(),
-            "packs": len(batch.vision.patches_PNC),
-            "dtype": str(batch.vision.patches_PNC.dtype),
-        }
-    )
-    told = [told[reader.processes[0]] for reader in everyone]
+    def stats(self, told: list[dict]) -> dict[str, float]:
+        """`batch_stats` of the whole batch, from those that each has told."""
+        whole = {name: sum(one["stats"][name] for one in told) for name in told[0]["stats"]}
+        whole["waste_tokens"] /= len(told)
+        whole["waste_patches"] = 1 - float(self.sizes.sum()) / (self.packs * self.slots) if self.packs else 0.0
+        return whole
+
+    def balance_metrics(self, mesh: Mesh, config: VisionConfig, vision: str) -> dict[str, float]:
+        """`dep.balance_metrics` of the whole batch."""
+        if vision not in dep.ENCODERS or not len(self.sizes):
+            return {}
+        shares = dep.encoders(mesh, vision)
+        device = self.encoded // (self.packs // shares * self.slots)
+        loads = np.bincount(device, clip_flops(self.sizes, config).astype(float), minlength=shares)
+        return {"vision_max_over_mean": float(loads.max() * mesh.size / loads.sum())}
+
+
+def what_to_tell(batch: Batch, config: VisionConfig) -> dict:
+    """What the others need to know of the share that this process has read, as JSON."""
+    return {
+        "clips": _clips(batch, config).tolist(),
+        "packs": len(batch.vision.patches_PNC),
+        "dtype": str(batch.vision.patches_PNC.dtype),
+        "stats": batch_stats(batch),
+    }
+
+
+def make_plan(
+    told: list[dict], everyone: list[Reader], devices: int, slots: int, rows: int, config: VisionConfig
+) -> Plan:
+    """The clips of all, balanced over the packs of all devices; each has told of packs of `slots`, and of `rows`."""
     most = max(told, key=lambda one: one["packs"])
-    packs, slots, rows = most["packs"] * len(everyone), batch.vision.segments_PN.shape[1], len(batch.media_BL)
+    packs = most["packs"] * len(everyone)
     share = packs // devices * slots  # of a device
     clips = np.concatenate(
         [_numbered(one["clips"], reader, share, rows) for one, reader in zip(told, everyone, strict=True)]
@@ -98,13 +176,9 @@ def make_plan(batch: Batch, everyone: list[Reader], devices: int, config: Vision
     read, grids, homes = clips[:, 0], clips[:, 1:4], clips[:, 4:]
     sizes = grids.prod(axis=1).tolist()
     placement = balance(sizes, packs, slots, config, (read // slots).tolist()) if packs else []
-    encoded, segments, tokens = _lay_out(placement, grids, packs, slots, config.group)
-    media_BL = np.full((rows * len(everyone), batch.media_BL.shape[1]), -1, np.int32)
-    counts = grids[:, 1] * grids[:, 2] // config.group
-    first = encoded // slots * (slots // config.group) + tokens
-    for (row, column), start, count in zip(homes.tolist(), first.tolist(), counts.tolist(), strict=True):
-        media_BL[row, column : column + count] = np.arange(start, start + count)
-    return Plan(packs, slots, most["dtype"], media_BL, grids, read, encoded, segments, tokens)
+    return Plan(
+        packs, slots, most["dtype"], grids, homes, read, *_lay_out(placement, grids, packs, slots, config.group)
+    )
 
 
 def _clips(batch: Batch, config: VisionConfig) -> np.ndarray:
@@ -150,80 +224,66 @@ def _lay_out(placement: list[int], grids: np.ndarray, packs: int, slots: int, gr
 
 
 # ----------------------------------------------------------------------------------------------------------- the pixels
-def _packs(patches_PNC, plan: Plan, own: Reader, mine: list[int], mesh: Mesh, config: VisionConfig) -> VisionPack:
-    """The packs of the whole batch as they are encoded, over all devices; `mine` are those of this process."""
-    if not plan.packs:
-        nothing = blank_pack(0, plan.slots, config.patch_dim, plan.dtype)
-        return jax.tree.map(lambda a: spread(a, NamedSharding(mesh, PartitionSpec())), nothing)
-    over_all, share = NamedSharding(mesh, PartitionSpec(AXES)), plan.packs // mesh.size
+def _as_encoded(batch: Batch, plan: Plan, own: Reader, mine, devices: int, config: VisionConfig):
+    """(the batch with media_BL and packs of its devices as the plan has them, tables by which the pixels travel)."""
+    share = plan.packs // devices
+    pack = blank_pack(share * len(mine), plan.slots, 0, plan.dtype)
+    device = plan.encoded // max(share * plan.slots, 1)
+    here = {number: place for place, number in enumerate(mine)}
+    for i in np.flatnonzero(np.isin(device, mine)).tolist():
+        index, start = divmod(int(plan.encoded[i]), plan.slots)
+        index = here[index // share] * share + index % share
+        write_grid(pack, index, start, plan.segments[i], plan.tokens[i], plan.grids[i].tolist(), config.merge)
+    patches_PNC = batch.vision.patches_PNC
     if not len(patches_PNC):
         patches_PNC = np.zeros((share * len(own.devices), plan.slots, config.patch_dim), plan.dtype)
-    patches_PNC = assembled(patches_PNC, own.devices, mesh.size, over_all)
-    if (plan.read != plan.encoded).any():
-        tables = (assembled(table, mine, mesh.size, over_all) for table in pixel_tables(plan, mine, mesh.size))
-        patches_PNC = _moved(mesh, patches_PNC, *tables)
-    pack = blank_pack(share * len(mine), plan.slots, 0, plan.dtype)
-    for place, segment, token, grid in zip(plan.encoded, plan.segments, plan.tokens, plan.grids.tolist(), strict=True):
-        index, start = divmod(place, plan.slots)
-        if index // share in mine:
-            index = mine.index(index // share) * share + index % share
-            write_grid(pack, index, start, segment, token, grid, config.merge)
-    rest = jax.tree.map(lambda a: assembled(a, mine, mesh.size, over_all), pack.replace(patches_PNC=None))
-    return rest.replace(patches_PNC=patches_PNC)
+    batch = batch.replace(vision=pack.replace(patches_PNC=patches_PNC), media_BL=_media(batch, plan, own, config))
+    moves = (plan.read != plan.encoded).any()
+    return batch, pixel_tables(plan, mine, devices) if moves else None
 
 
-def pixel_tables(plan: Plan, mine: list[int], devices: int):
-    """(send_XJZU, land_ZJXU) of the devices `mine`, as those of features (dep.tables): from where read to where encoded."""
+def _media(batch: Batch, plan: Plan, own: Reader, config: VisionConfig) -> np.ndarray:
+    """media_BL of the own rows; those of a reader are its blocks of rows, in their order."""
+    media_BL, clips = np.full_like(batch.media_BL, -1), plan.clips(config.group)
+    high = len(media_BL) // len(own.rows)
+    for i in np.flatnonzero(np.isin(clips.row // high, own.rows)).tolist():
+        block, row = divmod(int(clips.row[i]), high)
+        column, count, first = (int(a[i]) for a in clips[1:])
+        media_BL[own.rows.index(block) * high + row, column : column + count] = np.arange(first, first + count)
+    return media_BL
+
+
+def pixel_tables(plan: Plan, mine, devices: int) -> Tables:
+    """The tables of the devices `mine`, of one part: from where pixels were read to where they are encoded."""
     share = plan.packs // devices * plan.slots
     sender, first = np.divmod(plan.read, share)
     receiver, place = np.divmod(plan.encoded, share)
-    before, total = np.zeros(len(sender), np.int64), np.zeros(devices**2, np.int64)  # of each pair of devices
-    for i, (pair, size) in enumerate(zip((sender * devices + receiver).tolist(), plan.sizes.tolist(), strict=True)):
-        before[i] = total[pair]
-        total[pair] += size
-    _, rounds, _, width = dep.table_shape(plan.packs * plan.slots, devices, devices, total.max())
-    send_XJZU = np.zeros((len(mine), rounds, devices, width), np.int32)
-    nowhere = share + np.arange(devices * width, dtype=np.int32).reshape(devices, width)
-    land_ZJXU = np.broadcast_to(nowhere, send_XJZU.shape).copy()
-    for i in np.flatnonzero(np.isin(sender, mine) | np.isin(receiver, mine)):
-        patches = np.arange(plan.sizes[i])
-        turn, seat = np.divmod(before[i] + patches, width)
-        if sender[i] in mine:
-            send_XJZU[mine.index(sender[i]), turn, receiver[i], seat] = first[i] + patches
-        if receiver[i] in mine:
-            land_ZJXU[mine.index(receiver[i]), turn, sender[i], seat] = place[i] + patches
-    return send_XJZU, land_ZJXU
+    runs = Runs(sender, np.zeros_like(sender), receiver, plan.sizes, first, place)
+    found = tables(runs, form_of(devices, share, share), mine, share, share)
+    return found._replace(pick_AXJZU=found.pick_AXJZU[0], land_AXJZU=found.land_AXJZU[0])
+
+
+def _packs(plan: Planned, layout):
+    """The packs of the whole batch as they are encoded, over all devices."""
+    packs, mesh = plan.batch.vision, plan.mesh
+    if not len(packs.segments_PN):
+        return jax.tree.map(spread, packs, layout)
+    over_all = NamedSharding(mesh, PartitionSpec(AXES))
+    patches_PNC = assembled(packs.patches_PNC, plan.read, mesh.size, over_all)
+    if plan.pixels:
+        tables = (assembled(table, plan.devices, mesh.size, over_all) for table in plan.pixels)
+        patches_PNC = _moved(mesh, patches_PNC, *tables)
+    rest = jax.tree.map(lambda a: assembled(a, plan.devices, mesh.size, over_all), packs.replace(patches_PNC=None))
+    return jax.device_put(rest.replace(patches_PNC=patches_PNC), layout)
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def _moved(mesh: Mesh, patches_PNC, send_XJZU, land_ZJXU):
-    def body(patches_PNC, send_1JZU, land_1JXU):
+def _moved(mesh: Mesh, patches_PNC, spread_XJZU, pick_XJZU, land_XJZU):
+    def body(patches_PNC, spread_1JZU, pick_1JZU, land_1JZU):
         rows_NC = patches_PNC.reshape(-1, patches_PNC.shape[-1])
-        return dep.exchange(rows_NC, send_1JZU[0], land_1JXU[0], len(rows_NC)).reshape(patches_PNC.shape)
+        kept_NC = dep.spread(rows_NC, spread_1JZU[0])
+        return dep.moved(kept_NC, pick_1JZU[0], land_1JZU[0], len(rows_NC)).reshape(patches_PNC.shape)
 
     every = PartitionSpec(AXES)
-    moved = jax.shard_map(body, mesh=mesh, in_specs=(every,) * 3, out_specs=every, check_vma=False)
-    return moved(patches_PNC, send_XJZU, land_ZJXU)
-
-
-# ---------------------------------------------------------------------------------------------------------- the figures
-def metrics(batch: Batch, placed: Batch, mesh: Mesh, config: VisionConfig, vision: str = "dep") -> dict[str, float]:
-    """`batch_stats` and `dep.balance_metrics` of the whole batch; `batch` is what this process has read of it."""
-    if jax.process_count() == 1:
-        return batch_stats(batch) | dep.balance_metrics(batch, mesh, config, vision)
-    loads = {}  # of each encoder that this process has
-    if vision in dep.ENCODERS and len(placed.vision.segments_PN):
-        for shard in placed.vision.segments_PN.addressable_shards:
-            packs = placed.vision.replace(segments_PN=np.asarray(shard.data))
-            loads[shard.index[0].start or 0] = int(pack_flops(packs, config).sum())
-    everyone = readers(owners_of(mesh))
-    used = int((batch.vision.segments_PN > 0).sum())
-    told = gathered({"stats": batch_stats(batch), "loads": list(loads.items()), "patches": used})
-    stats = [told[reader.processes[0]]["stats"] for reader in everyone]
-    whole = {name: sum(one[name] for one in stats) for name in stats[0]}
-    whole["waste_tokens"] /= len(stats)
-    slots = placed.vision.segments_PN.size
-    patches = sum(told[reader.processes[0]]["patches"] for reader in everyone)
-    whole["waste_patches"] = 1 - patches / slots if slots else 0.0
-    loads = list(dict(pair for one in told for pair in map(tuple, one["loads"])).values())
-    return whole | ({"vision_max_over_mean": max(loads) * mesh.size / sum(loads)} if any(loads) else {})
+    moved = jax.shard_map(body, mesh=mesh, in_specs=(every,) * 4, out_specs=every, check_vma=False)
+    return moved(patches_PNC, spread_XJZU, pick_XJZU, land_XJZU)

@@ -17,10 +17,11 @@ from k25_jax.data.packing import Batch, pack_examples
 from k25_jax.models.experts import ROOM
 from k25_jax.parallel import dep
 from k25_jax.preflight import hlo
-from k25_jax.preflight.cost import arrays_made, jaxpr_flops, model_flops, roofline, temporaries
+from k25_jax.preflight.cost import arrays_made, jaxpr_flops, live, model_flops, roofline, temporaries
+from k25_jax.preflight.exchange import axes_of, exchanged
 from k25_jax.preflight.topology import Topology, devices_of
-from k25_jax.sharding.mesh import platform, slice_shape
-from k25_jax.train.layout import mesh_of
+from k25_jax.sharding.mesh import platform
+from k25_jax.train.layout import idle_packs, mesh_of
 from k25_jax.train.stages import loss_of
 from k25_jax.train.state import HOST, abstract_state
 from k25_jax.train.step import make_step
@@ -52,6 +53,9 @@ class Report:
     packs: int
     fits: bool = True
     reason: str = ""  # why it does not fit
+    tried: list[dict] = field(default_factory=list)  # other settings, the last of which fits if one does: suggest.py
+    notes: list[str] = field(default_factory=list)  # what a user may want to mend
+    axes: list[dict] = field(default_factory=list)  # of the mesh: see preflight/exchange.py
     hbm_gb: float = 0.0  # of a device; 0: not known
     peak_hbm_gb: float = 0.0  # arguments, results that are not written in place, temporaries, the program itself
     argument_gb: float = 0.0
@@ -64,8 +68,10 @@ class Report:
     flops_asked: float = 0.0  # of the jaxpr, an equal share for each device
     flops_compiled: float = 0.0  # of the program, with the kernels as the jaxpr has them
     hbm_bytes: float = 0.0  # read from and written to memory
-    collectives: list[dict] = field(default_factory=list)  # kind, axes, bytes sent, how often
+    collectives: list[dict] = field(default_factory=list)  # kind, axes, bytes sent, how often, seconds at least
+    exchange_seconds: float = 0.0  # of all collectives, were they to come one after the other
     intensity: float = 0.0  # FLOPs over hbm_bytes
+    bounds: dict[str, float] = field(default_factory=dict)  # seconds by compute, memory, network, dcn
     step_seconds_bound: float = 0.0
     bound_by: str = ""
     mfu_bound: float = 0.0
@@ -84,23 +90,20 @@ def with_rows(experiment: Experiment, rows: int = 0) -> Experiment:
     if not rows:
         return experiment
     packs = math.ceil(data.packs * rows / data.batch_size)
-    return dataclasses.replace(experiment, data=dataclasses.replace(data, batch_size=rows, packs=packs, lanes=1))
+    return dataclasses.replace(experiment, data=dataclasses.replace(data, batch_size=rows, packs=packs, lanes=0))
 
 
 def abstract_batch(experiment: Experiment, mesh) -> Batch:
-    """A batch as shapes with layouts; what it would take is never allocated.
-
-    Tables are as long as an image of data.max_image_patches makes them whose features all go to one device.
-    """
+    """A batch as shapes with layouts; what it would take is never allocated."""
     data, model, vision = experiment.data, experiment.model, experiment.train.vision
     small = dataclasses.replace(data, batch_size=1, packs=1, lanes=1)
     batch = pack_examples([], small, model)
     grown = lambda n: lambda a: jax.ShapeDtypeStruct((n, *a.shape[1:]), a.dtype)  # noqa: E731
     batch = jax.tree.map(grown(data.batch_size), batch).replace(vision=jax.tree.map(grown(data.packs), batch.vision))
     place = lambda a, layout: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=layout)  # noqa: E731
-    if dep.travels(batch, mesh, vision):
-        most = data.max_image_patches // model.vision.group
-        batch = batch.replace(routes=dep.abstract_routes(batch, mesh, model.vision, vision, most))
+    exchange = dep.exchange_of(experiment, mesh)
+    if exchange:
+        batch = batch.replace(routes=dep.abstract_routes(exchange))
     return jax.tree.map(place, batch, dep.layout(batch, mesh, vision))
 
 
@@ -131,6 +134,7 @@ def preflight(experiment: Experiment, topology: Topology, say=lambda text: None)
     mesh = mesh_of(experiment, devices)
     data, shape = experiment.data, dict(mesh.shape)
     report = Report(topology.name, len(devices) // topology.chip.devices, shape, data.batch_size, data.packs)
+    report.axes, report.notes = axes_of(mesh, devices, topology), [note for note in (idle_packs(experiment),) if note]
     report.hbm_gb = topology.share(topology.chip.hbm_bytes) / GB
     state, batch = abstract_state(experiment, mesh), abstract_batch(experiment, mesh)
     tensors = _tensors(state, batch)
@@ -138,6 +142,13 @@ def preflight(experiment: Experiment, topology: Topology, say=lambda text: None)
     report.argument_gb, report.host_gb = (
         sum(t.bytes for t in tensors if t.host == host) / GB for host in (False, True)
     )
+    if report.hbm_gb and report.argument_gb > report.hbm_gb:
+        report.fits, report.peak_hbm_gb = False, report.argument_gb
+        report.reason = (
+            f"the state and the batch alone are {report.argument_gb:.1f} GB, a device has {report.hbm_gb:.1f}; of the kind "
+            f"at least {math.ceil(mesh.size * report.argument_gb / report.hbm_gb)} devices are needed"
+        )
+        return report
     with jax.set_mesh(mesh):
         say(f"{experiment.name} on {topology.name}: lowering")
         start = time.perf_counter()
@@ -160,7 +171,7 @@ def preflight(experiment: Experiment, topology: Topology, say=lambda text: None)
         report.compile_s = time.perf_counter() - start
     if compiled is not None:
         _memory(report, compiled.memory_analysis())
-        _program(report, hlo.parse(compiled.as_text()), topology, asked.kernels, model_flops(experiment), mesh.size)
+        _program(report, hlo.parse(compiled.as_text()), topology, asked.kernels, model_flops(experiment), mesh)
     report.rss_gb = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / GB
     return report
 
@@ -174,7 +185,7 @@ def _asked(experiment: Experiment, mesh, traced, state, batch):
         model = dataclasses.replace(experiment.model, text=dataclasses.replace(text, moe=moe))
         changed = dataclasses.replace(experiment, model=model)
         traced = make_step(changed, loss_of(changed), mesh).trace(state, batch)
-    return jaxpr_flops(traced.jaxpr, mesh.size, 1 / ROOM if mesh.shape["expert"] > 1 else 1.0)
+    return jaxpr_flops(live(traced.jaxpr), mesh.size, 1 / ROOM if mesh.shape["expert"] > 1 else 1.0)
 
 
 def _memory(report: Report, memory) -> None:
@@ -217,34 +228,22 @@ def _with_asked(largest: list[dict], jaxpr, devices: int) -> list[dict]:
     return sorted([*largest, *map(dataclasses.asdict, made)], key=lambda tensor: -tensor["bytes"])
 
 
-def _program(report: Report, program: hlo.Program, topology: Topology, kernels: float, model: float, devices: int):
+def _program(report: Report, program: hlo.Program, topology: Topology, kernels: float, model: float, mesh):
     times, fused, unknown = hlo.runs(program)
     report.flops_compiled = hlo.products(program, times) + kernels
     report.flops = max(report.flops_asked, report.flops_compiled)
     report.hbm_bytes = hlo.traffic(program, times, fused)
     report.unknown_loops += len(unknown)
-    sums: dict[tuple, list[float]] = {}
-    found = hlo.collectives(program, times, slice_shape(report.mesh, topology.slices))
-    for item in found + hlo.between_slices(program, times, topology.slices):
-        total = sums.setdefault((item.kind, item.axes), [0.0, 0.0])
-        total[0] += item.bytes * item.times
-        total[1] += item.times
-    report.collectives = [
-        {"kind": kind, "axes": list(axes), "bytes": sent, "times": number}
-        for (kind, axes), (sent, number) in sorted(sums.items(), key=lambda entry: -entry[1][0])
-    ]
+    report.collectives, network, dcn = exchanged(program, times, mesh, topology)
+    report.exchange_seconds = sum(entry["seconds"] for entry in report.collectives)
     report.largest += [dataclasses.asdict(tensor) for tensor in _made(program, times, fused)]
     report.largest.sort(key=lambda tensor: -tensor["bytes"])
     report.intensity = report.flops / report.hbm_bytes if report.hbm_bytes else 0.0
-    sent, across = (
-        sum(entry["bytes"] for entry in report.collectives if ("dcn" in entry["axes"]) == crosses)
-        for crosses in (False, True)
-    )
-    bounds = roofline(topology, devices, report.flops, report.hbm_bytes, sent, model, across)
+    bounds = roofline(topology, mesh.size, report.flops, report.hbm_bytes, model, network, dcn)
     report.step_seconds_bound, report.mfu_bound = bounds.step, bounds.mfu
     if bounds.step:
-        named = {"compute": bounds.compute, "memory": bounds.memory, "network": bounds.network, "dcn": bounds.dcn}
-        report.bound_by = max(named, key=named.get)
+        report.bounds = {name: getattr(bounds, name) for name in ("compute", "memory", "network", "dcn")}
+        report.bound_by = max(report.bounds, key=report.bounds.get)
 
 
 def _made(program: hlo.Program, times: dict[str, float], fused: set[str]) -> list[Tensor]:

@@ -4,9 +4,11 @@
 gives several devices the same work, and where it saves or repeats some.
 """
 
+import dataclasses
 import math
 from dataclasses import dataclass
 
+from jax._src.interpreters.partial_eval import dce_jaxpr  # has no public name
 from jax.extend.core import ClosedJaxpr, Jaxpr, Literal, jaxprs_in_params
 
 from k25_jax.config import Experiment
@@ -36,6 +38,11 @@ class Flops:
 
 
 # ---------------------------------------------------------------------------------------------------------------- jaxpr
+def live(jaxpr: ClosedJaxpr) -> Jaxpr:
+    """What the results depend on. The rest, such as results of a layer that is computed again, compilers leave out."""
+    return dce_jaxpr(jaxpr.jaxpr, [True] * len(jaxpr.jaxpr.outvars))[0]
+
+
 def jaxpr_flops(jaxpr: Jaxpr | ClosedJaxpr, devices: int = 1, filled: float = 1.0) -> Flops:
     """FLOPs of one device in matrix products, convolutions and kernels; elementwise work is not counted.
 
@@ -197,8 +204,8 @@ class Roofline:
 
     compute: float
     memory: float
-    network: float
-    dcn: float
+    network: float  # the links of a slice, those along its busiest side
+    dcn: float  # the data-centre network between slices
     mfu: float  # model FLOPs over what the chips could do in `step`; no run can be above it
 
     @property
@@ -211,20 +218,17 @@ def roofline(
     devices: int,
     flops: float,
     traffic: float,
-    sent: float,
     model: float,
-    between_slices: float = 0.0,
+    network: float = 0.0,
+    dcn: float = 0.0,
 ) -> Roofline:
-    """Of one device's FLOPs, bytes to and from memory, and bytes sent, each at the chip's peak and all at once.
+    """Of one device's FLOPs, bytes to and from memory, and seconds on both networks, each at its peak and all at once.
 
-    `sent` goes over the links of a slice, `between_slices` over the data-centre network (dcn).
-
-    Left out: that products seldom reach the peak, latencies, and what cannot overlap. Bytes sent are taken to spread
-    over all links of a chip, though an exchange along one axis of the mesh uses few of them.
+    Left out: that products seldom reach the peak, latencies, and what cannot overlap.
     """
     chip = topology.chip
-    figures = ((flops, chip.peak_flops), (traffic, chip.hbm_bandwidth), (sent, chip.ici_bandwidth))
-    figures += ((between_slices, chip.dcn_bandwidth),)
+    figures = ((flops, chip.peak_flops), (traffic, chip.hbm_bandwidth))
     seconds = [amount / topology.share(peak) if peak else 0.0 for amount, peak in figures]
-    longest, peak = max(seconds), topology.share(chip.peak_flops) * devices
-    return Roofline(*seconds, mfu=model / (longest * peak) if longest and peak else 0.0)
+    bounds = Roofline(*seconds, network, dcn, mfu=0.0)
+    peak = topology.share(chip.peak_flops) * devices
+    return dataclasses.replace(bounds, mfu=model / (bounds.step * peak) if bounds.step and peak else 0.0)

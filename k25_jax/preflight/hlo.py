@@ -58,6 +58,7 @@ class Collective:
     axes: tuple[str, ...]  # mesh axes along which devices exchange; "dcn": between slices
     bytes: float
     times: float
+    groups: tuple[tuple[int, ...], ...] = ()  # devices that exchange with one another, as places in the mesh; pairs
 
 
 def parse(text: str) -> Program:
@@ -300,7 +301,7 @@ def collectives(program: Program, times: dict[str, float], mesh_shape: dict[str,
             if kind == "all-reduce" and name.startswith("all-reduce-scatter"):
                 kind = "reduce-scatter"  # a fusion that keeps its own part of the sum
             moved = each * _share(kind, groups)
-            item = Collective(kind, axes_of(groups, mesh_shape), moved, times[name])
+            item = Collective(kind, axes_of(groups, mesh_shape), moved, times[name], tuple(map(tuple, groups)))
             chain = re.search(r'chain_id="(\d+)"', i.rest)
             if chain:
                 key = (chain[1], kind, re.search(r"channel_id=(\d+)", i.rest)[1])

@@ -13,6 +13,8 @@ def render(report: Report) -> str:
         f"{report.topology}: {chips}; in a step {report.rows} rows, packs of patches: {report.packs}",
         f"memory     {_memory(report)}",
     ]
+    lines += [f"note       {note}" for note in report.notes]
+    lines += map(_tried, report.tried)
     if report.temp_gb or report.fits:
         lines.append(
             f"           arguments {report.argument_gb:.2f} GB, results beside them "
@@ -26,14 +28,9 @@ def render(report: Report) -> str:
         lines.append(
             f"traffic    {report.hbm_bytes / GB:.4g} GB of memory, intensity {report.intensity:.0f} FLOPs a byte"
         )
-    for entry in report.collectives:
-        axes = " x ".join(entry["axes"]) or "itself"
-        sent = f"{entry['bytes'] / GB:.4g} GB in {entry['times']:.0f}"
-        lines.append(f"exchange   {entry['kind']:19s}over {axes:22s}{sent}")
-    if report.step_seconds_bound:
-        lines.append(
-            f"bound      {report.step_seconds_bound:.4g} s a step, by {report.bound_by}; MFU at most {report.mfu_bound:.1%}"
-        )
+    lines += map(_axis, report.axes)
+    lines += map(_exchange, report.collectives)
+    lines += _bound(report)
     if report.unknown_loops:
         lines.append(f"           {report.unknown_loops} loops of unknown length count once")
     lines.append(
@@ -42,6 +39,36 @@ def render(report: Report) -> str:
     lines.append("largest    on one device:")
     lines += [_row(Tensor(**tensor)) for tensor in report.largest]
     return "\n".join(lines)
+
+
+def _axis(entry: dict) -> str:
+    near, plain, rate = entry["hops"], entry["hops_in_plain_order"], entry["gather_rate"] / GB
+    links = f"gathers {rate:.0f} GB/s" if rate else "between slices"
+    hops = f"{near:.2f} hops to the next ({plain:.2f} in plain order)"
+    return f"axis       {entry['axis']:8s}{entry['devices']:4d} devices, {hops}, {links}"
+
+
+def _exchange(entry: dict) -> str:
+    axes = " x ".join(entry["axes"]) or "itself"
+    took = f", {entry['seconds']:.3g} s" if entry["seconds"] else ""
+    return f"exchange   {entry['kind']:19s}over {axes:22s}{entry['bytes'] / GB:.4g} GB in {entry['times']:.0f}{took}"
+
+
+def _bound(report: Report) -> list[str]:
+    if not report.step_seconds_bound:
+        return []
+    seconds = ", ".join(f"{name} {value:.3g}" for name, value in report.bounds.items() if value)
+    return [
+        f"bound      {report.step_seconds_bound:.4g} s a step, by {report.bound_by}; MFU at most {report.mfu_bound:.1%}",
+        f"           at least, in seconds: {seconds}; all exchanges one after the other {report.exchange_seconds:.3g}",
+    ]
+
+
+def _tried(entry: dict) -> str:
+    word = "fits" if entry["fits"] else "does not"
+    return (
+        f"instead    {word}: {entry['peak_hbm_gb']:.2f} GB with {' '.join(entry['flags'])} ({entry['seconds']:.0f} s)"
+    )
 
 
 def _memory(report: Report) -> str:

@@ -3,7 +3,8 @@
 `2xv5p-1024` are two such slices joined by the data-centre network, what gcloud calls --node-count=2.
 
 Figures of a chip are those of Google's published tables, bytes in decimal units (95 GB are 95e9): what lies between these
-and the real capacity is left to the runtime.
+and the real capacity is left to the runtime. Of its links docs.cloud.google.com/tpu/docs has, for both directions of all
+together, 400 GB/s for v5e (4 links), 1200 for v5p (6), 800 for v6e (4) and 1200 for tpu7x (6).
 """
 
 import dataclasses
@@ -32,12 +33,17 @@ class Chip:
     hbm_bytes: float = 0.0
     peak_flops: float = 0.0  # bfloat16, a second
     hbm_bandwidth: float = 0.0  # bytes a second
-    ici_bandwidth: float = 0.0  # bytes a second, over all links of a chip, one way
+    ici_bandwidth: float = 0.0  # bytes a second over all links of a chip, two for each dimension, one way
     dcn_bandwidth: float = 0.0  # bytes a second: a chip's share of its host's network cards, to other slices
     dims: int = 3  # of the torus
     unit: int = 1  # what the number in a gcloud name counts: 2 for TensorCores of a chip with two
     devices: int = 1  # that JAX sees in a chip; each has its share of the chip
     largest: int = 0  # chips of the largest slice
+
+    @property
+    def link(self) -> float:
+        """Bytes a second over one link, one way."""
+        return self.ici_bandwidth / (2 * self.dims)
 
 
 CHIPS = {

@@ -14,12 +14,13 @@ from collections.abc import Iterator
 from collections.abc import Sequence as Items
 from typing import NamedTuple
 
+import jax
 import numpy as np
 
 from k25_jax.config import K25Config
 from k25_jax.sampling.encoder_cache import EncoderCache, packs
-from k25_jax.sampling.model_runner import Drawn, ModelRunner, Plan, empty_plan
-from k25_jax.sampling.paged_cache import PagedCache
+from k25_jax.sampling.layout import Layout, devices_of, engine_mesh
+from k25_jax.sampling.model_runner import Drawn, ModelRunner, Plan
 from k25_jax.sampling.requests import (
     Completion,
     EngineConfig,
@@ -31,7 +32,7 @@ from k25_jax.sampling.requests import (
     TokenEvent,
     check_request,
 )
-from k25_jax.sampling.sequences import Sequence, images_of
+from k25_jax.sampling.sequences import Home, Sequence, images_of
 from k25_jax.text.stops import StopTexts
 from k25_jax.text.tokenizer import Tokenizer
 
@@ -47,7 +48,8 @@ class Flight(NamedTuple):
 class Engine:
     """A model that answers many requests at once. Not thread-safe: see sampling/async_engine.py.
 
-    `params` may lie in a mesh. `tokenizer` is needed for stop texts only.
+    `tokenizer` is needed for stop texts only. The engine runs on `devices`, by default on those where `params` lie, and
+    takes its own copy of these, laid out in its own way (sampling/layout.py).
     """
 
     def __init__(
@@ -57,15 +59,16 @@ class Engine:
         settings: EngineConfig | None = None,
         tokenizer: Tokenizer | None = None,
         version: int = 0,
+        devices: Items[jax.Device] | None = None,
     ):
         self.config, self.settings, self.tokenizer = config, settings or EngineConfig(), tokenizer
-        s = self.settings
+        layout = Layout(engine_mesh(config, devices or devices_of(params), self.settings.tensor))
+        self._share = s = self.settings.share(layout.devices)
         self.max_length = min(s.max_length or config.text.max_length, config.text.max_length, s.pages * s.page_size)
         width = -(-self.max_length // s.page_size)
-        self._runner = ModelRunner(params, config, s, width)
-        self._pages, self._features = PagedCache(s.pages), EncoderCache(s.vision_tokens)
-        self._tables = np.zeros((s.rows[-1], width), np.int32)
-        self._slots = list(range(s.rows[-1] - 1, -1, -1))
+        self._runner = ModelRunner(params, config, s, layout, width)
+        self._homes = [Home(z, s.rows[-1], s.pages, width) for z in range(layout.devices)]
+        self._features = EncoderCache(s.vision_tokens)
         self._waiting: list[Sequence] = []  # both by arrival
         self._running: list[Sequence] = []
         self._flight: Flight | None = None
@@ -123,7 +126,8 @@ class Engine:
         """
         self._runner.replace_params(params)
         self._version, self._epoch = version, self._epoch + 1
-        self._pages.forget()
+        for home in self._homes:
+            home.pages.forget()
         self._features.forget()
 
     @property
@@ -133,13 +137,14 @@ class Engine:
 
     def stats(self) -> dict[str, int]:
         """Counters since the start, and what there is now."""
-        pages = self._pages
+        pages = len(self._homes) * self._share.pages
         return self._counts | {
             "waiting": len(self._waiting),
             "running": len(self._running),
-            "pages": self.settings.pages,
-            "pages_used": self.settings.pages - pages.available,
-            "pages_kept": pages.idle,
+            "devices": len(self._homes),
+            "pages": pages,
+            "pages_used": pages - sum(home.pages.available for home in self._homes),
+            "pages_kept": sum(home.pages.idle for home in self._homes),
             "cache_bytes": self._runner.cache_bytes,
             "compilations": self._runner.compilations,
             "version": self._version,
@@ -186,12 +191,13 @@ class Engine:
         for sequence in list(self._running):
             if sequence.slot < 0 or not sequence.decoding or not sequence.wants_more:
                 continue
-            if sequence.computed == len(sequence.table) * self.settings.page_size:
-                while not self._pages.available and sequence.slot >= 0:
-                    self._preempt(self._running[-1])
+            if sequence.computed == len(sequence.table) * self._share.page_size:
+                pages = sequence.home.pages
+                while not pages.available and sequence.slot >= 0:
+                    self._preempt(next(s for s in reversed(self._running) if s.home is sequence.home))
                 if sequence.slot < 0:
                     continue
-                self._grow(sequence, self._pages.take(1))
+                self._grow(sequence, pages.take(1))
             rows.append(sequence)
         return rows
 
@@ -203,51 +209,68 @@ class Engine:
     def _vacate(self, sequence: Sequence) -> None:
         """Take a running sequence out of its slot."""
         self._running.remove(sequence)
-        self._pages.release(sequence.table)
+        sequence.home.pages.release(sequence.table)
         self._features.release(list(sequence.features.values()))
-        self._slots.append(sequence.slot)
+        sequence.home.slots.append(sequence.slot)
         sequence.leave()
 
     def _grow(self, sequence: Sequence, pages: Items[int]) -> None:
         start = len(sequence.table)
         sequence.table += pages
-        self._tables[sequence.slot, start : len(sequence.table)] = pages
+        sequence.home.tables[sequence.slot, start : len(sequence.table)] = pages
 
     def _admit(self) -> None:
         """Give slots and pages to those who wait, in the order of arrival, as long as there are any.
 
-        One whose next page is about to be filled for somebody else waits for that page.
+        A sequence goes where most of its beginning is, of such devices to the one with the fewest. One whose next page is
+        about to be filled for somebody else waits for that page, unless more of them wait there than there are slots.
         """
-        if not self._waiting or not self._slots:
+        if not self._waiting or not any(home.slots for home in self._homes):
             return
-        awaited = {key for sequence in self._running for key in self._about_to_fill(sequence)}
+        awaited: list[set[bytes]] = [set() for _ in self._homes]
+        for sequence in self._running:
+            awaited[sequence.home.number].update(self._about_to_fill(sequence))
+        promised = [0] * len(self._homes)
         for sequence in list(self._waiting):
-            if not self._slots or sequence.coming:
+            if sequence.coming:
                 break  # a token that is yet to be read belongs to the prompt
-            most = (len(sequence.tokens) - 1) // self.settings.page_size  # its last token is computed in any case
-            keys = sequence.full_keys(self.settings.page_size)[:most]
-            shared = self._pages.match(keys)
-            if len(shared) < len(keys) and keys[len(shared)] in awaited:
-                continue
-            if not self._enter(sequence, shared):
+            most = (len(sequence.tokens) - 1) // self._share.page_size  # its last token is computed in any case
+            keys = sequence.full_keys(self._share.page_size)[:most]
+            if not self._find_home(sequence, keys, awaited, promised):
                 break
-            awaited.update(self._about_to_fill(sequence))
+
+    def _find_home(self, sequence: Sequence, keys: list[bytes], awaited: list[set[bytes]], promised: list[int]) -> bool:
+        """Let a sequence enter, or wait for a page; False when no device has room for it."""
+        homes = [home for home in self._homes if home.slots]
+        found = {home.number: home.pages.match(keys) for home in homes}
+        reach = {z: _reach(keys, len(pages), awaited[z]) for z, pages in found.items()}
+        homes.sort(key=lambda home: (-reach[home.number], home.running))
+        for home in homes:
+            z, shared = home.number, found[home.number]
+            if reach[z] > len(shared):
+                if promised[z] < len(home.slots) or len(self._homes) == 1:
+                    promised[z] += 1
+                    return True
+            elif self._enter(sequence, home, shared):
+                awaited[z].update(self._about_to_fill(sequence))
+                return True
+        return False
 
     def _about_to_fill(self, sequence: Sequence) -> list[bytes]:
         """Keys of the pages that reading its prompt will fill."""
         if sequence.decoding or sequence.epoch != self._epoch:
             return []
-        size = self.settings.page_size
+        size = self._share.page_size
         return sequence.full_keys(size)[sequence.computed // size :]
 
-    def _enter(self, sequence: Sequence, shared: list[int]) -> bool:
+    def _enter(self, sequence: Sequence, home: Home, shared: list[int]) -> bool:
         """Into a slot, on pages that are shared and new ones; False, and no change, without room."""
-        size, pages = self.settings.page_size, self._pages
+        size, pages, running = self._share.page_size, home.pages, home.running
         pages.hold(shared)
         count, start = -(-len(sequence.tokens) // size) - len(shared), len(shared) * size
         unseen = [(i, s) for i, s in enumerate(sequence.shown) if s.places[-1] >= start]
         claimed = None
-        if count + len(self._running) <= pages.available or (not self._running and count <= pages.available):
+        if count + running <= pages.available or (not running and count <= pages.available):
             claimed = self._features.claim([(s.digest, s.clip) for _, s in unseen])
         if claimed is None:
             pages.release(shared)
@@ -258,7 +281,7 @@ class Engine:
             self._counts["encoded"] += images
         self._waiting.remove(sequence)
         bisect.insort(self._running, sequence, key=lambda s: s.order)
-        sequence.slot, sequence.epoch = self._slots.pop(), self._epoch
+        sequence.home, sequence.slot, sequence.epoch = home, home.slots.pop(), self._epoch
         sequence.computed, sequence.kept = start, len(shared)
         sequence.features = dict(zip([i for i, _ in unseen], given, strict=True))
         self._grow(sequence, shared + pages.take(count))
@@ -267,10 +290,13 @@ class Engine:
 
     def _pieces(self) -> list[tuple[Sequence, int, int]]:
         """(sequence, first place, place behind the last) of the pieces of prompts to read in this step."""
-        pieces = []
+        pieces, most = [], self._share.pieces[-1]
+        taken = [0] * len(self._homes)
         for sequence in self._running:
-            while not sequence.decoding and len(pieces) < self.settings.pieces[-1]:
-                stop = min(sequence.computed + self.settings.piece, len(sequence.tokens))
+            z = sequence.home.number
+            while not sequence.decoding and taken[z] < most:
+                taken[z] += 1
+                stop = min(sequence.computed + self._share.piece, len(sequence.tokens))
                 pieces.append((sequence, sequence.computed, stop))
                 sequence.computed, sequence.decoding = stop, stop == len(sequence.tokens)
                 self._keep(sequence)
@@ -279,41 +305,47 @@ class Engine:
     def _keep(self, sequence: Sequence) -> None:
         """Let others find the full pages whose tokens are known; a step that is sent later may already read them."""
         if sequence.epoch == self._epoch:
-            size = self.settings.page_size
+            size = self._share.page_size
             keys = sequence.full_keys(size)
             for number in range(sequence.kept, min(sequence.computed, len(sequence.tokens)) // size):
-                self._pages.keep(sequence.table[number], keys[number])
+                sequence.home.pages.keep(sequence.table[number], keys[number])
                 sequence.kept = number + 1
 
     def _plan(self, rows, pieces) -> tuple[Plan, list[Sequence | None]]:
-        """The arrays of a step, in the smallest shape that takes them, and whose tokens it draws."""
-        s = self.settings
-        shape = (next(n for n in s.rows if n >= len(rows)), next(n for n in (0, *s.pieces) if n >= len(pieces)))
-        plan = empty_plan(s, *shape, self._tables.shape[1])
-        sequences: list[Sequence | None] = [None] * sum(shape)
-        for b, sequence in enumerate(rows):
-            plan.slots_B[b], plan.positions_B[b] = sequence.slot, sequence.computed
-            plan.tables_BW[b] = self._tables[sequence.slot]
+        """The arrays of a step, in the smallest shape that takes them, and whose tokens it draws, device by device."""
+        s, places = self._share, [[], []]
+        for kind, homes in enumerate(([r.home for r in rows], [piece[0].home for piece in pieces])):
+            count = itertools.count
+            numbers = {home.number: count() for home in homes}
+            places[kind] = [(home.number, next(numbers[home.number])) for home in homes]
+        most = [max((i + 1 for _, i in kind), default=0) for kind in places]
+        shape = next(n for n in s.rows if n >= most[0]), next(n for n in (0, *s.pieces) if n >= most[1])
+        plan, drawn = self._runner.empty_plan(*shape), sum(shape)
+        sequences: list[Sequence | None] = [None] * (drawn * len(self._homes))
+        for at, sequence in zip(places[0], rows, strict=True):
+            plan.slots_ZB[at], plan.positions_ZB[at] = sequence.slot, sequence.computed
+            plan.tables_ZBW[at] = sequence.home.tables[sequence.slot]
             sequence.computed += 1
-            sequences[b] = sequence
-        for p, (sequence, start, stop) in enumerate(pieces):
-            plan.tokens_PC[p, : stop - start] = sequence.tokens[start:stop]
-            plan.media_PC[p, : stop - start] = sequence.media_rows(start, stop)
-            plan.starts_P[p], plan.lengths_P[p] = start, stop - start
-            plan.tables_PW[p] = self._tables[sequence.slot]
+            sequences[at[0] * drawn + at[1]] = sequence
+        for at, (sequence, start, stop) in zip(places[1], pieces, strict=True):
+            plan.tokens_ZPC[at][: stop - start] = sequence.tokens[start:stop]
+            plan.media_ZPC[at][: stop - start] = sequence.media_rows(start, stop)
+            plan.starts_ZP[at], plan.lengths_ZP[at] = start, stop - start
+            plan.tables_ZPW[at] = sequence.home.tables[sequence.slot]
             if stop == len(sequence.tokens):
-                sequences[shape[0] + p] = sequence
+                sequences[at[0] * drawn + shape[0] + at[1]] = sequence
                 self._features.release(list(sequence.features.values()))
                 sequence.features = {}
             self._counts["read"] += stop - start
         for n, sequence in enumerate(sequences):
             if sequence is not None:
-                sampling = sequence.request.sampling
-                plan.targets_N[n], plan.seeds_N[n], plan.samples_N[n] = sequence.slot, sampling.seed, sequence.sample
-                plan.temperatures_N[n], plan.top_p_N[n] = sampling.temperature, sampling.top_p
+                at, request = divmod(n, drawn), sequence.request
+                sampling = request.sampling
+                plan.targets_ZN[at], plan.seeds_ZN[at], plan.samples_ZN[at] = sequence.slot, sampling.seed, sequence.sample
+                plan.temperatures_ZN[at], plan.top_p_ZN[at] = sampling.temperature, sampling.top_p
+                plan.alternatives_Z[at[0]] |= request.alternatives > 0
                 sequence.coming += 1
-        wanted = any(sequence is not None and sequence.request.alternatives for sequence in sequences)
-        return plan._replace(alternatives=np.asarray(wanted)), sequences
+        return plan, sequences
 
     # --------------------------------------------------------------------------------------------------------- results
     def _read(self) -> None:
@@ -321,7 +353,7 @@ class Engine:
         if self._flight is None:
             return
         (drawn, sequences, version), self._flight = self._flight, None
-        tokens_N, logprobs_N = np.asarray(drawn.tokens_N).tolist(), np.asarray(drawn.logprobs_N).tolist()
+        tokens_N, logprobs_N = (np.asarray(a).ravel().tolist() for a in (drawn.tokens_ZN, drawn.logprobs_ZN))
         likeliest = None
         for n, sequence in enumerate(sequences):
             if sequence is None:
@@ -332,7 +364,10 @@ class Engine:
             alternatives, count = (), sequence.request.alternatives
             if count:
                 if likeliest is None:
-                    likeliest = np.asarray(drawn.likeliest_NK), np.asarray(drawn.likeliest_logprobs_NK)
+                    likeliest = [
+                        np.asarray(a).reshape(len(sequences), -1)
+                        for a in (drawn.likeliest_ZNK, drawn.likeliest_logprobs_ZNK)
+                    ]
                 alternatives = tuple(zip(*(a[n, :count].tolist() for a in likeliest), strict=True))
             self._counts["drawn"] += 1
             reason, by = sequence.accept(tokens_N[n], logprobs_N[n])
@@ -352,3 +387,10 @@ class Engine:
             self._waiting.remove(sequence)
         error = "the model gave a token no finite log-probability; its weights may be broken" * (reason == "error")
         self._events.append(FinishEvent(sequence.id, sequence.sample, reason, stopped_by, error))
+
+
+def _reach(keys: Items[bytes], found: int, awaited: set[bytes]) -> int:
+    """How many of the pages of a beginning are there, or about to be filled."""
+    while found < len(keys) and keys[found] in awaited:
+        found += 1
+    return found

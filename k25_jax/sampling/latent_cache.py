@@ -20,7 +20,7 @@ def grow(cache, slots: int):
     ]
 
 
-def page_pools(config: TextConfig, pages: int, size: int, dtype=jnp.float32):
-    """Empty pages of `size` places: (c_QOR, r_QOK) a layer."""
+def page_pools(config: TextConfig, devices: int, pages: int, size: int, dtype=jnp.float32):
+    """Empty pages of `size` places, `pages` a device: (c_ZQOR, r_ZQOK) a layer."""
     widths = config.kv_lora_rank, config.qk_rope_dim
-    return [tuple(jnp.zeros((pages, size, width), dtype) for width in widths) for _ in range(config.layers)]
+    return [tuple(jnp.zeros((devices, pages, size, width), dtype) for width in widths) for _ in range(config.layers)]

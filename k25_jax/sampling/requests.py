@@ -25,7 +25,8 @@ class Overloaded(EngineError):
 class EngineConfig:
     """Sizes of an engine. A program is compiled for each pair of `rows` and `pieces`, and for each of `vision_patches`.
 
-    The cache takes pages x page_size x layers x (kv_lora_rank + qk_rope_dim) numbers.
+    The cache takes pages x page_size x layers x (kv_lora_rank + qk_rope_dim) numbers. Rows, pieces and pages are those of
+    all devices, which have equal shares of them, rounded up; a request lies on one device with all its pages.
     """
 
     rows: tuple[int, ...] = (1, 8, 32)  # sequences that decode in a step; the largest is how many run at once
@@ -39,6 +40,7 @@ class EngineConfig:
     vision_tokens: int = 2048  # encoded tokens of images that are held; bounds those of one prompt
     alternatives: int = 0  # likeliest tokens that a request may ask for beside each drawn one
     dtype: str = "float32"  # of weights and cache
+    tensor: int = 0  # devices that share out heads, widths and vocabulary; 0: the fewest that leave a divisor of the experts
 
     def __post_init__(self):
         for name in ("rows", "pieces", "vision_patches"):
@@ -52,15 +54,27 @@ class EngineConfig:
             raise ValueError(
                 f"engine.alternatives={self.alternatives} must not be negative, max_length={self.max_length} at least 2"
             )
+        if self.tensor < 0:
+            raise ValueError(f"engine.tensor={self.tensor} must not be negative")
         jnp.dtype(self.dtype)
+
+    def share(self, devices: int) -> "EngineConfig":
+        """The sizes that each of `devices` has; buffers of images are common to all."""
+        rows, pieces = (tuple(sorted({-(-n // devices) for n in sizes})) for sizes in (self.rows, self.pieces))
+        return dataclasses.replace(self, rows=rows, pieces=pieces, pages=-(-self.pages // devices))
 
 
 def fitting(
-    config: K25Config, batch: int, length: int | None = None, patches: int = 16384, dtype: str = "float32"
+    config: K25Config,
+    batch: int,
+    length: int | None = None,
+    patches: int = 16384,
+    dtype: str = "float32",
+    devices: int = 1,
 ) -> EngineConfig:
     """Sizes for `batch` answers at once, up to `length` tokens each with its prompt; None: all that the model has.
 
-    The cache has room for all of them up to CACHE_TOKENS, and for one in any case. An image, or a chunk of video, has up to
+    Each device has room for its share of them up to CACHE_TOKENS, and for one in any case. An image, or a chunk of video, has up to
     `patches` patches. There are few programs, and those for images are compiled when one of that size comes.
     """
     most = config.text.max_length
@@ -70,7 +84,7 @@ def fitting(
         rows=(batch,),
         pieces=(max(8, batch // 4),),
         piece=32 if most <= 8192 else 128,
-        pages=-(-max(length, min(batch * length, CACHE_TOKENS)) // EngineConfig.page_size),
+        pages=devices * -(-max(length, min(-(-batch // devices) * length, CACHE_TOKENS)) // EngineConfig.page_size),
         max_length=length,
         queue=batch,
         vision_patches=(*(64 * 4**i for i in range(16) if 64 * 4**i < largest), largest),

@@ -8,7 +8,7 @@ from collections.abc import Sequence as Items
 import numpy as np
 
 from k25_jax.sampling.encoder_cache import Encoded
-from k25_jax.sampling.paged_cache import clip_digest, page_keys
+from k25_jax.sampling.paged_cache import PagedCache, clip_digest, page_keys
 from k25_jax.sampling.requests import Request
 from k25_jax.text.stops import StopTexts
 from k25_jax.vision.patchpack import Clip
@@ -30,6 +30,20 @@ def images_of(request: Request, media_pad_id: int) -> list[Shown]:
     return [Shown(c, clip_digest(c), places[end - c.tokens : end]) for c, end in zip(request.clips, ends, strict=True)]
 
 
+class Home:
+    """What device `number` has of an engine for the sequences that run there: pages, slots, the pages of each slot."""
+
+    def __init__(self, number: int, slots: int, pages: int, width: int):
+        self.number, self.pages = number, PagedCache(pages)
+        self.slots = list(range(slots - 1, -1, -1))
+        self.tables = np.zeros((slots, width), np.int32)
+
+    @property
+    def running(self) -> int:
+        """How many sequences run here."""
+        return len(self.tables) - len(self.slots)
+
+
 @dataclasses.dataclass(eq=False)
 class Sequence:
     """Sample `sample` of a request; `order` numbers all sequences by arrival.
@@ -46,6 +60,7 @@ class Sequence:
     stops: StopTexts | None
     tokens: list[int]
     keys: list[bytes] = dataclasses.field(default_factory=list)
+    home: Home | None = None  # the device's share of the engine that it runs in
     slot: int = -1
     table: list[int] = dataclasses.field(default_factory=list)
     computed: int = 0
@@ -84,7 +99,8 @@ class Sequence:
 
     def leave(self) -> None:
         """Out of its slot, with nothing computed."""
-        self.slot, self.table, self.computed, self.kept, self.decoding, self.features = -1, [], 0, 0, False, {}
+        self.home, self.slot, self.table, self.features = None, -1, [], {}
+        self.computed, self.kept, self.decoding = 0, 0, False
 
     def accept(self, token: int, logprob: float) -> tuple[str, int | str | None]:
         """Take a token that was drawn: (why the answer ends or "", the stop token or text)."""

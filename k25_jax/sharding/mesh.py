@@ -4,7 +4,10 @@ import collections
 
 import jax
 import numpy as np
+from jax.experimental import mesh_utils
 from jax.sharding import Mesh
+
+from k25_jax.sharding import torus
 
 AXES = ("pipe", "fsdp", "context", "expert")
 
@@ -30,6 +33,11 @@ def make_mesh(pipe: int = 1, fsdp: int = -1, expert: int = 1, context: int = 1, 
     return Mesh(_laid(devices, (pipe, fsdp, context, expert)), AXES)
 
 
+def plain_order(mesh: Mesh, devices) -> np.ndarray:
+    """`devices` in the shape of a mesh over them in the order in which they come, to compare with."""
+    return _laid(list(devices), mesh.devices.shape, lambda part, sizes: np.asarray(part).reshape(sizes))
+
+
 def slice_shape(shape: dict[str, int], slices: int) -> dict[str, int]:
     """What one of `slices` slices has of a mesh of `shape`: of pipe or else of fsdp its share, of other axes all.
 
@@ -46,8 +54,21 @@ def slice_shape(shape: dict[str, int], slices: int) -> dict[str, int]:
     )
 
 
-def _laid(devices, sizes) -> np.ndarray:
-    """The devices in the shape of the mesh. Slices, by `slice_index` where devices have one, follow along one axis."""
+def _near(devices, sizes) -> np.ndarray:
+    """The devices of one slice in the shape `sizes`, neighbours near each other; in the order given where nothing is known.
+
+    The later an axis, the more its devices exchange. JAX knows some small slices only lying on their other side, where the
+    order given is the better one.
+    """
+    plain = np.asarray(devices).reshape(sizes)
+    if torus.torus_of(plain) is None:
+        return plain
+    near = mesh_utils.create_device_mesh(sizes, devices, allow_split_physical_axes=True)
+    return min(near, plain, key=lambda laid: sum(torus.hops(laid)))
+
+
+def _laid(devices, sizes, within=_near) -> np.ndarray:
+    """The devices in the shape of the mesh, those of a slice `within` it. Slices, by `slice_index`, follow along one axis."""
     slices = collections.defaultdict(list)
     for device in devices:
         slices[getattr(device, "slice_index", 0)].append(device)
@@ -56,7 +77,7 @@ def _laid(devices, sizes) -> np.ndarray:
         raise ValueError(f"mesh over slices of unequal size: devices by slice are {counts}; use slices of one size")
     shape = dict(zip(AXES, sizes, strict=True))
     inner = slice_shape(shape, len(slices))
-    parts = [np.asarray(slices[index]).reshape(tuple(inner.values())) for index in counts]
+    parts = [within(slices[index], tuple(inner.values())) for index in counts]
     crossing = next((i for i, axis in enumerate(AXES) if inner[axis] != shape[axis]), 0)
     return np.concatenate(parts, axis=crossing)
 

@@ -4,7 +4,9 @@ On a TPU pod the same command on every worker is enough. Elsewhere three environ
 them a process is alone. `launch/local.py` sets them for processes of one machine.
 """
 
+import collections
 import contextlib
+import functools
 import glob
 import importlib.util
 import itertools
@@ -14,12 +16,12 @@ import re
 import socket
 import sys
 import time
+import zlib
 from dataclasses import dataclass
 
 import jax
 import numpy as np
 from jax._src import distributed  # the client of the coordination service has no public name
-from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 
 from k25_jax.config import ConfigError
@@ -29,6 +31,7 @@ from k25_jax.sharding.rules import RULES
 ADDRESS, COUNT, INDEX = "JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID"
 JOIN_SECONDS = 120  # for all processes to be there
 HEARTBEAT_SECONDS = 100  # JAX aborts a process so long after another fell silent; sharding/peers.py is quicker
+GATHER_MILLISECONDS = 3_600_000  # that one process may come later than another; one that died ends all (peers.py)
 SHUTDOWN_SECONDS = 60  # that all wait for each other at the end
 TOLD_SECONDS = 3600  # that process 0 may be behind the others, while it compiles
 TOLD_KEPT = 100  # what process 0 told so many times ago has been read by all, who go step by step
@@ -197,15 +200,25 @@ def _report(stack, address, count: int, index: int, deadline: float) -> None:
     )
 
 
-def gathered(value) -> list:
-    """The JSON `value` of every process, in their order; all must call it, and none goes on before all have."""
-    text = np.frombuffer(json.dumps(value).encode(), np.uint8)
+def gathered(value, channel: str = "main") -> list:
+    """The JSON `value` of every process, in their order; all must call it, and none goes on before all have.
+
+    It goes through process 0, by the key-value store of JAX's coordination service, and no device has a part in it. Threads
+    of a process may call it at the same time, each on a channel of its own; on a channel all call it in the same order.
+    """
     if jax.process_count() == 1:
         return [value]
-    sizes = multihost_utils.process_allgather(np.int32(len(text))).reshape(-1)
-    room = 1 << int(sizes.max()).bit_length()  # few sizes, so few programs
-    texts = multihost_utils.process_allgather(np.pad(text, (0, room - len(text))))
-    return [json.loads(row[:size].tobytes()) for row, size in zip(texts, sizes, strict=True)]
+    client, index, turn = distributed.global_state.client, jax.process_index(), next(_turns[channel])
+    name = f"k25/gathered/{channel}"
+    client.key_value_set_bytes(f"{name}/{turn}/{index}", zlib.compress(json.dumps(value).encode(), 1))
+    wait = functools.partial(client.blocking_key_value_get_bytes, timeout_in_ms=GATHER_MILLISECONDS)
+    texts = [wait(f"{name}/{turn}/{process}") for process in range(jax.process_count())]
+    if turn:  # all have come to this turn, so all have read the one before
+        client.key_value_delete(f"{name}/{turn - 1}/{index}")
+    return [json.loads(zlib.decompress(text)) for text in texts]
+
+
+_turns = collections.defaultdict(itertools.count)  # of each channel
 
 
 _numbers = itertools.count()
@@ -284,21 +297,26 @@ def owners_of(mesh: Mesh) -> np.ndarray:
     return np.vectorize(lambda device: device.process_index, otypes=[int])(mesh.devices)
 
 
+def hosts_of(mesh: Mesh) -> list[int]:
+    """The processes that have devices of the mesh."""
+    return np.unique(owners_of(mesh)).tolist()
+
+
 def own_reader(everyone: list[Reader]) -> int:
     """The number of the reader that this process is, or is one of."""
     return next(n for n, reader in enumerate(everyone) if jax.process_index() in reader.processes)
 
 
-def assembled(part: np.ndarray, blocks: tuple[int, ...], of: int, layout) -> jax.Array:
-    """The array whose `blocks`, of `of` along its first axis, are `part` in this order; each process has its own."""
-    size = len(part) // len(blocks)
+def assembled(part: np.ndarray, blocks: tuple[int, ...], of: int, layout, axis: int = 0) -> jax.Array:
+    """The array whose `blocks`, of `of` along an axis, are `part` in this order; each process has its own."""
+    size = part.shape[axis] // len(blocks)
     where = {block: number for number, block in enumerate(blocks)}
 
     def piece(index):
-        start = where[(index[0].start or 0) // size] * size
-        return part[(slice(start, start + size), *index[1:])]
+        start = where[(index[axis].start or 0) // size] * size
+        return part[(*index[:axis], slice(start, start + size), *index[axis + 1 :])]
 
-    return jax.make_array_from_callback((size * of, *part.shape[1:]), layout, piece)
+    return jax.make_array_from_callback((*part.shape[:axis], size * of, *part.shape[axis + 1 :]), layout, piece)
 
 
 def spread(whole: np.ndarray, layout) -> jax.Array:

@@ -32,6 +32,17 @@ RULES: dict[str | None, str | tuple[str, ...] | None] = {
 # The optimizer's means lie as their parameters do, but those of what is replicated are shared out.
 MEANS = RULES | {"vision": ("expert", "pipe", "fsdp", "context"), "vision_mlp": ("fsdp", "expert", "pipe", "context")}
 
+# The engine has a mesh of its own (sampling/layout.py), in which matrices stay and tokens travel.
+ENGINE_AXES = ("expert", "tensor")
+ENGINE = dict.fromkeys(RULES) | {"expert": "expert"}
+ENGINE |= dict.fromkeys(("expert_mlp", "heads", "mlp", "vocab"), "tensor")
+
+
+def engine_laid(x, *axes):
+    """`x` laid out over these axes of the engine's mesh; as it is where that is not the mesh in use (jax.set_mesh)."""
+    mesh = jax.sharding.get_abstract_mesh()
+    return jax.lax.with_sharding_constraint(x, PartitionSpec(*axes)) if "tensor" in mesh.axis_names else x
+
 
 def spec(axes: PartitionSpec, shape: tuple[int, ...], mesh: Mesh, rules: dict = RULES) -> PartitionSpec:
     """Mesh axes of one array. One that does not divide its dimension, is taken already or has one device is left out."""

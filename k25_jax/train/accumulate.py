@@ -4,6 +4,7 @@ The encoder has run over the whole batch before, and its backward pass runs once
 """
 
 import functools
+import math
 
 import jax
 import jax.numpy as jnp
@@ -14,47 +15,66 @@ from k25_jax.sharding.rules import RULES
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def accumulated(function, params, frozen, x_ABLD, parts):
-    """(the sum of the losses, what else is returned, one of each part) of `function(params, frozen, x_BLD, part)`.
+def accumulated(function, params, frozen, parts):
+    """(the sum of the losses, what was seen, one of each part); `function(params, frozen, part)` gives both.
 
     Each part's gradient is taken at once, so that nothing of one part is held while the next one runs. `frozen` has none.
+    The third result of `function` is `params`, as they are. The sum of the gradients so far is the gradient of these, so
+    that who has the parameters in hand last adds to the sum in place, and no gradient stands beside it.
     """
 
-    def one(total, piece):
-        loss, seen = function(params, frozen, *piece)
+    def one(total, part):
+        loss, seen, _ = function(params, frozen, part)
         return total + loss, seen
 
-    return jax.lax.scan(one, jnp.zeros(()), (x_ABLD, parts))
+    return jax.lax.scan(one, jnp.zeros(()), parts)
 
 
-def _forward(function, params, frozen, x_ABLD, parts):
-    def one(carry, piece):
-        x_BLD, part = piece
-        grad_fn = jax.value_and_grad(function, (0, 2), has_aux=True)
-        (loss, seen), (dparams, dx_BLD) = grad_fn(params, frozen, x_BLD, part)
-        return jax.tree.map(jnp.add, carry, (loss, dparams)), (seen, dx_BLD)
+def _forward(function, params, frozen, parts):
+    def one(carry, part):
+        total, dparams = carry
+
+        def outputs(params):
+            loss, seen, passed = function(params, frozen, part)
+            return (loss, passed), seen
+
+        (loss, _), pull, seen = jax.vjp(outputs, params, has_aux=True)
+        return (total + loss, pull((jnp.ones_like(loss), dparams))[0]), seen
 
     start = jnp.zeros(()), jax.tree.map(jnp.zeros_like, params)
-    (total, dparams), (seen, dx_ABLD) = jax.lax.scan(one, start, (x_ABLD, parts))
-    return (total, seen), (dparams, dx_ABLD)
+    (total, dparams), seen = jax.lax.scan(one, start, parts)
+    return (total, seen), dparams
 
 
-def _backward(function, saved, gradients):
+def _backward(function, dparams, gradients):
     dtotal, _ = gradients
-    dparams, dx_ABLD = jax.tree.map(lambda a: a * dtotal.astype(a.dtype), saved)
-    return dparams, None, dx_ABLD, None
+    return jax.tree.map(lambda a: a * dtotal.astype(a.dtype), dparams), None, None
 
 
 accumulated.defvjp(_forward, _backward)
 
 
-def in_parts(a, parts: int):
-    """[B, ...] to [A, B / A, ...]: a part has as many rows of each device as any other, so that none moves."""
+def first_part(batch):
+    """All rows of a batch as its only part: without packs, which are the encoder's."""
+    routes = batch.routes and batch.routes._replace(
+        spread_XJZU=None, pick_AXJZU=batch.routes.pick_AXJZU[0], land_AXJZU=batch.routes.land_AXJZU[0]
+    )
+    return batch.replace(vision=None, routes=routes)
+
+
+def in_parts(batch, parts: int):
+    """The rows [B,L] of a batch as [A,B/A,L]: a part has as many of each device as any other, so that none moves.
+
+    Tables have a first axis of parts already (parallel/dep.py); packs are the encoder's.
+    """
     mesh = jax.sharding.get_abstract_mesh()
-    if mesh.empty:
-        return rearrange(a, "(a b) ... -> a b ...", a=parts)
-    devices = 1
-    for axis in RULES["batch"]:
-        devices *= mesh.shape[axis]
-    split = rearrange(a, "(d a b) ... -> a (d b) ...", a=parts, d=devices)
-    return jax.lax.with_sharding_constraint(split, PartitionSpec(None, RULES["batch"], RULES["length"]))
+    devices = 1 if mesh.empty else math.prod(mesh.shape[axis] for axis in RULES["batch"])
+
+    def rows(a):
+        split = rearrange(a, "(d a b) l -> a (d b) l", a=parts, d=devices)
+        if mesh.empty:
+            return split
+        return jax.lax.with_sharding_constraint(split, PartitionSpec(None, RULES["batch"], RULES["length"]))
+
+    routes = batch.routes and batch.routes._replace(spread_XJZU=None)
+    return jax.tree.map(rows, batch.replace(vision=None, routes=None)).replace(routes=routes)

@@ -24,9 +24,10 @@ log = logging.getLogger(__name__)
 class Planned(NamedTuple):
     """What this process has read for a step."""
 
-    batch: Batch
+    batch: hosts.Planned
     data_state: dict  # of the pipeline, which goes on after this batch, whatever has been read ahead
-    placed: "tuple[Batch, dict] | None"
+    some: bool  # whether there is a token in it
+    placed: Batch | None
 
 
 class Ready(NamedTuple):
@@ -40,11 +41,13 @@ class Ready(NamedTuple):
 
 
 class Feed:
-    """The batches of a pipeline, one step ahead. `pipeline` may be set to another state before `batches` begins."""
+    """The batches of a pipeline, one step ahead. `pipeline` may be set to another state before `batches` begins.
 
-    def __init__(self, pipeline, experiment: Experiment, mesh: Mesh):
-        self.pipeline, self._mesh = pipeline, mesh
-        self._vision = experiment.model.vision, experiment.train.vision
+    Feeds of one run that are open at the same time have a `name` each.
+    """
+
+    def __init__(self, pipeline, experiment: Experiment, mesh: Mesh, name: str = "train"):
+        self.pipeline, self._mesh, self._experiment, self._name = pipeline, mesh, experiment, name
         data = experiment.data
         self._ends = data.text_tokens or data.vision_tokens or any(source.max_epochs for source in data.sources)
         self._thread = concurrent.futures.ThreadPoolExecutor(1, thread_name_prefix="k25-feed")
@@ -55,25 +58,21 @@ class Feed:
         for step in range(start + 1, last + 1):
             asked = time.perf_counter()
             plan = coming.result()
-            batch, metrics = plan.placed or self.placed(plan.batch)
+            batch = plan.placed or hosts.placed(plan.batch)
             waited = time.perf_counter() - asked
             if step < last:
                 coming = self._thread.submit(self.planned)
-            if self._ends and not any(processes.gathered(bool(plan.batch.segments_BL.any()))):
+            if self._ends and not any(processes.gathered(plan.some)):
                 log.info("all budgets and epochs of the data are spent after step %d", step - 1)
                 return
-            yield step, Ready(batch, metrics, plan.data_state, asked, waited)
+            yield step, Ready(batch, plan.batch.metrics, plan.data_state, asked, waited)
 
     def planned(self) -> Planned:
-        """The next batch, read and, where no other process has a say in it, placed."""
+        """The next batch, read, planned and, where no other process has a say in it, placed."""
         batch = next(self.pipeline)
-        state = self.pipeline.get_state()
-        return Planned(batch, state, self.placed(batch) if jax.process_count() == 1 else None)
-
-    def placed(self, batch: Batch) -> tuple[Batch, dict[str, float]]:
-        """(the batch on the devices, its figures); all processes call this, in the same order."""
-        placed = hosts.place(batch, self._mesh, *self._vision)
-        return placed, hosts.metrics(batch, placed, self._mesh, *self._vision)
+        state, some = self.pipeline.get_state(), bool(batch.segments_BL.any())
+        plan = hosts.planned(batch, self._mesh, self._experiment, self._name)
+        return Planned(plan, state, some, hosts.placed(plan) if jax.process_count() == 1 else None)
 
     def close(self) -> None:
         """Let the batch in hand be made, and end the threads."""

@@ -1,5 +1,9 @@
 """What lies where in a run: the mesh over its devices, and the lanes of the data that each process reads (K2.5 §3.8)."""
 
+import dataclasses
+import logging
+import math
+
 import jax
 from jax.sharding import Mesh
 
@@ -9,6 +13,8 @@ from k25_jax.parallel import dep
 from k25_jax.sharding import processes
 from k25_jax.sharding.mesh import make_mesh
 from k25_jax.train.state import HOST
+
+log = logging.getLogger(__name__)
 
 
 def mesh_of(experiment: Experiment, devices=None) -> Mesh:
@@ -23,12 +29,15 @@ def mesh_of(experiment: Experiment, devices=None) -> Mesh:
 
 
 def check_mesh(experiment: Experiment, mesh: Mesh) -> None:
-    """Raise ConfigError where rows, tokens, packs, layers or experts do not divide over the mesh."""
+    """Raise ConfigError where rows, tokens, packs, lanes, layers, experts or their width do not divide over the mesh.
+
+    The mesh may be of devices that are described only (preflight/topology.py).
+    """
     config, model, data, sizes = experiment.mesh, experiment.model.text, experiment.data, mesh.shape
     microbatches = (config.microbatches or config.pipe) if config.pipe > 1 else 1
     packs, blocks = dep.encoders(mesh, experiment.train.vision), config.pipe * config.repeats
     reason = f"the devices that encode under train.vision={experiment.train.vision!r}"
-    if jax.process_count() > 1:  # a device takes in as many as any other
+    if len(processes.hosts_of(mesh)) > 1:  # a device takes in as many as any other
         packs, reason = mesh.size, "the devices of all processes"
     checks = (
         ("data.batch_size", data.batch_size, sizes["fsdp"] * sizes["expert"] * microbatches * experiment.train.accumulate,
@@ -36,12 +45,16 @@ def check_mesh(experiment: Experiment, mesh: Mesh) -> None:
         ("data.seq_len", data.seq_len, sizes["context"], "mesh.context"),
         ("data.packs", data.packs, packs, reason),
         ("moe.experts", model.moe.experts, sizes["expert"], "mesh.expert"),
+        ("text.d_model", model.d_model if model.moe_layers else 0, sizes["fsdp"] * sizes["context"],
+         "mesh.fsdp x mesh.context, which share out the experts' matrices"),
         ("text.layers less text.dense_layers", model.moe_layers, blocks if config.pipe > 1 else 1,
          "mesh.pipe x mesh.repeats"),
     )  # fmt: skip
     for field, size, parts, reason in checks:
         if size % parts:
-            raise ConfigError(f"{field}={size} must be a multiple of {parts} ({reason}); change one of them")
+            remedy = "take fewer devices, or raise it" if size < parts else "change one of them"
+            raise ConfigError(f"{field}={size} must be a multiple of {parts} ({reason}); {remedy}")
+    lanes_of(data, mesh)
     if experiment.optim.offload:
         kinds = [memory.kind for memory in mesh.devices.flat[0].addressable_memories()]
         if HOST not in kinds:
@@ -53,19 +66,49 @@ def check_mesh(experiment: Experiment, mesh: Mesh) -> None:
 
 def open_data(experiment: Experiment, mesh: Mesh, held_out: bool = False):
     """The batches that this process reads: the rows and packs of its lanes (sharding/processes.py)."""
-    lanes = own_lanes(experiment.data, mesh)
-    return make_pipeline(experiment.data, experiment.model, experiment.train.steps, lanes, held_out)
+    if (idle := idle_packs(experiment)) and jax.process_index() == 0 and not held_out:
+        log.warning(idle)
+    data = dataclasses.replace(experiment.data, lanes=lanes_of(experiment.data, mesh))
+    return make_pipeline(data, experiment.model, experiment.train.steps, own_lanes(data, mesh), held_out)
+
+
+def packs_wanted(experiment: Experiment) -> int:
+    """Packs that hold as many images as a batch has tokens for, by data.vision_share at its highest, else all tokens."""
+    data, share = experiment.data, experiment.data.vision_share
+    most = 1.0 if share is None else max(value for _, value in share) if isinstance(share, tuple) else share
+    return math.ceil(data.batch_size * data.seq_len * most * experiment.model.vision.group / data.pack_patches)
+
+
+def idle_packs(experiment: Experiment) -> str:
+    """A line on packs that stay empty whatever is read, since a batch has no tokens for what they hold; else "".
+
+    Frames of a video that make a chunk share its tokens, so that a batch of videos fills as many times more.
+    """
+    data, wanted = experiment.data, packs_wanted(experiment)
+    if data.packs <= experiment.model.vision.pos_time * wanted:
+        return ""
+    return (
+        f"data.packs={data.packs} are {data.packs / max(wanted, 1):.0f} times those that the images of a batch can fill "
+        f"({data.batch_size} rows of {data.seq_len} tokens, data.vision_share={data.vision_share}): about "
+        f"data.packs={wanted} would do; empty packs are computed too"
+    )
+
+
+def lanes_of(data: DataConfig, mesh: Mesh) -> int:
+    """The lanes of the data in all: data.lanes, or where that is 0 one for each process that reads."""
+    count = len(processes.readers(processes.owners_of(mesh)))
+    if data.lanes % count:
+        raise ConfigError(
+            f"data.lanes={data.lanes} must be a multiple of the {count} processes that read, or 0 for as many; with more "
+            "lanes the data is another"
+        )
+    return data.lanes or count
 
 
 def own_lanes(data: DataConfig, mesh: Mesh) -> range:
     """The lanes of the data that this process reads: as many as any other reader, one after the other."""
     everyone = processes.readers(processes.owners_of(mesh))
-    if data.lanes % len(everyone):
-        raise ConfigError(
-            f"data.lanes={data.lanes} must be a multiple of the {len(everyone)} processes that read; with more lanes the "
-            "data is another"
-        )
-    number, own = data.lanes // len(everyone), processes.own_reader(everyone)
+    number, own = lanes_of(data, mesh) // len(everyone), processes.own_reader(everyone)
     return range(own * number, (own + 1) * number)
 
 

@@ -23,6 +23,7 @@ from k25_jax.train.profiling import ProfileWindow
 from k25_jax.train.run import restore_or_init, save_run
 from k25_jax.train.saving import Saving
 from k25_jax.train.stages import loss_of
+from k25_jax.train.state import in_layers
 from k25_jax.train.step import make_step
 from k25_jax.train.steplog import StepLog
 from k25_jax.train.validation import Validation
@@ -57,7 +58,7 @@ def train(experiment: Experiment, directory: str | AnyPath, on_step=None) -> dic
         def save():
             data = {"pipelines": data_states(ready.data_state, mesh), "bad_in_a_row": log.bad_in_a_row}
             log.publish()
-            store.save(step, state, data)
+            store.save(step, in_layers(state, experiment, mesh), data)
 
         for step, ready in feed.batches(start, config.steps):
             profile.before(step)

@@ -36,6 +36,7 @@ def parts(config: K25Config) -> dict[tuple[str, ...], str]:
     return {path: part(path) for path in axes}
 
 
+@jax.named_scope("norms")
 def squares(tree):
     """The sum of squares of each leaf, in float32; on a mesh each device adds up what it has."""
     return jax.tree.map(lambda a: jnp.sum(jnp.square(a.astype(jnp.float32))), tree)

@@ -13,9 +13,9 @@ from k25_jax.parallel.pipeline import bubble
 from k25_jax.runtime.paths import AnyPath, make_folder, write
 from k25_jax.sharding import processes
 from k25_jax.train.handover import load_initial
-from k25_jax.train.layout import own_lanes
+from k25_jax.train.layout import lanes_of, own_lanes
 from k25_jax.train.revision import revision
-from k25_jax.train.state import abstract_state, init_state, state_shardings
+from k25_jax.train.state import abstract_state, in_layers, in_stages, init_state, state_shardings
 
 
 def restore_or_init(experiment: Experiment, store: Store, pipeline, mesh: Mesh):
@@ -23,17 +23,19 @@ def restore_or_init(experiment: Experiment, store: Store, pipeline, mesh: Mesh):
     if store.steps():
         state, data = store.restore(abstract_state(experiment, mesh))
         lanes = data["pipelines"]
-        if len(lanes) != experiment.data.lanes:
+        now = lanes_of(experiment.data, mesh)
+        if len(lanes) != now:
             raise CheckpointError(
-                f"{store.directory}: the data was read in data.lanes={len(lanes)}, now in {experiment.data.lanes}; set "
+                f"{store.directory}: the data was read in data.lanes={len(lanes)}, now in {now}; set "
                 "as many, or take only the weights into a new run by train.init_from"
             )
         pipeline.set_state({"lanes": [lanes[lane] for lane in own_lanes(experiment.data, mesh)]})
-        return state, int(state.step), data["bad_in_a_row"]
-    state = init_state(experiment, mesh)
+        step = int(state.step)
+        return in_stages(state, experiment, mesh), step, data["bad_in_a_row"]
+    state = in_layers(init_state(experiment, mesh), experiment, mesh)
     layout = state_shardings(experiment, mesh).params
     params = jax.tree.map(processes.spread, load_initial(experiment, state.params, mesh), layout)
-    return state.replace(params=params), 0, 0
+    return in_stages(state.replace(params=params), experiment, mesh), 0, 0
 
 
 def save_run(experiment: Experiment, directory: AnyPath) -> None:

@@ -11,6 +11,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from k25_jax.config import Experiment
 from k25_jax.models.k25 import init_params, logical_axes
 from k25_jax.optim.muonclip import OptimState, muonclip
+from k25_jax.parallel import pipeline
 from k25_jax.sharding.rules import MEANS, RULES, shardings
 from k25_jax.train.trainable import split
 
@@ -29,8 +30,10 @@ class TrainState:
 
 def init_state(experiment: Experiment, mesh: Mesh | None = None) -> TrainState:
     """A fresh state, initialised where it will live on `mesh` (else on one device); its seed is train.seed."""
-    init = functools.partial(_fresh, experiment)
-    return jax.jit(init, out_shardings=None if mesh is None else state_shardings(experiment, mesh))()
+    if mesh is None:
+        return jax.jit(functools.partial(_fresh, experiment))()
+    init = lambda: _reordered(_fresh(experiment), experiment, mesh)  # noqa: E731
+    return jax.jit(init, out_shardings=state_shardings(experiment, mesh))()
 
 
 def abstract_state(experiment: Experiment, mesh: Mesh | None = None) -> TrainState:
@@ -56,6 +59,43 @@ def state_shardings(experiment: Experiment, mesh: Mesh) -> TrainState:
     place = lambda layout, a: layout.with_memory_kind(kind) if a.ndim else everywhere  # noqa: E731
     mu, nu = (jax.tree.map(place, means, shapes) for shapes in (state.opt_state.mu, state.opt_state.nu))
     return TrainState(everywhere, params, OptimState(everywhere, mu, nu), everywhere)
+
+
+def in_stages(state: TrainState, experiment: Experiment, mesh: Mesh) -> TrainState:
+    """A state as files have it, its stacks in the order of the layers, as the run has it (parallel/pipeline.py).
+
+    Its arrays are taken over: use the returned ones.
+    """
+    if _as_files_have_it(experiment):
+        return state
+    move = lambda state: _reordered(state, experiment, mesh)  # noqa: E731
+    return jax.jit(move, donate_argnums=0, out_shardings=state_shardings(experiment, mesh))(state)
+
+
+def in_layers(state: TrainState, experiment: Experiment, mesh: Mesh) -> TrainState:
+    """A run's state as files have it: `in_stages` the other way round, with arrays of its own where they differ."""
+    if _as_files_have_it(experiment):
+        return state
+    move = lambda state: _reordered(state, experiment, mesh, back=True)  # noqa: E731
+    return jax.jit(move, out_shardings=state_shardings(experiment, mesh))(state)
+
+
+def _as_files_have_it(experiment: Experiment) -> bool:
+    return experiment.mesh.repeats == 1 or experiment.mesh.pipe == 1
+
+
+def _reordered(state: TrainState, experiment: Experiment, mesh: Mesh, back: bool = False) -> TrainState:
+    axes = {"moe": logical_axes(experiment.model).get("moe", {})}
+
+    def moved(tree, axes):
+        """Of a tree like that of the parameters, or of a part of it, what is stacked."""
+        if isinstance(tree, dict):
+            return {name: moved(inner, axes[name]) if name in axes else inner for name, inner in tree.items()}
+        tree = jax.device_put(tree, jax.memory.Space.Device)  # from the host's memory, where some may lie
+        return pipeline.in_stages(tree, axes, mesh, experiment.mesh.repeats, back) if tree.ndim else tree
+
+    opt_state = state.opt_state._replace(mu=moved(state.opt_state.mu, axes), nu=moved(state.opt_state.nu, axes))
+    return state.replace(params=moved(state.params, axes), opt_state=opt_state)
 
 
 def _fresh(experiment: Experiment) -> TrainState:

@@ -57,6 +57,7 @@ def make_step(experiment: Experiment, loss_fn, mesh: Mesh | None = None):
     return step
 
 
+@jax.named_scope("optimizer.router_bias")
 def with_balanced_router(params, load_YE, experiment: Experiment):
     """`params` with the router biases moved by the sign rule; equal loads, such as none, move nothing."""
     if "moe" not in params:

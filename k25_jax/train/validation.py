@@ -24,7 +24,7 @@ class Validation:
         if not self._config.eval_every:
             return
         validated = dataclasses.replace(experiment, data=held_out(experiment.data))
-        self._feed = Feed(open_data(validated, mesh, held_out=True), validated, mesh)
+        self._feed = Feed(open_data(validated, mesh, held_out=True), validated, mesh, "validation")
         self._beginning = self._feed.pipeline.get_state()
         loss_fn = loss_of(experiment)
         metrics_fn = jax.jit(lambda params, batch: loss_fn(params, batch, experiment)[1][0])

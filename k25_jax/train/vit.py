@@ -14,21 +14,28 @@ import jax
 import jax.numpy as jnp
 
 from k25_jax.config import Experiment
-from k25_jax.losses.siglip import pooled, siglip
-from k25_jax.train.pretrain import inputs, language_loss
+from k25_jax.losses.siglip import counts, pooled, siglip
+from k25_jax.train.pretrain import backbone_loss, batch_loss, inputs, totals
+from k25_jax.train.trainable import merged
 
 
 def loss_fn(params, batch, experiment: Experiment):
     """(loss, (metrics, what the forward pass observed)), as that of train/pretrain.py."""
     after_BL = after_media(batch)
     batch = batch.replace(loss_weights_BL=jnp.where(after_BL, batch.loss_weights_BL, 0.0))
-    x_BLD = inputs(params, batch, experiment)
-    loss, (metrics, stats) = language_loss(params, x_BLD, batch, experiment)
-    weight = experiment.train.siglip_weight
+    pairs = captioned(batch).sum() if experiment.train.siglip_weight else None
+    return batch_loss(params, batch, experiment, part_loss, (totals(batch), pairs))
+
+
+def part_loss(experiment: Experiment, trained, frozen, piece):
+    """What `loss_fn` returns, of some rows: their shares of the whole batch's losses and metrics; `trained`, as it is."""
+    part, (whole, pairs) = piece
+    x_BLD, weight = inputs(merged(trained, frozen), part, experiment), experiment.train.siglip_weight
+    loss, (metrics, stats), passed = backbone_loss(trained, frozen, x_BLD, part, whole, experiment)
     if weight:
-        contrast = caption_contrast(x_BLD, batch)
+        contrast = caption_contrast(x_BLD, part, pairs)
         loss, metrics = loss + weight * contrast, metrics | {"siglip": contrast}
-    return loss, (metrics, stats)
+    return loss, (metrics, stats), passed
 
 
 def after_media(batch):
@@ -46,12 +53,22 @@ def after_media(batch):
     return jax.vmap(of_row)(batch.segments_BL, batch.positions_BL, batch.media_BL)
 
 
-def caption_contrast(x_BLD, batch):
+def caption_contrast(x_BLD, part, pairs):
     """SigLIP's loss over the documents of each row that have an image and a caption, from what the model reads.
 
-    A caption is pooled over the places that predict it, those of images left out.
+    A share of that of a batch in which so many documents have both.
     """
+    images_BSD, texts_BSD = (pooled(x_BLD, chosen_BL, part.segments_BL) for chosen_BL in _image_and_caption(part))
+    return siglip(images_BSD, texts_BSD, captioned(part), pairs)
+
+
+def captioned(batch):
+    """Which of the first documents of each row have an image and a caption, [B,S]."""
+    features_BS, tokens_BS = (counts(chosen_BL, batch.segments_BL) for chosen_BL in _image_and_caption(batch))
+    return (features_BS > 0) & (tokens_BS > 0)
+
+
+def _image_and_caption(batch):
+    """The places of images, and those that predict a caption without those of images."""
     is_media_BL = batch.media_BL >= 0
-    images_BSD, features_BS = pooled(x_BLD, is_media_BL, batch.segments_BL)
-    texts_BSD, tokens_BS = pooled(x_BLD, (batch.loss_weights_BL > 0) & ~is_media_BL, batch.segments_BL)
-    return siglip(images_BSD, texts_BSD, (features_BS > 0) & (tokens_BS > 0))
+    return is_media_BL, (batch.loss_weights_BL > 0) & ~is_media_BL

@@ -129,16 +129,18 @@ def _longest_first(sizes: Sequence[int], packs: int, pack_patches: int, config: 
     order = np.argsort(-np.asarray(sizes, np.int64), kind="stable")
     costs = clip_flops(np.asarray(sizes, np.int64)[order], config) * packs
     heap = list(range(packs))  # FLOPs so far * packs + number of the pack: one integer compares faster than a pair
+    parked = []  # (-room, entry) of packs that had no room for a clip; clips only get smaller
     for clip, cost in zip(order.tolist(), costs.tolist(), strict=True):
-        size, without_room = sizes[clip], []
+        size = sizes[clip]
+        while parked and -parked[0][0] >= size:
+            heapq.heappush(heap, heapq.heappop(parked)[1])
         while heap and room[heap[0] % packs] < size:
-            without_room.append(heapq.heappop(heap))
+            entry = heapq.heappop(heap)
+            heapq.heappush(parked, (-room[entry % packs], entry))
         if not heap:
             return None
         pack = heap[0] % packs
         heapq.heapreplace(heap, heap[0] + cost)
-        for entry in without_room:
-            heapq.heappush(heap, entry)
         placement[clip] = pack
         room[pack] -= size
     return placement

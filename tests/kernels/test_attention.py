@@ -112,3 +112,37 @@ def test_stripes_together_give_the_whole(causal):
     (_, got), grads = jax.jit(jax.value_and_grad(striped, (0, 1, 2), has_aux=True))(q, k, v)
     for a, b in zip((*got, *grads), (*want, *want_grads), strict=True):
         np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5)
+
+
+FORMS = {
+    "reference": (reference_attention, {}),
+    "blocked": (attention, {"block": 64, "implementation": "blocked"}),
+    "kept": (attention, {"block": 64, "keep_weights": True}),
+    "flash": (attention, {"implementation": "flash"}),
+}
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_bfloat16_keeps_logits_of_a_hundred_apart(form):
+    """bfloat16 has no numbers between 100 and 100.5: scores rounded to it were off by 0.19 here."""
+    rng = np.random.default_rng(0)
+    q, k, v, dout = (jnp.asarray(rng.standard_normal((1, 256, 2, d)), jnp.bfloat16) for d in (64, 64, 32, 32))
+    q, k, v, segments = 4 * q, 4 * k, jnp.clip(v, -2, 2), jnp.ones((1, 256), jnp.int32)
+
+    def run(function, dtype, **how):
+        def loss(q, k, v):
+            out, top = function(q, k, v, segments, scale=0.2, causal=True, **how)
+            return jnp.sum(out.astype(jnp.float32) * dout), (out, top)
+
+        step = jax.jit(jax.value_and_grad(loss, (0, 1, 2), has_aux=True))
+        (_, seen), grads = step(*(a.astype(dtype) for a in (q, k, v)))
+        return *(np.asarray(a, np.float32) for a in seen), grads
+
+    function, how = FORMS[form]
+    out, top, grads = run(function, jnp.bfloat16, **how)
+    want, want_top, want_grads = run(reference_attention, jnp.float32)
+    assert 100 < want_top.min() and want_top.max() < 150
+    np.testing.assert_allclose(top, want_top, rtol=1e-5)
+    np.testing.assert_allclose(out, want, atol=0.01)
+    for got, want in zip(grads, want_grads, strict=True):
+        assert np.linalg.norm(np.asarray(got, np.float32) - want) <= 0.015 * np.linalg.norm(want)

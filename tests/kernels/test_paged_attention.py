@@ -1,6 +1,9 @@
 """Attention over pages against its definition, and against attention over the same tokens in one piece."""
 
+import functools
+
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -66,3 +69,25 @@ def test_what_lies_behind_a_row_does_not_reach_it():
         pool[tables_BW[0, 1], 3] = np.nan  # place 7
         pool[tables_BW[0, 2:]] = np.inf
     np.testing.assert_array_equal(run(*arguments, positions_BL), clean)
+
+
+@pytest.mark.parametrize("form", ["paged", "reference"])
+def test_in_bfloat16_logits_of_a_hundred_are_exact_enough(form):
+    """Scores 0.2 apart near 100, where bfloat16 knows halves; some rows and pages are empty. Within 0.01 of float32."""
+    rng, rows, size, width, rank = np.random.default_rng(3), 3, 8, 40, 64
+    direction = rng.standard_normal(rank) / np.sqrt(rank)
+    c_QOR = 0.3 * rng.standard_normal((130, size, rank)) + rng.uniform(9.5, 10.5, (130, size, 1)) * direction
+    q_BLHR = 10 * direction / (direction @ direction) * np.ones((rows, 2, HEADS, 1))
+    q_BLHK, r_QOK = rng.standard_normal((rows, 2, HEADS, 8)), 0.1 * rng.standard_normal((130, size, 8))
+    narrow = [jnp.asarray(a, jnp.bfloat16) for a in (q_BLHR, q_BLHK, c_QOR, r_QOK)]
+    tables_BW = np.stack([rng.permutation(130)[:width] for _ in range(rows)]).astype(np.int32)
+    positions_BL = np.array([[300, 301], [17, -1], [-1, -1]], np.int32)
+    run = functools.partial(kernel.paged_attention if form == "paged" else kernel.reference_paged_attention, scale=1.0)
+    got = np.asarray(jax.jit(run)(*narrow, tables_BW, positions_BL).astype(jnp.float32))
+    exact = [np.asarray(a, np.float32) for a in narrow]
+    want = np.asarray(kernel.reference_paged_attention(*exact, tables_BW, positions_BL, 1.0))
+    there = positions_BL >= 0
+    logits = np.einsum("blhr,qor->blhqo", exact[0], exact[2])
+    assert logits.max() > 100
+    assert np.abs(got - want)[there].max() <= 0.01 * np.abs(want).max(), np.abs(got - want)[there].max()
+    assert np.isfinite(got).all()

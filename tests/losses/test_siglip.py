@@ -3,7 +3,7 @@
 import jax
 import numpy as np
 
-from k25_jax.losses.siglip import DOCUMENTS, pooled, siglip
+from k25_jax.losses.siglip import DOCUMENTS, counts, pooled, siglip
 
 
 def by_loops(images_SD, texts_SD, scale=10.0, bias=-10.0) -> float:
@@ -27,6 +27,8 @@ def test_pairs_of_each_row_without_those_that_are_not_there():
     assert siglip(images, images, present) < siglip(images, texts, present) < siglip(images, -images, present)
     gradient = jax.grad(lambda a: siglip(a, texts, present))(images)
     assert np.isfinite(gradient).all() and not gradient[~present].any() and gradient[present].any()
+    shares = [siglip(images[b : b + 1], texts[b : b + 1], present[b : b + 1], present.sum()) for b in range(3)]
+    np.testing.assert_allclose(sum(shares), expected, rtol=1e-5)
     nothing = jax.value_and_grad(siglip)(np.zeros_like(images), np.zeros_like(texts), np.zeros_like(present))
     assert nothing[0] == 0 and not nothing[1].any()
 
@@ -37,7 +39,7 @@ def test_means_over_the_chosen_places_of_each_document():
     segments = np.array([np.repeat([1, 2, 3, 0], [40, 30, 5, 15]), np.arange(1, 91)])
     chosen = rng.random((2, 90)) < 0.4
     chosen[0, 70:75] = False
-    means, numbers = pooled(x, chosen, segments)
+    means, numbers = pooled(x, chosen, segments), counts(chosen, segments)
     assert means.shape == (2, DOCUMENTS, 3)
     for b in range(2):
         for s in range(DOCUMENTS):

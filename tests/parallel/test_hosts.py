@@ -10,15 +10,16 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from test_routes import carried
 
 import runs
 from k25_jax.config import ConfigError, DataConfig, Experiment, MeshConfig, OptimConfig, TrainConfig, preset
 from k25_jax.data.packing import Batch, make_example, pack_examples
-from k25_jax.models.k25 import embedded
-from k25_jax.parallel import dep
 from k25_jax.parallel.hosts import Plan, pixel_tables
+from k25_jax.parallel.routes import Tables, form_of
 from k25_jax.sharding.processes import readers
-from k25_jax.train.pretrain import loss_fn
+from k25_jax.train.accumulate import first_part
+from k25_jax.train.pretrain import features, inputs, loss_fn
 from k25_jax.train.state import init_state
 from k25_jax.train.step import make_step
 from k25_jax.vision.patchpack import Clip
@@ -65,10 +66,9 @@ def joined(batches: list[Batch]) -> Batch:
     return jax.tree.map(lambda *parts: np.concatenate(parts), *moved)
 
 
-def read(params, batch: Batch, vision: str):
+def read(params, batch: Batch, run: Experiment):
     """A number that depends on what the decoder reads at each place of each document, but not on the order of the rows."""
-    vision_BLD = None if batch.routes is None else dep.vision_at_tokens(params, batch, MODEL, vision=vision)
-    x_BLD = embedded(params, batch, MODEL, vision_BLD=vision_BLD)
+    x_BLD = inputs(params | {"features": features(params, batch, run)}, first_part(batch), run)
     return jnp.einsum("bld,bld,bl->", x_BLD, x_BLD, jnp.sqrt(1.0 + batch.positions_BL))
 
 
@@ -97,20 +97,16 @@ def test_rows_that_are_shared_in_part_are_refused():
 
 def test_pixels_travel_from_where_they_were_read_to_where_they_are_encoded():
     """Patches stand for their own numbers; four devices of two packs of 32 slots, two processes."""
-    rng, grids = np.random.default_rng(0), [(1, 4, 4), (2, 2, 4), (1, 2, 6), (1, 4, 4), (3, 2, 2)]
+    grids = [(1, 4, 4), (2, 2, 4), (1, 2, 6), (1, 4, 4), (3, 2, 2)]
     read, encoded = np.asarray([0, 16, 32, 64, 100]), np.asarray([128, 160, 192, 208, 0])
     sizes = np.prod(grids, axis=1)
-    plan = Plan(8, 32, "uint8", None, np.asarray(grids), read, encoded, None, None)
-    tables = [pixel_tables(plan, mine, 4) for mine in ([0, 1], [2, 3])]
-    send_XJZU, land_ZJXU = (np.concatenate(parts) for parts in zip(*tables, strict=True))
-    loaded, got = rng.permutation(256).reshape(4, 64), np.full((4, 64), -1)
-    for z, j, x, u in np.ndindex(land_ZJXU.shape):
-        if land_ZJXU[z, j, x, u] < 64:
-            assert got[z, land_ZJXU[z, j, x, u]] == -1
-            got[z, land_ZJXU[z, j, x, u]] = loaded[x, send_XJZU[x, j, z, u]]
+    plan = Plan(8, 32, "uint8", np.asarray(grids), None, read, encoded, None, None)
+    parts = [pixel_tables(plan, mine, 4) for mine in ([0, 1], [2, 3])]
+    spread, pick, land = (np.concatenate(tables) for tables in zip(*parts, strict=True))
+    got = carried(Tables(spread, pick[None], land[None]), form_of(4, 64, 64), 64, 64)
     want = np.full(256, -1)
     for start, end, size in zip(read, encoded, sizes, strict=True):
-        want[end : end + size] = loaded.reshape(-1)[start : start + size]
+        want[end : end + size] = np.arange(start, start + size)
     assert got.reshape(-1).tolist() == want.tolist()
 
 
@@ -118,6 +114,7 @@ def test_pixels_travel_from_where_they_were_read_to_where_they_are_encoded():
 TWO = """
 import sys; sys.path[:0] = ["tests", "tests/parallel"]
 import json, jax, numpy as np
+from concurrent.futures import ThreadPoolExecutor
 from k25_jax.parallel import hosts
 from k25_jax.sharding.processes import gathered, joined, own_reader, owners_of, readers
 from k25_jax.train.layout import mesh_of
@@ -131,8 +128,13 @@ def placed(run, images=True):
     everyone = readers(owners_of(mesh))
     number = own_reader(everyone)
     batch = batch_of(number, len(everyone), images or number == 0)
-    whole = hosts.place(batch, mesh, MODEL.vision, run.train.vision)
-    return mesh, whole, hosts.metrics(batch, whole, mesh, MODEL.vision, run.train.vision)
+    with ThreadPoolExecutor(1) as thread:  # as a loop plans, while this thread tells and hears other things
+        coming = thread.submit(hosts.planned, batch, mesh, run)
+        numbers = [gathered([index, turn, "." * 10**turn]) for turn in range(7)]
+        plan = coming.result()
+    assert all(each == [0, turn, "." * 10**turn] for turn, (each, _) in enumerate(numbers))
+    assert all(each[0] == 1 for _, each in numbers)
+    return mesh, hosts.placed(plan), plan.metrics
 
 with joined() as index:
     out = {}
@@ -150,7 +152,7 @@ with joined() as index:
         run = experiment(axes, vision)
         mesh, whole, _ = placed(run, images)
         with jax.set_mesh(mesh):
-            out[name] = jax.jit(read, static_argnums=2)(params, whole, vision).item()
+            out[name] = jax.jit(read, static_argnums=2)(params, whole, run).item()
     if index == 0:
         np.savez(FILE, *jax.tree.leaves(params))
         print(json.dumps(out))
@@ -200,4 +202,4 @@ def test_losses_and_parameters_equal_those_of_one_device(tmp_path, arms):
     mixed[1] = mixed[1].replace(vision=padding.replace(coords_PN5=np.ones_like(padding.coords_PN5)))
     wants = {"one has no image": joined(mixed), "both hold the same rows": batch_of(0, 1)}
     for name, *_ in arms:
-        assert got[name] == pytest.approx(read(state.params, wants.get(name, whole), "plain").item(), rel=1e-5), name
+        assert got[name] == pytest.approx(read(state.params, wants.get(name, whole), run).item(), rel=1e-5), name

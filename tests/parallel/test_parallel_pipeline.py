@@ -37,6 +37,10 @@ def test_every_block_reaches_the_stage_that_runs_it(stages, repeats):
     for s in range(stages):
         np.testing.assert_array_equal(received_SN[s][kept_SR[s]], np.arange(repeats) * stages + s)
     assert sent_SSC.shape[-1] == np.ceil(repeats / stages)
+    running_SR, (sent_SSC, kept_SR) = held_SR.reshape(repeats, stages).T, exchange_tables(stages, repeats, back=True)
+    outgoing_SSC = np.stack([running_SR[s][sent_SSC[s]] for s in range(stages)])
+    received_SN = outgoing_SSC.swapaxes(0, 1).reshape(stages, -1)
+    np.testing.assert_array_equal(np.take_along_axis(received_SN, kept_SR, axis=1), held_SR)
 
 
 def test_the_bubble_counts_the_ticks_of_a_simulated_schedule():

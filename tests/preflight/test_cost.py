@@ -13,7 +13,7 @@ from k25_jax.config import load_experiment
 from k25_jax.kernels.grouped_matmul import TILE, grouped_matmul
 from k25_jax.models.count import count_params
 from k25_jax.preflight import aot, hlo
-from k25_jax.preflight.cost import arrays_made, jaxpr_flops, model_flops, roofline, temporaries
+from k25_jax.preflight.cost import arrays_made, jaxpr_flops, live, model_flops, roofline, temporaries
 from k25_jax.preflight.topology import parse_topology
 from runs import on_eight_devices
 
@@ -56,6 +56,18 @@ def test_products_are_counted_as_often_as_they_run(case):
 def test_a_loop_of_unknown_length_counts_once_and_is_told():
     flops = count(lambda n, x: jax.lax.fori_loop(0, n, lambda _, x: x @ W, x), 3, X)
     assert flops.total == ONE and flops.unknown_loops == 1
+
+
+def test_what_no_result_depends_on_does_not_count():
+    """As in a layer that is computed again for its gradient alone, in a loop: its last product has no reader."""
+
+    def step(x, _):
+        unused, pull = jax.vjp(lambda x: (x @ x) @ x, x)
+        return pull(x)[0], None
+
+    jaxpr = jax.make_jaxpr(lambda x: jax.lax.scan(step, x, length=3)[0])(jnp.ones((8, 8)))
+    product = 2 * 8**3
+    assert jaxpr_flops(jaxpr).total == 3 * 6 * product and jaxpr_flops(live(jaxpr)).total == 3 * 5 * product
 
 
 def test_arrays_that_a_step_makes():
@@ -224,16 +236,16 @@ def test_what_crosses_three_slices(kind):
 
 
 def test_the_network_between_slices_bounds_a_step():
-    bounds = roofline(parse_topology("2xv5e-8"), 16, 0.0, 0.0, sent=200e9, model=1.0, between_slices=2 * 3.125e9)
+    bounds = roofline(parse_topology("2xv5e-8"), 16, 0.0, 0.0, model=1.0, network=1.0, dcn=2.0)
     assert (bounds.network, bounds.dcn, bounds.step) == (1.0, 2.0, 2.0)
 
 
 def test_a_roofline_takes_the_slowest_of_three():
     chip = parse_topology("v5e-8")
-    bounds = roofline(chip, 8, flops=197e12, traffic=2 * 819e9, sent=0.5 * 200e9, model=8 * 197e12)
+    bounds = roofline(chip, 8, flops=197e12, traffic=2 * 819e9, model=8 * 197e12, network=0.5)
     assert (bounds.compute, bounds.memory, bounds.network) == (1.0, 2.0, 0.5)
     assert bounds.step == 2.0 and bounds.mfu == pytest.approx(0.5)
-    assert roofline(parse_topology("cpu"), 1, 1e9, 1e9, 0.0, 1e9).mfu == 0.0
+    assert roofline(parse_topology("cpu"), 1, 1e9, 1e9, 1e9).mfu == 0.0
 
 
 def test_model_flops_are_six_for_each_active_parameter_and_token():

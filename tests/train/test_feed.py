@@ -9,6 +9,7 @@ import pytest
 
 import runs
 from k25_jax.config import load_experiment
+from k25_jax.parallel import hosts
 from k25_jax.train.feed import Feed
 from k25_jax.train.layout import mesh_of, open_data
 
@@ -48,10 +49,11 @@ def wait_until(condition):
         time.sleep(0.01)
 
 
-def test_the_next_batch_is_made_and_placed_meanwhile_and_only_that_one(experiment):
+def test_the_next_batch_is_made_and_placed_meanwhile_and_only_that_one(experiment, monkeypatch):
     feed = opened(experiment)
     made = []
-    placed, feed.placed = feed.placed, lambda batch: made.append(batch) or placed(batch)
+    placed = hosts.placed
+    monkeypatch.setattr(hosts, "placed", lambda plan: made.append(plan) or placed(plan))
     for step, _ in feed.batches(3, 7):
         wait_until(lambda step=step: len(made) == min(step - 3 + 1, 4))
         time.sleep(0.05)

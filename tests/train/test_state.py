@@ -73,6 +73,8 @@ def test_means_in_the_hosts_memory_train_alike_and_are_checkpointed(tmp_path):
 
 def test_devices_that_do_not_reach_the_hosts_memory_are_refused(finished):
     class Device:
+        process_index = 0
+
         def addressable_memories(self):
             return [types.SimpleNamespace(kind="device"), types.SimpleNamespace(kind="unpinned_host")]
 
@@ -85,3 +87,43 @@ def test_devices_that_do_not_reach_the_hosts_memory_are_refused(finished):
     ):
         check_mesh(experiment, mesh)
     check_mesh(dataclasses.replace(experiment, optim=dataclasses.replace(experiment.optim, offload=False)), mesh)
+
+
+ORDERED = """
+import contextlib, dataclasses
+import jax, numpy as np
+from k25_jax.checkpoint.store import Store
+from k25_jax.config import DataConfig, Experiment, MeshConfig, OptimConfig, preset
+from k25_jax.parallel.pipeline import layers_of
+from k25_jax.train.layout import mesh_of
+from k25_jax.train.state import abstract_state, in_layers, in_stages, init_state
+
+tiny = preset("tiny")
+model = dataclasses.replace(tiny, text=dataclasses.replace(tiny.text, layers=13))
+data = DataConfig(batch_size=8, packs=8)
+experiment = Experiment(model=model, data=data, optim=OptimConfig(name="muonclip"), mesh=MeshConfig(2, 2, 2, repeats=3))
+plain = jax.device_get(init_state(dataclasses.replace(experiment, mesh=MeshConfig())))
+mesh, order = mesh_of(experiment), layers_of(12, 2, 3)
+assert order.tolist() == [0, 1, 4, 5, 8, 9, 2, 3, 6, 7, 10, 11]
+state = init_state(experiment, mesh)
+for a, b in zip(jax.tree.leaves(plain.params["moe"]), jax.tree.leaves(state.params["moe"]), strict=True):
+    np.testing.assert_array_equal(a[order], b)
+held = jax.device_get(state)
+with contextlib.closing(Store({folder!r})) as store:
+    store.save(1, in_layers(state, experiment, mesh), dict())
+    for a, b in zip(jax.tree.leaves(held), jax.tree.leaves(jax.device_get(state)), strict=True):
+        np.testing.assert_array_equal(a, b)  # saving leaves the run its own
+    files = jax.device_get(store.restore(abstract_state(dataclasses.replace(experiment, mesh=MeshConfig())))[0])
+    back = in_stages(store.restore(abstract_state(experiment, mesh))[0], experiment, mesh)
+for a, b in zip(jax.tree.leaves(plain), jax.tree.leaves(files), strict=True):
+    np.testing.assert_array_equal(a, b)
+for a, b in zip(jax.tree.leaves(held), jax.tree.leaves(jax.device_get(back)), strict=True):
+    np.testing.assert_array_equal(a, b)
+assert [a.sharding for a in jax.tree.leaves(back)] == [a.sharding for a in jax.tree.leaves(state)]
+print("equal")
+"""
+
+
+def test_a_pipelines_state_lies_in_the_order_of_its_stages_and_its_files_in_that_of_the_layers(tmp_path):
+    """Two stages with three blocks of two layers each: what a file holds, one device reads, and the other way round."""
+    assert runs.on_eight_devices(ORDERED.format(folder=str(tmp_path / "checkpoints"))).endswith("equal\n")

@@ -11,7 +11,7 @@ from k25_jax.config import ConfigError, DataConfig, Experiment, load_experiment
 from k25_jax.data.packing import make_example, pack_examples
 from k25_jax.data.pipeline import make_pipeline
 from k25_jax.losses.siglip import siglip
-from k25_jax.models.k25 import init_params
+from k25_jax.models.k25 import embedded, init_params
 from k25_jax.parallel.dep import striped
 from k25_jax.train import pretrain, vit
 from k25_jax.train.stages import loss_of
@@ -100,7 +100,7 @@ def with_siglip(experiment, weight: float):
 def test_siglip_s_term_pairs_images_with_their_captions(experiment, params, batch):
     """Features from what the model reads: means over each document's image tokens, and over the embeddings of its text."""
     loss, (metrics, _) = caption_loss(params, batch, with_siglip(experiment, 0.5))
-    x = np.asarray(pretrain.inputs(params, batch, experiment))
+    x = np.asarray(embedded(params, batch, experiment.model))
     weights, images, texts, rows = np.where(after_media(batch), batch.loss_weights_BL, 0), [], [], []
     for row in range(2):
         for segment in range(1, batch.segments_BL[row].max() + 1):
@@ -150,7 +150,7 @@ import jax, numpy as np
 from k25_jax.config import DataConfig, Experiment, TrainConfig, load_experiment
 from k25_jax.data.packing import pack_examples
 from k25_jax.models.k25 import init_params
-from k25_jax.parallel import dep
+from k25_jax.parallel import hosts
 from k25_jax.sharding.mesh import make_mesh
 from k25_jax.train import vit
 import sys; sys.path[:0] = ["tests", "tests/train"]
@@ -159,15 +159,16 @@ from test_vit import documents
 model = load_experiment({experiment!r}).model
 params = jax.jit(init_params, static_argnums=0)(model, jax.random.key(0))
 rows = documents(model) * 8
-batch = pack_examples(rows, DataConfig(batch_size=16, seq_len=32, packs=8, pack_patches=64), model)
-run = Experiment(stage="vit", model=model, train=TrainConfig(siglip_weight=0.7))
+data = DataConfig(batch_size=16, seq_len=32, packs=8, pack_patches=64)
+batch = pack_examples(rows, data, model)
+run = Experiment(stage="vit", model=model, data=data, train=TrainConfig(siglip_weight=0.7))
 grads_of = jax.jit(jax.value_and_grad(vit.loss_fn, has_aux=True), static_argnums=2)
 (want, (metrics, _)), grads = jax.tree.map(np.asarray, grads_of(params, batch, run))
 assert metrics["siglip"] > 0 and (batch.segments_BL.max(axis=1) > 1).any()
 for axes, accumulate in (((1, 2, 2, 2), 1), ((1, 4, 2, 1), 2)):  # pipe, fsdp, expert, context
     mesh, part = make_mesh(*axes), dataclasses.replace(run, train=dataclasses.replace(run.train, accumulate=accumulate))
     with jax.set_mesh(mesh):
-        (got, (seen, _)), other = grads_of(params, dep.place(batch, mesh, model.vision), part)
+        (got, (seen, _)), other = grads_of(params, hosts.place(batch, mesh, part), part)
     np.testing.assert_allclose(got, want, rtol=1e-5)
     np.testing.assert_allclose(seen["siglip"], metrics["siglip"], rtol=1e-5)
     for a, b in zip(jax.tree.leaves(grads), jax.tree.leaves(jax.tree.map(np.asarray, other)), strict=True):

@@ -1,0 +1,9 @@
+"""Small faults for tests/mutations.py: what stands in the package, what it becomes, which tests are to notice.
+
+Of each numerical module those that would train, or answer, and be wrong: a mask, an axis, a sign, a factor, a dtype, a sum
+that is not taken over all devices. Tests are named as narrowly as can be, since each entry costs their time.
+"""
+
+from mutants import data, kernels, models, sampling, training
+
+MUTATIONS = [*models.MUTATIONS, *kernels.MUTATIONS, *training.MUTATIONS, *data.MUTATIONS, *sampling.MUTATIONS]
