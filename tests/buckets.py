@@ -1,27 +1,54 @@
 """A bucket of Cloud Storage on loopback: gcp-storage-emulator, and the variables that lead all clients to it."""
 
 import contextlib
+import functools
+import http.server
 import logging
 import os
 import pathlib
+import threading
 from collections.abc import Iterator
 
-from gcp_storage_emulator.server import create_server
+from gcp_storage_emulator.handlers.buckets import create_bucket
+from gcp_storage_emulator.server import RequestHandler
+from gcp_storage_emulator.storage import Storage
 
 from k25_jax.runtime.paths import to_path, upload
 
 NAME = "k25-tests"
 
 
+class _Server(http.server.ThreadingHTTPServer):
+    """Many connections at once, as TensorStore opens them: the emulator's own server loses some, and with them requests."""
+
+    request_queue_size = 256
+
+    def handle_error(self, request, client_address):
+        """A client that was killed is no error."""
+
+
+class _Handler(RequestHandler):
+    """One request at a time: the emulator's storage knows no threads."""
+
+    _turn = threading.Lock()
+
+    def __getattribute__(self, name: str):
+        found = super().__getattribute__(name)
+        return functools.partial(self._in_turn, found) if name.startswith("do_") else found
+
+    def _in_turn(self, method):
+        with self._turn:
+            method()
+
+
 @contextlib.contextmanager
 def serving() -> Iterator[str]:
     """The address of an empty bucket of this process's memory; this process and its children find it there meanwhile."""
     logging.getLogger("gcp_storage_emulator").setLevel(logging.CRITICAL)  # it logs what is asked for and not there
-    emulator = create_server("127.0.0.1", 0, in_memory=True, default_bucket=NAME)
-    emulator._api.daemon = True
-    emulator.start()
-    server = emulator._api._httpd
-    server.handle_error = lambda *_: None  # a client that was killed
+    storage = Storage(use_memory_fs=True)
+    create_bucket(NAME, storage)
+    server = _Server(("127.0.0.1", 0), functools.partial(_Handler, storage))
+    threading.Thread(target=server.serve_forever, daemon=True).start()
     host = f"http://127.0.0.1:{server.server_port}"
     variables = {"STORAGE_EMULATOR_HOST": host, "TENSORSTORE_GCS_HTTP_URL": host, "FSSPEC_GCS_TOKEN": "anon"}
     variables |= {"GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT": "false"}  # as runtime/paths.py has it, before the first import
@@ -32,7 +59,8 @@ def serving() -> Iterator[str]:
     try:
         yield f"gs://{NAME}"
     finally:
-        emulator.stop()
+        server.shutdown()
+        server.server_close()
         for name, value in before.items():
             os.environ.pop(name) if value is None else os.environ.update({name: value})
         _forget()
