@@ -110,7 +110,7 @@ def start(file: pathlib.Path, run: str, *more: str) -> subprocess.Popen:
 
 def finish(process: subprocess.Popen) -> subprocess.CompletedProcess:
     """Wait for it."""
-    out, err = process.communicate(timeout=900)
+    out, err = process.communicate(timeout=1800)
     return subprocess.CompletedProcess(process.args, process.returncode, out, err)
 
 
@@ -128,7 +128,7 @@ def test_two_processes_train_in_a_bucket_are_killed_and_resume_exactly(bucket, t
     source = f"data.sources[0].path={data}/records.jsonl"
     whole, killed = f"{bucket}/whole", f"{bucket}/killed"
     undisturbed, process = start(file, whole, source), start(file, killed, source)
-    assert runs.wait_for(process, lambda: len(complete_steps(f"{killed}/checkpoints")) > 0), finish(process)
+    assert runs.wait_for(process, lambda: complete_steps(f"{killed}/checkpoints"), seconds=900), finish(process)
     os.kill(children(process)[1], signal.SIGKILL)
     assert finish(process).returncode == 128 + signal.SIGKILL
     newest = max(complete_steps(f"{killed}/checkpoints"))
