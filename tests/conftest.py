@@ -47,6 +47,15 @@ def finished():
     return types.SimpleNamespace(file=folder / "minute.py", run=folder / "run", stdout=stdout)
 
 
+@pytest.fixture(scope="module")
+def bucket():
+    """The address, gs://.., of a bucket on loopback; empty at first."""
+    import buckets
+
+    with buckets.serving() as root:
+        yield root
+
+
 @pytest.fixture
 def k25(capsys):
     """Runs a command in this process: (status, stdout, stderr)."""

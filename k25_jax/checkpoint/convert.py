@@ -16,6 +16,17 @@ from k25_jax.checkpoint.load import is_byte_level
 from k25_jax.checkpoint.store import newest_step
 from k25_jax.checkpoint.tensors import PublicTensors, RunTensors
 from k25_jax.config import K25Config
+from k25_jax.runtime.paths import (
+    AnyPath,
+    absolute,
+    is_remote,
+    lexists,
+    names,
+    read_range,
+    size_and_time,
+    to_path,
+    write,
+)
 from k25_jax.text.tokenizer import VOCABULARIES, TokenizerError, find_vocabulary
 from k25_jax.text.tokenizer_json import byte_level_files
 
@@ -39,7 +50,7 @@ def convert(
     A language model alone stays one. Of a public checkpoint all small files that are not weights are carried, of a run
     of ours those of its vocabulary; what is in `output` already stays. Raises CheckpointError.
     """
-    (source, is_run), target = find(checkpoint), pathlib.Path(output)
+    (source, is_run), target = find(checkpoint), to_path(output, "--output")
     if is_run:
         experiment = read_experiment(source)
         config, text_only, generation = experiment.model, False, {}
@@ -50,28 +61,29 @@ def convert(
     else:
         config, text_only, generation = read_config(source), language_model_alone(source), read_generation(source)
         stored = open_files(source, config, text_only)
-        changed = max(tensor.file.stat().st_mtime_ns for tensor in stored.tensors.values())
-        tensors, name, expected = PublicTensors(stored), f"{source.absolute()} of {changed}", None
+        changed = max(size_and_time(file)[1] for file in {tensor.file for tensor in stored.tensors.values()})
+        tensors, name, expected = PublicTensors(stored), f"{absolute(source)} of {changed}", None
         converted = {*WRITTEN, *(tensor.file.name for tensor in stored.tensors.values())}
         files = [path for path in _files(source) if path.name not in converted]
     form = Form(dtype, quantise or "", shard_bytes, text_only)
-    export(tensors, config, target.absolute(), form, name, expected, generation, progress)
+    export(tensors, config, absolute(target), form, name, expected, generation, progress)
     if jax.process_index():
         return []
-    left = _carry(files, target) if target.resolve() != source.resolve() else []
+    left = _carry(files, target) if absolute(target) != absolute(source) else []
     _write_byte_level(config, target)
     return [f"wrote {output}", *([f"left in {source}: {_few(left)}"] if left else [])]
 
 
-def _files(folder) -> list[pathlib.Path]:
+def _files(folder) -> list[AnyPath]:
     """What lies in a folder."""
+    folder = to_path(folder)
     try:
-        return sorted(pathlib.Path(folder).iterdir())
+        return [folder / name for name in names(folder)]
     except OSError as error:
         raise CheckpointError(f"{folder}: {error.strerror or error}") from error
 
 
-def _carry(files: list[pathlib.Path], target: pathlib.Path) -> list[str]:
+def _carry(files: list[AnyPath], target: AnyPath) -> list[str]:
     """Copy files to `target` unless one of that name is there; returns the names of those that were left.
 
     Those are folders, weights of another format, large files, and links that lead out of the source.
@@ -80,20 +92,28 @@ def _carry(files: list[pathlib.Path], target: pathlib.Path) -> list[str]:
     for path in files:
         if not _can_be_carried(path):
             left.append(path.name + "/" * path.is_dir())
-        elif not (target / path.name).exists() and not (target / path.name).is_symlink():
-            shutil.copy2(path, target / path.name)
+        elif not lexists(target / path.name):
+            _copy(path, target / path.name)
     return left
 
 
-def _of_vocabulary(path: pathlib.Path) -> bool:
+def _copy(path: AnyPath, target: AnyPath) -> None:
+    if is_remote(path) or is_remote(target):
+        write(target, read_range(path, MOST_BYTES, 0))
+    else:
+        shutil.copy2(path, target)
+
+
+def _of_vocabulary(path: AnyPath) -> bool:
     return path.name.lower().startswith(VOCABULARY) or path.suffix.lower() in (".py", ".jinja")
 
 
-def _can_be_carried(path: pathlib.Path) -> bool:
-    if path.name.startswith(".") or not path.is_file() or path.stat().st_size > MOST_BYTES:
+def _can_be_carried(path: AnyPath) -> bool:
+    if path.name.startswith(".") or not path.is_file() or size_and_time(path)[0] > MOST_BYTES:
         return False
-    names = path.name.lower().removesuffix(".json").removesuffix(".index")  # the index of weights goes with them
-    return not names.endswith(tuple(WEIGHTS)) and path.resolve().is_relative_to(_root(path.parent).resolve())
+    name = path.name.lower().removesuffix(".json").removesuffix(".index")  # the index of weights goes with them
+    inside = is_remote(path) or path.resolve().is_relative_to(_root(path.parent).resolve())
+    return inside and not name.endswith(tuple(WEIGHTS))
 
 
 def _root(folder: pathlib.Path) -> pathlib.Path:
@@ -107,11 +127,11 @@ def _few(names: list[str]) -> str:
     return ", ".join(name if name.isprintable() else ascii(name) for name in names[:SHOWN]) + more
 
 
-def _write_byte_level(config: K25Config, target: pathlib.Path):
+def _write_byte_level(config: K25Config, target: AnyPath):
     """The byte-level vocabulary for other software, beside a model that has it and no files of another."""
     with contextlib.suppress(TokenizerError):  # a vocabulary that is not read is there
         if is_byte_level(config) and find_vocabulary(target) is None:
             for name, contents in byte_level_files().items():
                 if not (target / name).exists():
                     text = json.dumps(contents, ensure_ascii=False, indent=1)
-                    (target / name).write_text(text + "\n", encoding="utf-8")
+                    write(target / name, text + "\n")

@@ -24,6 +24,7 @@ from k25_jax.checkpoint.layout import LANGUAGE, Bound, bind
 from k25_jax.checkpoint.tensor_files import DTYPES, INDEX
 from k25_jax.checkpoint.tensors import WORDS, Tensors
 from k25_jax.config import K25Config
+from k25_jax.runtime.paths import AnyPath, drafted, is_remote, make_folder, names, write
 from k25_jax.sharding import processes
 
 WRITTEN = (INDEX, "config.json", GENERATION)
@@ -80,7 +81,7 @@ class Form:
 def export(
     tensors: Tensors,
     config: K25Config,
-    target: pathlib.Path,
+    target: AnyPath,
     form: Form,
     source: str = "",
     expected: dict[str, int] | None = None,
@@ -88,6 +89,8 @@ def export(
     progress: Callable[[str, int, int], None] | None = None,
 ) -> None:
     """Write a checkpoint into the folder `target`, which appears whole or not at all; all processes call this.
+
+    In a bucket, which has no renaming, `target` is a folder that was empty, and no checkpoint before its index is there.
 
     In an older checkpoint's place the folder keeps the files that are not weights. With a `source`, a name of what is
     written, an export that was killed goes on where it was. `expected` are the sums of the bits of its leaves.
@@ -111,7 +114,7 @@ def export(
             total = sum(entry.size for shard in files.values() for entry in shard)
             index = {INDEX: {"metadata": {"total_size": total}, "weight_map": weight_map}}
             for name, values in (form.configs(config, generation) | index).items():
-                (folder / name).write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
+                write(folder / name, json.dumps(values, indent=2) + "\n")
     processes.met("export: done")
 
 
@@ -142,7 +145,7 @@ def _split(entries: list[Entry], shard_bytes: float) -> list[list[Entry]]:
     return shards
 
 
-def _write_file(path: pathlib.Path, shard: list[Entry], tensors: Tensors) -> None:
+def _write_file(path: AnyPath, shard: list[Entry], tensors: Tensors) -> None:
     """A safetensors file; its larger types come first, so that every tensor is aligned."""
     parts = {name: kind for entry in shard for name, kind in entry.parts.items()}
     header, starts, position = {"__metadata__": {"format": "pt"}}, {}, 0
@@ -151,16 +154,14 @@ def _write_file(path: pathlib.Path, shard: list[Entry], tensors: Tensors) -> Non
         header[name] = {"dtype": dtype, "shape": shape, "data_offsets": [starts[name], position]}
     head = json.dumps(header).encode()
     head += b" " * (-len(head) % 8)
-    unfinished = path.with_name(f"{path.name}.tmp")
-    with open(unfinished, "wb") as file:
+    with drafted(path) as draft, open(draft, "wb") as file:
         file.write(len(head).to_bytes(8, "little") + head)
         for entry in shard:
             _write_tensor(file, entry, {name: 8 + len(head) + starts[name] for name in entry.parts}, tensors)
         file.flush()
         os.fsync(file.fileno())
-    if sums := tensors.sums():
-        path.with_name(path.name + SUMS).write_text(json.dumps(sums))
-    unfinished.replace(path)
+        if sums := tensors.sums():
+            write(path.with_name(path.name + SUMS), json.dumps(sums))
 
 
 def _write_tensor(file: BinaryIO, entry: Entry, starts: dict[str, int], tensors: Tensors) -> None:
@@ -174,7 +175,7 @@ def _write_tensor(file: BinaryIO, entry: Entry, starts: dict[str, int], tensors:
         file.write(np.ascontiguousarray(array, DTYPES[dtype]).view(np.uint8))
 
 
-def _compare(folder: pathlib.Path, files, expected: dict[str, int], source: str) -> None:
+def _compare(folder: AnyPath, files, expected: dict[str, int], source: str) -> None:
     """Raise CheckpointError where what went into the files is not what the run had saved."""
     read: dict[str, int] = {}
     for name in files:
@@ -190,15 +191,16 @@ def _compare(folder: pathlib.Path, files, expected: dict[str, int], source: str)
 
 # ----------------------------------------------------------------------------------------------------------- the folder
 @contextlib.contextmanager
-def _replacing(target: pathlib.Path, plan: dict | None) -> Iterator[pathlib.Path]:
+def _replacing(target: AnyPath, plan: dict | None) -> Iterator[AnyPath]:
     """A folder that takes the place of `target` once all of it is written; on an error, nothing has changed.
 
     With a `plan` it stays for the next try, which goes on with it if its plan is the same.
     """
     first = jax.process_index() == 0
-    if first and target.exists() and not _replaceable(target):
+    remote = is_remote(target)
+    if first and not remote and target.exists() and not _replaceable(target):
         raise CheckpointError(f"{target} is in the way and is not a checkpoint: choose an empty or new folder")
-    folder = target.with_name(f".{target.name}.partial" + ("" if plan else f"-{os.getpid()}"))
+    folder = target if remote else target.with_name(f".{target.name}.partial" + ("" if plan else f"-{os.getpid()}"))
     try:
         if first:
             _prepare(folder, plan)
@@ -209,33 +211,43 @@ def _replacing(target: pathlib.Path, plan: dict | None) -> Iterator[pathlib.Path
             )
         yield folder
         if first:
-            _put(folder, target)
+            _forget_plan(folder)
+            if not remote:
+                _put(folder, target)
     except OSError as error:
         raise CheckpointError(f"{target} cannot be written: {error.strerror or error}; it is as it was") from error
     except CheckpointError:  # of what is read: what was written is of no use
         plan = None
         raise
     finally:
-        if first and not plan:
+        if first and not plan and not remote:
             shutil.rmtree(folder, ignore_errors=True)
 
 
-def _prepare(folder: pathlib.Path, plan: dict | None) -> None:
+def _prepare(folder: AnyPath, plan: dict | None) -> None:
     """An empty folder, or the one of an export by the same plan that did not come to its end."""
     if plan and folder.exists():
         with contextlib.suppress(OSError, ValueError):
             if json.loads((folder / PLAN).read_text()) == plan:
                 return
-        shutil.rmtree(folder)
-    folder.mkdir(parents=True)
+        if not is_remote(folder):
+            shutil.rmtree(folder)
+    if is_remote(folder) and folder.exists():
+        raise CheckpointError(f"{folder} is in the way: what is in a bucket is not replaced; choose an empty folder")
+    make_folder(folder)
     if plan:
-        (folder / PLAN).write_text(json.dumps(plan))
+        write(folder / PLAN, json.dumps(plan))
+
+
+def _forget_plan(folder: AnyPath) -> None:
+    """What only an export that goes on needs."""
+    for name in names(folder):
+        if name == PLAN or name.endswith(SUMS):
+            (folder / name).unlink()
 
 
 def _put(folder: pathlib.Path, target: pathlib.Path) -> None:
     """Give a finished folder its name."""
-    for item in (*folder.glob(f"*{SUMS}"), *folder.glob(PLAN)):
-        item.unlink()
     old = target.with_name(f".{target.name}.old-{os.getpid()}")
     try:
         if target.exists():

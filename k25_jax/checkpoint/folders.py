@@ -4,17 +4,19 @@ import pathlib
 
 from k25_jax.config import ConfigError, Experiment, from_dict
 from k25_jax.config.json_file import read_object
+from k25_jax.runtime.paths import AnyPath, is_remote, names, to_path
 
 BASE = pathlib.Path(__file__).parent / "base"
+COMMITTED = "commit_success.txt"
 
 
 class CheckpointError(RuntimeError):
     """A checkpoint that cannot be written or read; the message names the folder and the remedy."""
 
 
-def find(directory: str | pathlib.Path) -> tuple[pathlib.Path, bool]:
+def find(directory: str | AnyPath) -> tuple[AnyPath, bool]:
     """(the folder, whether it is a run of ours) of a model; "base" is the one of the package. Raises CheckpointError."""
-    folder = BASE if str(directory) == "base" else pathlib.Path(directory)
+    folder = BASE if str(directory) == "base" else to_path(directory)
     if (folder / "experiment.json").is_file():
         return folder, True
     if (folder / "config.json").exists():  # what is no file is named by its reader
@@ -25,7 +27,7 @@ def find(directory: str | pathlib.Path) -> tuple[pathlib.Path, bool]:
     )
 
 
-def read_experiment(directory: pathlib.Path) -> Experiment:
+def read_experiment(directory: AnyPath) -> Experiment:
     """The configuration that a run was started with."""
     try:
         values = read_object(directory / "experiment.json")
@@ -37,12 +39,19 @@ def read_experiment(directory: pathlib.Path) -> Experiment:
     return from_dict(Experiment, values)
 
 
-def check_same_model(experiment: Experiment, directory: pathlib.Path) -> None:
+def check_same_model(experiment: Experiment, directory: AnyPath) -> None:
     """Raise ConfigError where `directory` holds a run of another model."""
     if (directory / "experiment.json").exists() and read_experiment(directory).model != experiment.model:
         raise ConfigError(f"{directory} holds a run of another model; choose another --workdir")
 
 
-def complete_steps(directory: str | pathlib.Path) -> list[int]:
-    """The steps with a complete checkpoint under `directory`, by the names of its folders."""
-    return sorted(int(path.name) for path in pathlib.Path(directory).glob("*") if path.name.isdigit())
+def complete_steps(directory: str | AnyPath) -> list[int]:
+    """The steps with a complete checkpoint under `directory`: by the names of its folders, which Orbax renames when they
+    are whole; in a bucket, which has no renaming, by the object that it writes last.
+    """
+    directory = to_path(directory)
+    try:
+        steps = sorted(int(name) for name in names(directory) if name.isdigit())
+    except (FileNotFoundError, NotADirectoryError):  # nothing yet
+        return []
+    return [step for step in steps if not is_remote(directory) or (directory / str(step) / COMMITTED).exists()]

@@ -6,11 +6,11 @@ represent raises `CheckpointError` with the file, the field and its value.
 """
 
 import math
-import pathlib
 
 from k25_jax.checkpoint.store import CheckpointError
 from k25_jax.config import ConfigError, K25Config, MoEConfig, RopeConfig, TextConfig, VisionConfig, from_dict
 from k25_jax.config.json_file import read_object, shown
+from k25_jax.runtime.paths import AnyPath, to_path
 
 MOST = 2**31  # no size in a config is this large
 TEXT_TYPES = ("kimi_k2", "deepseek_v3")
@@ -154,7 +154,7 @@ def declared_encoding(directory) -> str:
 
 
 def _top(directory) -> _Section:
-    path = pathlib.Path(directory)
+    path = to_path(directory)
     path = path / "config.json" if path.is_dir() else path
     top = _Section(_read(path), str(path))
     model_type = top.values.get("model_type")
@@ -167,7 +167,7 @@ def _is_language_model(top: _Section) -> bool:
     return top.values["model_type"] in TEXT_TYPES
 
 
-def _read(path: pathlib.Path) -> dict:
+def _read(path: AnyPath) -> dict:
     try:
         return read_object(path)
     except ValueError as error:
@@ -261,7 +261,7 @@ def _rope(section: _Section, max_length: int) -> RopeConfig:
 
 def _token_ids(top: _Section, text: _Section, vocabulary: int) -> dict:
     """Begin, padding and all ends: those of generation_config.json, of the top level and of text_config together."""
-    defaults, folder = K25Config(), pathlib.Path(top.where).parent
+    defaults, folder = K25Config(), to_path(top.where).parent
     generation = _Section(read_generation(folder), str(folder / GENERATION))
     bos, pad = (top.token_ids(name, vocabulary) or text.token_ids(name, vocabulary) for name in BOS_AND_PAD)
     ends = [id_ for part in (generation, top, text) for id_ in part.token_ids("eos_token_id", vocabulary)]
@@ -269,7 +269,7 @@ def _token_ids(top: _Section, text: _Section, vocabulary: int) -> dict:
     return {"bos_id": (bos or [defaults.bos_id])[0], "eos_ids": ends, "pad_id": (pad or ends)[0]}
 
 
-def read_generation(directory: pathlib.Path) -> dict:
+def read_generation(directory: AnyPath) -> dict:
     """What generation_config.json says; {} where there is none."""
     path = directory / GENERATION
     return _read(path) if path.exists() else {}

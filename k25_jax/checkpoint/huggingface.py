@@ -5,7 +5,6 @@ INT4, matrices FP8 (quantised.py).
 """
 
 import math
-import pathlib
 import re
 from collections.abc import Callable
 
@@ -22,6 +21,7 @@ from k25_jax.checkpoint.store import CheckpointError
 from k25_jax.checkpoint.tensor_files import TensorFiles
 from k25_jax.checkpoint.tensors import TreeTensors
 from k25_jax.config import K25Config
+from k25_jax.runtime.paths import absolute, to_path
 
 EMBED, HEAD, NORM = (f"{LANGUAGE}{name}.weight" for name in ("model.embed_tokens", "lm_head", "model.norm"))
 CHUNK = 2**22  # numbers that are compared at once
@@ -181,5 +181,5 @@ def save_params(
     generation_config.json. The folder appears whole or not at all (export.py).
     """
     form = Form(np.dtype(dtype).name, quantise or "", shard_bytes, text_only)
-    target = pathlib.Path(directory).absolute()
+    target = absolute(to_path(directory))
     export(TreeTensors(params), config, target, form, generation=generation, progress=progress)

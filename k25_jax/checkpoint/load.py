@@ -1,7 +1,6 @@
 """A model from a folder: one of our runs, or a checkpoint in the public format."""
 
 import logging
-import pathlib
 from dataclasses import dataclass
 
 import jax.numpy as jnp
@@ -12,6 +11,7 @@ from k25_jax.checkpoint.huggingface import load_params
 from k25_jax.checkpoint.store import restore_params
 from k25_jax.config import BYTE_IDS, Experiment, K25Config
 from k25_jax.models.k25 import abstract_params
+from k25_jax.runtime.paths import AnyPath
 from k25_jax.text.tokenizer import Tokenizer, TokenizerError, find_vocabulary, load_tokenizer, no_vocabulary
 
 logger = logging.getLogger(__name__)
@@ -27,7 +27,7 @@ class Model:
     experiment: Experiment | None = None
 
 
-def load_model(directory: str | pathlib.Path, dtype=jnp.float32, progress=None) -> Model:
+def load_model(directory: str | AnyPath, dtype=jnp.float32, progress=None) -> Model:
     """Read `directory`: a run of ours (experiment.json, checkpoints/) or public files (config.json, *.safetensors).
 
     The word "base" is the tiny model that comes with the package, trained by `make base`.
@@ -44,7 +44,7 @@ def load_model(directory: str | pathlib.Path, dtype=jnp.float32, progress=None) 
     return Model(params, config, tokenizer)
 
 
-def model_tokenizer(directory: pathlib.Path, config: K25Config) -> Tokenizer:
+def model_tokenizer(directory: AnyPath, config: K25Config) -> Tokenizer:
     """The vocabulary beside public weights, or the byte-level one for a model of bytes.
 
     Raises TokenizerError where there is one that is not read or not the model's. With none at all, ids alone can be used.

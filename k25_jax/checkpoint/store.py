@@ -1,26 +1,26 @@
 """Checkpoints of a run: parameters, optimizer, random stream and data state in one atomic step (Orbax)."""
 
 import contextlib
-import pathlib
 
 import jax
 import jax.numpy as jnp
 import orbax.checkpoint as ocp
 
 from k25_jax.checkpoint.folders import CheckpointError
+from k25_jax.runtime.paths import AnyPath, absolute, to_path
 
 
 class Store:
     """Asynchronous, atomic checkpoints under `directory`, the newest `keep` of them.
 
-    A killed process leaves at most an unfinished temporary folder, which no reader sees. Orbax does not notice bytes
+    A killed process leaves at most an unfinished folder, which no reader sees. Orbax does not notice bytes
     that rot on the disk, so each checkpoint holds sums of its arrays, which are compared on reading.
     """
 
-    def __init__(self, directory: str | pathlib.Path, keep: int = 3, apart: dict[str, tuple[int, ...]] | None = None):
+    def __init__(self, directory: str | AnyPath, keep: int = 3, apart: dict[str, tuple[int, ...]] | None = None):
         """`apart` names arrays that are stored in pieces, one for each place along these axes (layout.py: read_apart)."""
         self._apart = apart or {}
-        self.directory = pathlib.Path(directory).resolve()
+        self.directory = absolute(to_path(directory))
         options = ocp.CheckpointManagerOptions(max_to_keep=keep, create=True, cleanup_tmp_directories=True)
         self._manager = ocp.CheckpointManager(self.directory, options=options)
         self._writing = 0  # the step that is being written
@@ -73,7 +73,7 @@ class Store:
             self._manager.close()
 
 
-def restore_params(directory: str | pathlib.Path, abstract_params) -> dict:
+def restore_params(directory: str | AnyPath, abstract_params) -> dict:
     """Only the parameters of the newest checkpoint under `directory`; a run may go on there, so nothing is changed."""
     with _newest(directory) as (manager, folder):
         target = {"params": placed(abstract_params)}
@@ -82,7 +82,7 @@ def restore_params(directory: str | pathlib.Path, abstract_params) -> dict:
         return _read(manager, folder, args)[0]["params"]
 
 
-def newest_step(directory: str | pathlib.Path) -> tuple[pathlib.Path, dict[str, int]]:
+def newest_step(directory: str | AnyPath) -> tuple[AnyPath, dict[str, int]]:
     """(folder of the newest checkpoint under `directory`, the sums of its arrays); reads no array."""
     with _newest(directory) as (manager, folder):
         data = manager.restore(int(folder.name), args=ocp.args.Composite(data=ocp.args.JsonRestore()))
@@ -90,9 +90,9 @@ def newest_step(directory: str | pathlib.Path) -> tuple[pathlib.Path, dict[str, 
 
 
 @contextlib.contextmanager
-def _newest(directory: str | pathlib.Path):
+def _newest(directory: str | AnyPath):
     """(manager, folder) of the newest checkpoint under `directory`, which stays as it is."""
-    directory = pathlib.Path(directory).resolve()
+    directory = absolute(to_path(directory))
     if not directory.is_dir():
         raise CheckpointError(f"{directory}: no such folder; a run writes its first checkpoint into it")
     with ocp.CheckpointManager(directory, options=ocp.CheckpointManagerOptions(create=False)) as manager:
@@ -102,7 +102,7 @@ def _newest(directory: str | pathlib.Path):
         yield manager, directory / str(step)
 
 
-def _read(manager: ocp.CheckpointManager, folder: pathlib.Path, args) -> tuple[object, dict]:
+def _read(manager: ocp.CheckpointManager, folder: AnyPath, args) -> tuple[object, dict]:
     """(what `args` asks for, data state) of the checkpoint in `folder`, whose name is its step."""
     composite = ocp.args.Composite(state=args, data=ocp.args.JsonRestore())
     remedy = "delete that folder to go on from an earlier one"

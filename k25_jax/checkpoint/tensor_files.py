@@ -6,7 +6,6 @@ is not finite is named as it comes.
 
 import dataclasses
 import math
-import pathlib
 from collections.abc import Callable
 
 import ml_dtypes
@@ -15,6 +14,7 @@ import numpy as np
 from k25_jax.checkpoint import quantised
 from k25_jax.checkpoint.store import CheckpointError
 from k25_jax.config.json_file import parse_object, read_object, require_file, shown
+from k25_jax.runtime.paths import AnyPath, is_remote, read_range, to_path
 
 INDEX = "model.safetensors.index.json"
 MAX_HEADER = 100_000_000  # bytes, by the definition of safetensors; also of an index
@@ -50,7 +50,7 @@ BLOCK = 2**18  # words that are checked at once: they stay in the processor's ca
 class Stored:
     """A tensor in a safetensors file, from byte `start`."""
 
-    file: pathlib.Path
+    file: AnyPath
     name: str
     dtype: str
     shape: tuple[int, ...]
@@ -58,15 +58,14 @@ class Stored:
 
 
 # ------------------------------------------------------------------------------------------------------------ headers
-def read_header(path: pathlib.Path) -> list[Stored]:
+def read_header(path: AnyPath) -> list[Stored]:
     """What a safetensors file holds. Raises CheckpointError, one line, unless its tensors fill it exactly."""
     try:
         size = require_file(path)
-        with open(path, "rb") as file:
-            length = int.from_bytes(file.read(8), "little")
-            if size < 8 or length > min(size - 8, MAX_HEADER):
-                raise CheckpointError(f"{path} is not a safetensors file, or cut off inside its header")
-            text = file.read(length)
+        length = int.from_bytes(read_range(path, 8, 0), "little")
+        if size < 8 or length > min(size - 8, MAX_HEADER):
+            raise CheckpointError(f"{path} is not a safetensors file, or cut off inside its header")
+        text = read_range(path, length, 8)
     except OSError as error:
         raise CheckpointError(f"{path}: {error.strerror or error}") from error
     except ValueError as error:
@@ -113,7 +112,7 @@ def _sizes(values) -> bool:
     return isinstance(values, list) and all(type(value) is int and 0 <= value < 2**63 for value in values)
 
 
-def read_index(path: pathlib.Path) -> dict[pathlib.Path, set[str]]:
+def read_index(path: AnyPath) -> dict[AnyPath, set[str]]:
     """Which tensors are in which file beside the index. Raises CheckpointError, one line."""
     try:
         weight_map = read_object(path, MAX_HEADER).get("weight_map")
@@ -147,7 +146,7 @@ class TensorFiles:
     """
 
     def __init__(self, source, public_name: Callable[[str], str]):
-        self.source, self.public_name = pathlib.Path(source), public_name
+        self.source, self.public_name = to_path(source), public_name
         self.tensors: dict[str, Stored] = {}
         self.lost: set[str] = set()
         self.problems: list[str] = []
@@ -159,7 +158,7 @@ class TensorFiles:
         else:
             raise CheckpointError(f"{self.source} has neither model.safetensors nor {INDEX}")
 
-    def _open_shards(self, index: pathlib.Path):
+    def _open_shards(self, index: AnyPath):
         for path, named in read_index(index).items():
             try:
                 stored = read_header(path)
@@ -220,7 +219,11 @@ class TensorFiles:
         dtype, row = DTYPES[stored.dtype], math.prod(stored.shape[1:])
         rows = (stored.shape[0] if last is None else last) - first
         size = rows * row * dtype.itemsize
-        data = np.fromfile(stored.file, np.uint8, size, offset=stored.start + first * row * dtype.itemsize)
+        start = stored.start + first * row * dtype.itemsize
+        if is_remote(stored.file):
+            data = np.frombuffer(read_range(stored.file, size, start), np.uint8)
+        else:
+            data = np.fromfile(stored.file, np.uint8, size, offset=start)
         if data.size != size:
             raise CheckpointError(f"{stored.file} ended while {stored.name} was read: it changed after it was opened")
         if not _finite(data, stored.dtype):

@@ -1,7 +1,6 @@
 """Where the tensors to be written come from, each read when it is its turn: a tree, a run on disk, or public files."""
 
 import json
-import pathlib
 from typing import Protocol
 
 import jax
@@ -12,6 +11,7 @@ from flax.traverse_util import flatten_dict
 from k25_jax.checkpoint.folders import CheckpointError
 from k25_jax.checkpoint.layout import Bound
 from k25_jax.checkpoint.tensor_files import TensorFiles, raise_problems
+from k25_jax.runtime.paths import AnyPath, is_remote
 
 WORDS = 2**32  # the sums of bits in a checkpoint of ours are counted modulo this (store.py)
 
@@ -58,7 +58,7 @@ class TreeTensors:
 class RunTensors:
     """Those of a checkpoint of a run, read from its arrays on disk or in a bucket without a device, in parts."""
 
-    def __init__(self, step: pathlib.Path):
+    def __init__(self, step: AnyPath):
         """`step` is the folder of the checkpoint."""
         self._step, self._sums = step, {}
         state = step / "state"
@@ -66,7 +66,7 @@ class RunTensors:
             tree = json.loads((state / "_METADATA").read_text())
             keys = [[key["key"] for key in leaf["key_metadata"]] for leaf in tree["tree_metadata"].values()]
             driver = "zarr3" if tree["use_zarr3"] else "zarr"
-            base = f"{state}/" if "://" in str(state) else f"file://{state.absolute()}/"
+            base = f"{state}/" if is_remote(state) else f"file://{state.absolute()}/"
             specs = {
                 "/".join(path[1:]): {
                     "driver": driver,

@@ -12,6 +12,7 @@ from k25_jax.cli.flags import build_parser, override
 from k25_jax.train.interrupts import Interrupted, at_once
 
 __all__ = ["build_parser", "main"]
+REPORTS = ("k25_jax", "gcsfs", "google", "aiohttp")  # packages whose errors are told in one line
 GOES_ON = "; the same command goes on after the last checkpoint"
 
 
@@ -65,8 +66,10 @@ def run(words: list[str]) -> int:
 
 
 def is_users(error: Exception) -> bool:
-    """Whether the input or the disk is at fault: it is of a class of ours, or the system's. Else it is a bug: traceback."""
-    ours = any(kind.__module__.partition(".")[0] == "k25_jax" for kind in type(error).__mro__)
+    """Whether the input, the disk or a bucket is at fault: it is of a class of ours, the system's, or of those that reach
+    buckets. Else it is a bug: traceback.
+    """
+    ours = any(kind.__module__.partition(".")[0] in REPORTS for kind in type(error).__mro__)
     return ours or isinstance(error, OSError)
 
 

@@ -3,20 +3,21 @@
 What only the model or the data can tell is checked where it is used.
 """
 
-import glob
 import os
-import pathlib
 import re
 import socket
 import stat
 import tempfile
+
+from k25_jax.runtime import paths
+from k25_jax.runtime.paths import AnyPath, check_reachable, is_remote, local_only, to_path
 
 PLACE = ("JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID")
 TASK = re.compile(r"\w+(:[\w.=+,-]+)+")
 
 
 # ------------------------------------------------------------------------------------------------------- of each command
-def run(experiment, workdir: pathlib.Path) -> None:
+def run(experiment, workdir: AnyPath) -> None:
     """`k25 train`. One of several processes looks later, when it can tell the others what it has found."""
     from k25_jax.checkpoint.folders import check_same_model, complete_steps
 
@@ -36,6 +37,7 @@ def run(experiment, workdir: pathlib.Path) -> None:
 def sweep(args) -> None:
     """`k25 sweep`."""
     _at_least(args, jobs=1)
+    local_only(args.workdir, "--workdir", "its runs are processes of this machine; `k25 train` runs one in a bucket")
     _writable("--workdir", args.workdir)
 
 
@@ -45,6 +47,7 @@ def data(args) -> None:
         _source(path, "auto")
     _at_least(args, workers=0, deadline=0)
     if getattr(args, "output", None):
+        local_only(args.output, "--output", paths.UPLOAD)
         _writable("--output", args.output)
 
 
@@ -77,6 +80,7 @@ def serve(args) -> None:
 
     check_reach(args.host, read_key(args.api_key_env, args.api_key_file))
     if args.media_root:
+        local_only(args.media_root, "--media_root", "files there are opened without following links; copy them here")
         _folder("--media_root", args.media_root)
     _at_least(args, slots=1, pages=1, max_length=0, max_tokens=0, concurrency=1, grace_seconds=0, max_pixels=1)
     _at_least(args, max_image_patches=1, max_frame_patches=1)
@@ -103,7 +107,7 @@ def evaluate(args) -> None:
         raise _error(f"--data goes with one --task of {', '.join(BENCHMARKS)}")
     if args.suite and args.task:
         raise _error("--suite and --task exclude each other")
-    if args.data and not os.path.exists(args.data):
+    if args.data and not _is_there("--data", args.data):
         raise _error(f"--data: there is nothing at {args.data}; check the path")
     if not args.url:
         if args.model:
@@ -118,7 +122,7 @@ def evaluate(args) -> None:
 
 def report(args) -> None:
     """`k25 report`."""
-    file = pathlib.Path(args.workdir, "metrics.jsonl")
+    file = _reached("--workdir", args.workdir) / "metrics.jsonl"
     if not file.is_file():
         raise _error(f"no metrics at {file}; a run writes metrics.jsonl into its directory")
 
@@ -138,14 +142,25 @@ def _at_least(args, **least: float) -> None:
             raise _error(f"{name}={value} must be at least {bound}; change --{name}")
 
 
+def _reached(name: str, path: str | AnyPath) -> AnyPath:
+    """The path that was given; a bucket is there, and may be read."""
+    place = to_path(path, name)
+    check_reachable(place, name)
+    return place
+
+
+def _is_there(name: str, path: str) -> bool:
+    return _reached(name, path).exists()
+
+
 def _folder(name: str, path: str) -> None:
-    if not os.path.isdir(path):
+    if not _reached(name, path).is_dir():
         raise _error(f"{name}={path}: there is no such folder; check the path")
 
 
 def _start(name: str, path: str) -> None:
     """Weights to start from: the word "base", a folder, or for the encoder a file too."""
-    if path not in ("", "base") and not os.path.exists(path):
+    if path not in ("", "base") and not _is_there(name, path):
         raise _error(f"{name}={path}: there is nothing at that path; name a run or a public checkpoint")
 
 
@@ -155,7 +170,7 @@ def _source(path: str, kind: str) -> None:
 
     if kind == "task" or (kind == "auto" and TASK.fullmatch(path) and not os.path.exists(path)):
         make_task(path)
-    elif not os.path.exists(path) and not glob.glob(path, recursive=True):
+    elif not _is_there("data.sources", path) and not paths.expand(path):
         raise _error(f"data.sources: there is nothing at {path}; check the path")
 
 
@@ -175,14 +190,17 @@ def _checkpoint(path: str) -> None:
     """A run with a checkpoint, or a public one."""
     from k25_jax.checkpoint.folders import CheckpointError, complete_steps, find
 
-    folder, is_run = find(path)
+    folder, is_run = find(path if path == "base" else _reached("--checkpoint", path))
     if is_run and not complete_steps(folder / "checkpoints"):
         raise CheckpointError(f"{folder / 'checkpoints'}: no complete checkpoint; a run writes its first one there")
 
 
-def _writable(name: str, path: str | pathlib.Path) -> None:
+def _writable(name: str, path: str | AnyPath) -> None:
     """A folder can be made there, or written into; nothing is left there."""
-    folder = pathlib.Path(path).absolute()
+    if is_remote(place := to_path(path, name)):
+        check_reachable(place, name, write=True)
+        return
+    folder = place.absolute()
     while not folder.exists() and folder != folder.parent:
         folder = folder.parent
     if not folder.is_dir():
@@ -195,6 +213,7 @@ def _writable(name: str, path: str | pathlib.Path) -> None:
 
 def _regular(path: str) -> None:
     """A file with something in it, and no pipe, from which reading would wait."""
+    local_only(path, "--image or --video", "copy it here")
     try:
         status = os.stat(path)
     except FileNotFoundError:

@@ -6,6 +6,7 @@ import pathlib
 import sys
 
 from k25_jax.cli import checks
+from k25_jax.runtime.paths import local_only, to_path
 
 
 def run_train(args) -> None:
@@ -13,7 +14,7 @@ def run_train(args) -> None:
     from k25_jax.config import load_experiment
 
     experiment = load_experiment(args.config, args.overrides)
-    workdir = pathlib.Path(args.workdir or f"runs/{experiment.name}")
+    workdir = to_path(args.workdir or f"runs/{experiment.name}", "--workdir")
     checks.run(experiment, workdir)
 
     from k25_jax.checkpoint.folders import complete_steps
@@ -172,4 +173,4 @@ def run_demo(args) -> int:
     """The whole demonstration."""
     from k25_jax.demo import demo
 
-    return demo(pathlib.Path(args.workdir), args.steps)
+    return demo(local_only(args.workdir, "--workdir", "choose a folder of this machine"), args.steps)

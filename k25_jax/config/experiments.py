@@ -8,6 +8,7 @@ import pathlib
 import re
 
 from k25_jax.config.checks import ConfigError, nearest
+from k25_jax.runtime.paths import local_only
 
 FOLDER = pathlib.Path(__file__).parents[1] / "experiments"
 
@@ -21,6 +22,13 @@ def packaged(name: str) -> pathlib.Path | None:
     """The file of that name, with or without experiments/ before it and .py behind it; None where there is none."""
     short = name.removeprefix("experiments/").removesuffix(".py")
     return FOLDER / f"{short}.py" if short in names() else None
+
+
+def split(spec: str) -> tuple[str, str]:
+    """FILE:ARG as its two parts; PathError for a file in a bucket."""
+    local_only(spec, "--config", "an experiment file is code of this machine; copy it here")
+    path, _, arg = spec.partition(":")
+    return path, arg
 
 
 def find(path: str) -> pathlib.Path:
@@ -51,7 +59,7 @@ def copy(name: str, output: str | None = None) -> pathlib.Path:
         raise ConfigError(
             f"no experiment {name!r} in the package{nearest(name, names())}; `k25 experiments` lists them"
         )
-    target = pathlib.Path(output or file.name)
+    target = local_only(output or file.name, "--output", "an experiment file is code of this machine")
     if target.is_dir():
         target /= file.name
     try:

@@ -2,21 +2,21 @@
 
 import json
 import math
-import pathlib
 import reprlib
 import stat
+
+from k25_jax.runtime.paths import AnyPath, is_remote, read_range, size_and_time, to_path
 
 MOST_BYTES = 10_000_000
 MOST_ENTRIES = 4_000_000  # commas and brackets: what makes a small file large in memory
 KINDS = {stat.S_IFDIR: "a folder", stat.S_IFIFO: "a pipe", stat.S_IFSOCK: "a socket"}
 
 
-def read_object(path: str | pathlib.Path, most_bytes: int = MOST_BYTES) -> dict:
+def read_object(path: str | AnyPath, most_bytes: int = MOST_BYTES) -> dict:
     """The object in a file. Raises ValueError with one line that names it; never waits for a pipe or device."""
     try:
         require_file(path)
-        with open(path, "rb") as file:
-            data = file.read(most_bytes + 1)
+        data = read_range(to_path(path), most_bytes + 1, 0)
     except OSError as error:
         raise ValueError(f"{path}: {error.strerror or error}") from error
     if len(data) > most_bytes:
@@ -24,9 +24,11 @@ def read_object(path: str | pathlib.Path, most_bytes: int = MOST_BYTES) -> dict:
     return parse_object(data, str(path))
 
 
-def require_file(path: str | pathlib.Path) -> int:
+def require_file(path: str | AnyPath) -> int:
     """The size of a regular file; ValueError for what would hang or has no end, OSError where there is none."""
-    status = pathlib.Path(path).stat()
+    if is_remote(path := to_path(path)):
+        return size_and_time(path)[0]
+    status = path.stat()
     if not stat.S_ISREG(status.st_mode):
         raise ValueError(f"{path} is {KINDS.get(stat.S_IFMT(status.st_mode), 'a device')}, not a file")
     return status.st_size

@@ -72,7 +72,7 @@ def load_experiment(spec: str, overrides: typing.Sequence[str] = ()) -> Experime
     The file may also be one of the package, by its name (config/experiments.py). In a list a key is a number from 0 on:
     `data.sources.1.weight=10`.
     """
-    path, _, arg = spec.partition(":")
+    path, arg = experiments.split(spec)
     module = import_file(path)
     config = module.get_config(arg) if arg else module.get_config()
     if not isinstance(config, ml_collections.ConfigDict):

@@ -35,6 +35,7 @@ from k25_jax.data.records import MAX_RECORD_BYTES, DataError, Record, RecordErro
 from k25_jax.data.sources import MANIFEST
 from k25_jax.data.statistics import Counts, Joined, Reader
 from k25_jax.data.workers import DEADLINE, Lost, Unit, run
+from k25_jax.runtime.paths import size_and_time, to_path
 from k25_jax.text.tokenizer import load_tokenizer
 
 SHARD_RECORDS = 2048  # in a shard, unless the number of shards is given
@@ -111,7 +112,7 @@ def _contain(part, root, fps: float):
     for kind in MEDIA:
         value = part.get(kind)
         if isinstance(value, os.PathLike):
-            value = read_bytes(Path(value))
+            value = read_bytes(to_path(value))
         elif isinstance(value, np.ndarray):
             value = _png(value) if kind == "image" else _film(value, fps)
         if isinstance(value, bytes):
@@ -198,8 +199,7 @@ def _fingerprint(source) -> str:
     digest = hashlib.sha256()
     for file in source.files():
         try:
-            status = file.stat()
-            found = f"{status.st_size}\0{status.st_mtime_ns}"
+            found = "\0".join(map(str, size_and_time(file)))
         except OSError:  # a link that leads nowhere is a bad record, not a bad source
             found = "missing"
         digest.update(f"{file}\0{found}\n".encode("utf-8", "surrogateescape"))

@@ -4,7 +4,6 @@ import logging
 import os
 import stat
 from collections.abc import Mapping
-from pathlib import Path
 from typing import NamedTuple
 
 from k25_jax.data.captions import (
@@ -30,6 +29,7 @@ from k25_jax.data.captions import (
     without_medium,
 )
 from k25_jax.data.records import DataError, RecordError, Source, parse_record, read_bytes, read_text
+from k25_jax.runtime.paths import AnyPath, is_remote, names, to_path, walk
 
 logger = logging.getLogger(__name__)
 
@@ -40,8 +40,8 @@ NAMED = 20  # pictures without a caption that the log names
 class _Entry(NamedTuple):
     """A file that is a record, and its captions."""
 
-    file: Path
-    captions: tuple[Path, ...] = ()
+    file: AnyPath
+    captions: tuple[AnyPath, ...] = ()
     problem: RecordError | None = None
 
 
@@ -55,10 +55,10 @@ class Folder(Source):
 
     def __init__(self, path: str):
         super().__init__()
-        self._folder = Path(path)
+        self._folder = to_path(path, "data.sources")
         self._entries: list[_Entry] = []
         self._media: list[str] = []  # all of them, by their paths below the folder
-        self._alone: list[Path] = []  # those without a caption
+        self._alone: list[AnyPath] = []  # those without a caption
         if self._folder.is_dir():
             self._walk()
         elif self._folder.is_file():
@@ -67,14 +67,14 @@ class Folder(Source):
             raise DataError(f"data.sources: {path} is not a folder; set kind to what it is")
 
     def _walk(self):
-        for folder, folders, names in os.walk(self._folder, onerror=self._not_readable):
+        for folder, folders, files in walk(self._folder, onerror=self._not_readable):
             folders.sort()
-            self.left_out[LINKED] += sum(os.path.islink(os.path.join(folder, name)) for name in folders)
+            self.left_out[LINKED] += sum(os.path.islink(folder / name) for name in folders)
             below = os.path.relpath(folder, self._folder)
-            system = {name for name in names if is_system_file(name if below == "." else f"{below}/{name}")}
+            system = {name for name in files if is_system_file(name if below == "." else f"{below}/{name}")}
             self.left_out[SYSTEM] += len(system)
             named_as_media = [name for name in folders if medium_kind(name)]
-            self._collect(Path(folder), sorted(set(names) - system), set(named_as_media))
+            self._collect(folder, sorted(set(files) - system), set(named_as_media))
         self._find_captions_alone()
         self.left_out[NO_CAPTION] = len(self._alone)
         self.left_out = +self.left_out
@@ -85,15 +85,13 @@ class Folder(Source):
         self.left_out["folder that cannot be read"] += 1
         logger.warning("%s: left out, it cannot be read (%s)", problem.filename, problem.strerror)
 
-    def _open_file(self, file: Path):
+    def _open_file(self, file: AnyPath):
         """Only what belongs to one file; a text without a medium is a text, as it was named itself."""
         if not (medium_kind(file.name) or ending(file.name) in TEXTS):
             raise DataError(f"data.sources: {file} is not a folder; set kind to what it is")
         self._folder = file.parent
         key = FOLDS[-1](stem(file.name))
-        self._collect(
-            self._folder, sorted(name for name in os.listdir(file.parent) if FOLDS[-1](name).startswith(key)), set()
-        )
+        self._collect(self._folder, [name for name in names(file.parent) if FOLDS[-1](name).startswith(key)], set())
         self._entries = [entry for entry in self._entries if file in (entry.file, *entry.captions)]
         self.left_out.clear()
         if not self._entries:
@@ -101,7 +99,7 @@ class Folder(Source):
                 f"data.sources: {file} has no caption; write one beside it, {file.stem}.txt or {file.stem}.json"
             )
 
-    def _collect(self, folder: Path, names: list[str], folders: set[str]):
+    def _collect(self, folder: AnyPath, names: list[str], folders: set[str]):
         """The records of one folder. `folders`: those in it that are named as media are."""
         captions = [name for name in names if ending(name) in CAPTIONS]
         below = os.path.relpath(folder, self._folder)
@@ -164,8 +162,10 @@ class Folder(Source):
                 record = with_text(record, read_text(self._inside(caption)))
         return with_medium(record, medium_kind(entry.file.name), file)
 
-    def _inside(self, file: Path) -> Path:
+    def _inside(self, file: AnyPath) -> AnyPath:
         """The regular file, or the one that a link to it leads to within the folder; raises RecordError."""
+        if is_remote(file):
+            return file
         name = printable(str(file))
         try:
             real = file.resolve() if stat.S_ISLNK(os.lstat(file).st_mode) else file
@@ -182,8 +182,8 @@ class Folder(Source):
             raise RecordError("file", f"{name}: cannot be read ({problem.strerror})") from None
         return real
 
-    def root(self, index: int) -> Path:
+    def root(self, index: int) -> AnyPath:
         return self._entries[index].file.parent
 
-    def files(self) -> list[Path]:
+    def files(self) -> list[AnyPath]:
         return [file for entry in self._entries for file in (entry.file, *entry.captions)]

@@ -3,9 +3,7 @@
 Only the places of the records are held, so memory goes by their number and not by the bytes or the blank lines.
 """
 
-import os
 from collections.abc import Iterator, Mapping
-from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
@@ -22,6 +20,7 @@ from k25_jax.data.captions import (
     with_medium,
 )
 from k25_jax.data.records import MAX_RECORD_BYTES, DataError, RecordError, parse_record
+from k25_jax.runtime.paths import AnyPath, Reader, names, read_range, to_path
 
 STEP, HEAD = 2**20, 2**16  # bytes read at once, and to see what a file is
 BLANK = np.zeros(256, bool)
@@ -52,18 +51,18 @@ class Jsonl(Archives):
         self._pieces: list[Pieces] = []
         super().__init__(path)
 
-    def open(self, file: Path) -> int:
+    def open(self, file: AnyPath) -> int:
         try:
-            with open(file, "rb") as handle:
-                pieces = self.index(handle.fileno(), file)
+            with Reader(file) as reader:
+                pieces = self.index(reader)
         except OSError as problem:
             raise DataError(f"data.sources: {file} cannot be read ({problem}); check its permissions") from problem
         self._pieces.append(pieces)
         return len(pieces.starts)
 
-    def index(self, descriptor: int, file: Path) -> Pieces:
+    def index(self, file: Reader) -> Pieces:
         """Where the records of an open file lie; raises DataError."""
-        return _lines(descriptor)
+        return _lines(file)
 
     def label(self, index: int) -> str:
         file, number = self.place(index)
@@ -76,14 +75,13 @@ class Jsonl(Archives):
         if size > MAX_RECORD_BYTES:
             raise RecordError("too large", f"{size} bytes exceed {MAX_RECORD_BYTES}")
         try:
-            with open(self._files[file], "rb") as handle:
-                return parse_record(os.pread(handle.fileno(), size, start))
+            return parse_record(read_range(self._files[file], size, start))
         except OSError as problem:
             raise DataError(
                 f"data.sources: {self._files[file]} can no longer be read ({problem}); check the disk"
             ) from problem
 
-    def root(self, index: int) -> Path:
+    def root(self, index: int) -> AnyPath:
         return self._files[self.place(index)[0]].parent
 
 
@@ -92,33 +90,34 @@ class Json(Jsonl):
 
     suffixes = (".json",)
 
-    def index(self, descriptor: int, file: Path) -> Pieces:
-        head = os.pread(descriptor, HEAD, 0).removeprefix(MARK).lstrip()
+    def index(self, file: Reader) -> Pieces:
+        head = file.read_at(HEAD, 0).removeprefix(MARK).lstrip()
         if head.startswith(b"["):
-            return _elements(descriptor, file)
+            return _elements(file)
         if not head.startswith(b"{"):
-            raise DataError(f"data.sources: {file} is no JSON in UTF-8: neither a list of records nor a record")
-        lines = _lines(descriptor)
+            raise DataError(f"data.sources: {file.path} is no JSON in UTF-8: neither a list of records nor a record")
+        lines = _lines(file)
         if len(lines.starts) > 1 and lines.sizes[0] <= MAX_RECORD_BYTES:
             try:
-                parse_record(os.pread(descriptor, int(lines.sizes[0]), int(lines.starts[0])))
+                parse_record(file.read_at(int(lines.sizes[0]), int(lines.starts[0])))
                 return lines
             except RecordError:
                 pass  # the first line of a record that is written over several
-        return Pieces(np.zeros(1, np.int64), np.array([os.fstat(descriptor).st_size], np.int64), None)
+        return Pieces(np.zeros(1, np.int64), np.array([file.size], np.int64), None)
 
 
 class ImageFolder(Jsonl):
     """A folder of pictures or videos and, in it or its subfolders, metadata.jsonl with their names in `file_name`."""
 
     def __init__(self, path: str):
-        self._tables = [Path(path)] if os.path.isfile(path) else metadata_files(path)
+        place = to_path(path, "data.sources")
+        self._tables = [place] if place.is_file() else metadata_files(place)
         super().__init__(path)
-        media = sum(medium_kind(name) != "" for table in self._tables for name in os.listdir(table.parent))
+        media = sum(medium_kind(name) != "" for table in self._tables for name in names(table.parent))
         if media > len(self):
             self.left_out[f"medium not in {METADATA}"] = media - len(self)
 
-    def find(self) -> list[Path]:
+    def find(self) -> list[AnyPath]:
         return self._tables
 
     def read(self, index: int) -> Mapping:
@@ -131,39 +130,38 @@ class ImageFolder(Jsonl):
         return with_medium(record, medium_kind(name), name) if medium_kind(name) else record
 
 
-def metadata_files(path: str) -> list[Path]:
+def metadata_files(folder: AnyPath) -> list[AnyPath]:
     """The tables of an image folder, also one of several splits; none where they name no files."""
-    found = [Path(path, METADATA)]
-    found += [Path(path, name, METADATA) for name in sorted(os.listdir(path)) if not is_system_file(name)]
+    found = [folder / METADATA]
+    found += [folder / name / METADATA for name in names(folder) if not is_system_file(name)]
     return [file for file in found if file.is_file() and _names_files(file)]
 
 
-def _names_files(table: Path) -> bool:
-    with open(table, "rb") as handle:
-        for line in handle.read(STEP).split(b"\n"):
-            if line.strip():
-                try:
-                    return "file_name" in parse_record(line)
-                except RecordError:
-                    return False
+def _names_files(table: AnyPath) -> bool:
+    for line in read_range(table, STEP, 0).split(b"\n"):
+        if line.strip():
+            try:
+                return "file_name" in parse_record(line)
+            except RecordError:
+                return False
     return False
 
 
 # ---------------------------------------------------------------------------------------------------------------- index
-def _blocks(descriptor: int) -> Iterator[tuple[int, np.ndarray]]:
+def _blocks(file: Reader) -> Iterator[tuple[int, np.ndarray]]:
     """The file in pieces: where each begins, and its bytes."""
     offset = 0
-    while block := os.pread(descriptor, STEP, offset):
+    while block := file.read_at(STEP, offset):
         yield offset, np.frombuffer(block, np.uint8)
         offset += len(block)
 
 
-def _lines(descriptor: int) -> Pieces:
+def _lines(file: Reader) -> Pieces:
     """The lines that are not blank."""
     found: list[np.ndarray] = []  # int64 [3, n]: start, end, number
     start, line, solid = 0, 1, False  # of the line that is not over yet
-    mark = len(MARK) if os.pread(descriptor, len(MARK), 0) == MARK else 0
-    for offset, block in _blocks(descriptor):
+    mark = len(MARK) if file.read_at(len(MARK), 0) == MARK else 0
+    for offset, block in _blocks(file):
         is_solid = ~BLANK[block]
         is_solid[: max(0, mark - offset)] = False
         ends = np.flatnonzero(block == ord("\n"))
@@ -185,16 +183,16 @@ def _lines(descriptor: int) -> Pieces:
         else:
             solid = solid or bool(filled[0])
     if solid:
-        found.append(np.array([[start], [os.fstat(descriptor).st_size], [line]]))
+        found.append(np.array([[start], [file.size], [line]]))
     starts, ends, lines = np.concatenate(found, 1) if found else np.zeros((3, 0), np.int64)
     return Pieces(starts, ends - starts, lines)
 
 
-def _elements(descriptor: int, file: Path) -> Pieces:
+def _elements(file: Reader) -> Pieces:
     """The elements of the list that the file is; the last one is cut off where the file is. Raises DataError."""
     found: list[np.ndarray] = []  # int64 [2, n]: start, end
     start, depth, inside, run, is_over = -1, 0, 0, 0, False  # -1: before the bracket
-    for offset, block in _blocks(descriptor):
+    for offset, block in _blocks(file):
         if is_over:
             break
         quotes, run = _quotes(block, run)
@@ -217,12 +215,14 @@ def _elements(descriptor: int, file: Path) -> Pieces:
             pairs = np.stack([np.append(start, marks[:-1] + 1), marks])
             found.append(pairs[:, pairs[0] < pairs[1]])
             start = int(marks[-1]) + 1
-    size = os.fstat(descriptor).st_size
-    if is_over and os.pread(descriptor, STEP, end).strip():
-        raise DataError(f"data.sources: {file} goes on after its list of records; write one list, or one record a line")
+    size = file.size
+    if is_over and file.read_at(STEP, end).strip():
+        raise DataError(
+            f"data.sources: {file.path} goes on after its list of records; write one list, or one record a line"
+        )
     starts, ends = np.concatenate([*found, [[], []] if is_over else [[start], [size]]], 1).astype(np.int64)
     if len(starts) and ends[-1] - starts[-1] < STEP:
-        last = os.pread(descriptor, int(ends[-1] - starts[-1]), int(starts[-1]))
+        last = file.read_at(int(ends[-1] - starts[-1]), int(starts[-1]))
         starts, ends = (starts, ends) if last.strip() else (starts[:-1], ends[:-1])  # an empty list
     return Pieces(starts, ends - starts, None)
 

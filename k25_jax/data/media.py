@@ -2,12 +2,12 @@
 
 import re
 from collections.abc import Callable, Mapping
-from pathlib import Path
 
 import numpy as np
 
 from k25_jax.config import DataConfig, K25Config
 from k25_jax.data.records import RecordError
+from k25_jax.runtime.paths import AnyPath, inside
 from k25_jax.text.chat import part_kind
 from k25_jax.vision.base64 import decode_base64, is_data_url, read_data_url
 from k25_jax.vision.image import load_image, preprocess
@@ -19,7 +19,7 @@ MAX_FRAMES = 256
 
 
 # ----------------------------------------------------------------------------------------------------------- where it is
-def resolve_media(part: Mapping, root: Path | Mapping | None) -> dict:
+def resolve_media(part: Mapping, root: AnyPath | Mapping | None) -> dict:
     """A part whose media is a path that was checked, or bytes; anything odd is left for `part_kind` to name."""
     part = dict(part)
     for kind in MEDIA:
@@ -44,7 +44,7 @@ def _decode(coded, name: str) -> bytes:
         raise RecordError("base64", f"{name} {problem}") from None
 
 
-def _find(root: Path | Mapping | None, path: str) -> Path | bytes:
+def _find(root: AnyPath | Mapping | None, path: str) -> AnyPath | bytes:
     """The file below a folder, or the bytes in an archive, that a record names."""
     if re.match(r"(?i)[a-z][a-z0-9+.-]+://", path):
         raise RecordError(
@@ -52,22 +52,22 @@ def _find(root: Path | Mapping | None, path: str) -> Path | bytes:
         )
     if root is None:
         raise RecordError("path", f"{path[:200]!r}: this source has no folder for media; give base64")
-    if isinstance(root, Path):
+    if isinstance(root, AnyPath):
         return _inside(root, path)
     if path not in root:
         raise RecordError("missing", f"{path[:200]!r}: no such member beside the record ({', '.join(root)[:200]})")
     return root[path]
 
 
-def _inside(root: Path, path: str) -> Path:
+def _inside(root: AnyPath, path: str) -> AnyPath:
     """A file below `root`. Paths in records come from anywhere: links and `..` must not lead out of the folder."""
     shown = repr(path[:200])
     try:
-        file = (root / path).resolve()
-        inside, exists = file.is_relative_to(root.resolve()), file.is_file()
+        file = inside(root, path)
+        exists = file is not None and file.is_file()
     except (OSError, ValueError, RuntimeError) as problem:
         raise RecordError("path", f"{shown} is not a path ({problem})") from None
-    if not inside:
+    if file is None:
         raise RecordError("path", f"{shown} leads out of {root}; move the file into the folder")
     if not exists:
         raise RecordError("missing", f"{shown}: no such file in {root}")
@@ -100,17 +100,17 @@ class MediaReader:
         if not self._data.packs:
             raise RecordError("media", "holds media, but data.packs is 0 (text only)")
 
-    def _title(self, source: Path | bytes | np.ndarray) -> str:
+    def _title(self, source: AnyPath | bytes | np.ndarray) -> str:
         """What errors call it; where that begins with the record's name, `prepare` cuts it off again."""
-        return str(source) if isinstance(source, Path) else self._name
+        return str(source) if isinstance(source, AnyPath) else self._name
 
-    def _image(self, source: Path | bytes | np.ndarray) -> list[tuple[None, Clip]]:
+    def _image(self, source: AnyPath | bytes | np.ndarray) -> list[tuple[None, Clip]]:
         rgb, name = self.pixels({"image": source}), self._title(source)
         limit = self._data.pack_patches
         budget = min(self._data.max_image_patches, limit)
         return _shrink(lambda budget: [(None, preprocess(rgb, self._vision, budget, name))], budget, limit)
 
-    def _video(self, source: Path | bytes | np.ndarray, name: str) -> list[tuple[str, Clip]]:
+    def _video(self, source: AnyPath | bytes | np.ndarray, name: str) -> list[tuple[str, Clip]]:
         frames_a_clip, data = self._vision.pos_time, self._data
         budget = max(1, min(data.max_frame_patches, data.pack_patches // frames_a_clip))
         clips_a_pack = max(1, data.pack_patches // (budget * frames_a_clip))

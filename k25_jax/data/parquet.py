@@ -5,10 +5,8 @@ first, with `k25 data build`. What a footer says is checked against the file bef
 claims are bounded by its bytes, and those of a group are read in pieces until they exceed a limit.
 """
 
-import os
 import threading
 from collections.abc import Mapping
-from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
@@ -17,6 +15,7 @@ import pyarrow.parquet
 from k25_jax.data.archives import Archives
 from k25_jax.data.captions import printable
 from k25_jax.data.records import DataError, RecordError
+from k25_jax.runtime.paths import AnyPath, Reader, is_remote, open_random
 
 MAX_GROUP_BYTES = 2**31  # a row group, uncompressed
 MAX_GROUP_ROWS = 2**26  # what writers take at most
@@ -41,11 +40,12 @@ class ParquetTables(Archives):
         self._held: tuple[int, int, pa.Table | RecordError] | None = None  # the row group that was read last
         super().__init__(path)
 
-    def open(self, file: Path) -> int:
+    def open(self, file: AnyPath) -> int:
         try:
-            _check_footer(file)
-            table = pa.parquet.ParquetFile(file, memory_map=True, page_checksum_verification=True)
-            rows = _rows(table, os.stat(file).st_size)
+            size = _check_footer(file)
+            opened = open_random(file) if is_remote(file) else file
+            table = pa.parquet.ParquetFile(opened, memory_map=opened is file, page_checksum_verification=True)
+            rows = _rows(table, size)
         except (pa.ArrowException, OSError, ValueError) as problem:
             raise DataError(
                 f"data.sources: {file} is no Parquet file, or is damaged ({problem}); fetch it again"
@@ -58,7 +58,7 @@ class ParquetTables(Archives):
         file, row = self.place(index)
         return f"{printable(str(self._files[file]))}[{row}]"
 
-    def root(self, index: int) -> Path:
+    def root(self, index: int) -> AnyPath:
         return self._files[self.place(index)[0]].parent
 
     def read(self, index: int) -> Mapping:
@@ -107,13 +107,13 @@ def _too_large(size: int) -> RecordError:
     return RecordError("too large", f"a row group of {size} bytes; write groups of less than {MAX_GROUP_BYTES}")
 
 
-def _check_footer(file: Path):
-    """Raise ValueError for a footer that is larger than it may be; the library checks the rest."""
-    with open(file, "rb") as handle:
-        size = handle.seek(0, os.SEEK_END)
-        end = os.pread(handle.fileno(), 8, max(0, size - 8))
+def _check_footer(file: AnyPath) -> int:
+    """The bytes of a file; ValueError for a footer that is larger than it may be. The library checks the rest."""
+    with Reader(file) as reader:
+        size, end = reader.size, reader.read_at(8, max(0, reader.size - 8))
     if len(end) == 8 and end[4:] == b"PAR1" and int.from_bytes(end[:4], "little") > min(size, MAX_FOOTER_BYTES):
         raise ValueError(f"a footer of {int.from_bytes(end[:4], 'little')} bytes")
+    return size
 
 
 def _rows(table: pa.parquet.ParquetFile, size: int) -> list[int]:

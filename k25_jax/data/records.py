@@ -28,8 +28,9 @@ import json
 import os
 import stat
 from collections.abc import Mapping
-from pathlib import Path
 from typing import NamedTuple
+
+from k25_jax.runtime.paths import AnyPath, is_remote, read_range, size_and_time
 
 MAX_RECORD_BYTES = 2**28
 
@@ -55,7 +56,7 @@ class Record(NamedTuple):
 
     name: str
     data: Mapping | RecordError
-    root: Path | Mapping[str, bytes] | None = None
+    root: AnyPath | Mapping[str, bytes] | None = None
 
 
 class Source:
@@ -82,11 +83,11 @@ class Source:
         """What the log calls the record."""
         raise NotImplementedError
 
-    def root(self, index: int) -> Path | Mapping[str, bytes] | None:
+    def root(self, index: int) -> AnyPath | Mapping[str, bytes] | None:
         """Where media that the record names lie; see `Record`."""
         return None
 
-    def files(self) -> list[Path]:
+    def files(self) -> list[AnyPath]:
         """The files that the records are read from; empty when there are none."""
         return []
 
@@ -109,9 +110,14 @@ def parse_record(line: bytes) -> dict:
     return record
 
 
-def read_bytes(path: Path) -> bytes:
+def read_bytes(path: AnyPath) -> bytes:
     """All bytes of a regular file, which a link may lead to; raises RecordError."""
     try:
+        if is_remote(path):
+            size, _ = size_and_time(path)
+            if size > MAX_RECORD_BYTES:
+                raise RecordError("too large", f"{path}: more than {MAX_RECORD_BYTES} bytes")
+            return read_range(path, size, 0)
         with open(path, "rb", opener=_without_waiting) as file:
             status = os.fstat(file.fileno())
             if not stat.S_ISREG(status.st_mode):
@@ -125,7 +131,7 @@ def read_bytes(path: Path) -> bytes:
         raise RecordError("file", f"{path}: cannot be read ({getattr(problem, 'strerror', problem)})") from None
 
 
-def read_text(path: Path) -> str:
+def read_text(path: AnyPath) -> str:
     """The text of a regular file in UTF-8; raises RecordError."""
     return decode_text(read_bytes(path), str(path))
 

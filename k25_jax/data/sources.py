@@ -9,7 +9,6 @@ import logging
 import os
 import re
 from collections.abc import Mapping
-from pathlib import Path
 
 from array_record.python.array_record_data_source import ArrayRecordDataSource
 
@@ -30,6 +29,7 @@ from k25_jax.data.jsonl import METADATA, ImageFolder, Json, Jsonl, metadata_file
 from k25_jax.data.parquet import ParquetTables
 from k25_jax.data.records import DataError, RecordError, Source, parse_record
 from k25_jax.data.tar import TarFiles
+from k25_jax.runtime.paths import AnyPath, PathError, check_reachable, copies, is_remote, lexists, names, to_path, walk
 
 logger = logging.getLogger(__name__)
 
@@ -58,9 +58,13 @@ READ = ("a folder of texts or of pictures and videos with captions, a text (.txt
 def open_source(config: SourceConfig) -> Source:
     """Open a source; raises DataError when its path is missing or it holds no record."""
     path, kind = config.path, config.kind
+    try:
+        check_reachable(to_path(path, "data.sources"), "data.sources")
+    except PathError as problem:
+        raise DataError(str(problem)) from problem
     if kind == "auto":
         kind = _guess_kind(path)
-    if kind in ("folder", "jsonl") and not glob.has_magic(path) and not Path(path).exists():
+    if kind in ("folder", "jsonl") and not glob.has_magic(path) and not to_path(path, "data.sources").exists():
         raise DataError(f"data.sources: there is nothing at {path}; check the path")
     try:
         source = KINDS[kind](path)
@@ -77,31 +81,30 @@ def open_source(config: SourceConfig) -> Source:
 def _remedy(path: str, kind: str) -> str:
     if kind != "folder":
         return "give a source that has some"
-    for folder, _, names in os.walk(path):
-        for name in sorted(names):
+    place = to_path(path)
+    for folder, _, files in walk(place):
+        for name in sorted(files):
             if _kind_of_file(name) not in ("", "folder") and not is_system_file(name):
-                pattern = (
-                    os.path.join(path, "**", f"*{Path(name).suffix}") if folder != path else os.path.join(folder, name)
-                )
+                file = folder / name
+                pattern = os.path.join(path, "**", f"*{file.suffix}") if folder != place else os.path.join(path, name)
                 return f"to read {name} and the like, give {pattern}"
     return "a picture or video needs its caption beside it, in cat.txt or cat.json for cat.png"
 
 
 def _guess_kind(path: str) -> str:
-    file = Path(path)
+    file = to_path(path, "data.sources")
     if file.is_dir():
-        return _kind_of_folder(path)
+        return _kind_of_folder(file)
     kind = _kind_of_file(file.name)
     if kind and not (kind == "folder" and glob.has_magic(path) and not file.exists()):
         return kind
-    if not os.path.lexists(path):
+    if not lexists(file):
         if re.fullmatch(r"\w+(:[\w.=+,-]+)+", path):
             return "task"
         kinds = {_kind_of_file(found.name) for found in archive_files(path, ())} - {"folder"}
         if len(kinds) == 1 and "" not in kinds:
             return kinds.pop()
         what = "give a pattern of one kind of files" if kinds else "check the path"
-        what = "download it, and give the file" if "://" in path else what
         raise DataError(f"data.sources: there is nothing at {path} that can be read; {what}")
     if not file.is_file():
         raise DataError(f"data.sources: {path} is no regular file, and cannot be read twice; write its records to one")
@@ -109,20 +112,20 @@ def _guess_kind(path: str) -> str:
     raise DataError(f"data.sources: cannot tell what {path} is: {advice}")
 
 
-def _kind_of_folder(path: str) -> str:
-    names = [name for name in os.listdir(path) if not is_system_file(name)]
-    if _shards(path):
+def _kind_of_folder(folder: AnyPath) -> str:
+    found = [name for name in names(folder) if not is_system_file(name)]
+    if _shards(str(folder)):
         return "arrayrecord"
     for kind in ("parquet", "webdataset"):
-        if any(name.lower().endswith(KINDS[kind].suffixes) for name in names):
+        if any(name.lower().endswith(KINDS[kind].suffixes) for name in found):
             return kind
-    if metadata_files(path):
+    if metadata_files(folder):
         return "imagefolder"
     media, captions = (
-        [name for name in names if medium_kind(name)],
-        [name for name in names if ending(name) in CAPTIONS],
+        [name for name in found if medium_kind(name)],
+        [name for name in found if ending(name) in CAPTIONS],
     )
-    has_shards = any(name.lower().endswith(Jsonl.suffixes) for name in names)
+    has_shards = any(name.lower().endswith(Jsonl.suffixes) for name in found)
     return "jsonl" if has_shards and not captions_of(media, captions) else "folder"
 
 
@@ -152,10 +155,11 @@ class ArrayRecords(Source):
                 f"data.sources: there is no file *{ARRAY_RECORD[0]}* at {path}; check the path and the kind"
             )
         for shard in shards:
-            check_file(Path(shard), Path(path))
-        self._path, self._shards, self._folder = path, shards, Path(shards[0]).parent
+            check_file(shard, to_path(path))
+        self._path, self._shards, self._folder = path, shards, shards[0].parent
+        read = copies(shards, f"data.sources={path}") if is_remote(shards[0]) else shards
         try:
-            self._records = ArrayRecordDataSource(shards)
+            self._records = ArrayRecordDataSource([str(shard) for shard in read])
         except (RuntimeError, ValueError, IndexError) as problem:
             raise DataError(f"data.sources: {path}: a shard is damaged ({problem}); write it again") from problem
 
@@ -172,11 +176,11 @@ class ArrayRecords(Source):
             raise RecordError("archive", f"its bytes are damaged ({problem})") from problem
         return parse_record(record)
 
-    def root(self, index: int) -> Path:
+    def root(self, index: int) -> AnyPath:
         return self._folder
 
-    def files(self) -> list[Path]:
-        return [Path(shard) for shard in self._shards]
+    def files(self) -> list[AnyPath]:
+        return self._shards
 
     @property
     def modality(self) -> str:
@@ -212,11 +216,11 @@ class Task(Source):
         return self._task.record(index)
 
 
-def _shards(path: str) -> list[str]:
+def _shards(path: str) -> list[AnyPath]:
     """The ArrayRecord files at a path; those in a folder that are links out of it are not there."""
-    if os.path.isdir(path):
-        return [str(file) for file in archive_files(path, ("",)) if any(suffix in file.name for suffix in ARRAY_RECORD)]
-    return [str(file) for file in archive_files(path, ())]
+    if to_path(path, "data.sources").is_dir():
+        return [file for file in archive_files(path, ("",)) if any(suffix in file.name for suffix in ARRAY_RECORD)]
+    return archive_files(path, ())
 
 
 KINDS: dict[str, type[Source]] = {

@@ -1,9 +1,7 @@
 """WebDataset tar files as records: what lies under one name is a record (K2.5 §3.3)."""
 
-import os
 import posixpath
 from collections.abc import Iterable, Iterator, Mapping
-from pathlib import Path
 from typing import NamedTuple
 
 from k25_jax.data.archives import Archives
@@ -31,6 +29,7 @@ from k25_jax.data.captions import (
 )
 from k25_jax.data.records import MAX_RECORD_BYTES, DataError, RecordError, decode_text, parse_record
 from k25_jax.data.tar_headers import Damage, Directory, Entry, Link, Member, read_entries
+from k25_jax.runtime.paths import AnyPath, Reader, read_range
 
 COMPRESSED = (b"\x1f\x8b", b"BZh", b"\xfd7zXZ", b"\x28\xb5\x2f\xfd")  # gzip, bzip2, xz, zstd
 MAX_LINKS = 40  # from link to link
@@ -49,7 +48,7 @@ class _Group(NamedTuple):
 class _Members(Mapping):
     """Names to bytes of one group; bytes are read when asked for."""
 
-    def __init__(self, file: Path, group: _Group):
+    def __init__(self, file: AnyPath, group: _Group):
         self._file, self._group = file, group
 
     def __getitem__(self, name: str) -> bytes:
@@ -59,8 +58,7 @@ class _Members(Mapping):
         if member.size > MAX_RECORD_BYTES:
             raise RecordError("too large", f"{name}: {member.size} bytes exceed {MAX_RECORD_BYTES}")
         try:
-            with open(self._file, "rb") as file:
-                data = os.pread(file.fileno(), member.size, member.offset)
+            data = read_range(self._file, member.size, member.offset)
         except OSError as problem:
             raise DataError(
                 f"data.sources: {self._file} can no longer be read ({problem}); check the disk"
@@ -98,14 +96,14 @@ class TarFiles(Archives):
         self._groups: list[list[_Group]] = []
         super().__init__(path)
 
-    def open(self, file: Path) -> int:
+    def open(self, file: AnyPath) -> int:
         try:
-            with open(file, "rb") as archive:
-                if archive.read(8).startswith(COMPRESSED):
+            with Reader(file) as archive:
+                if archive.read_at(8, 0).startswith(COMPRESSED):
                     raise DataError(
                         f"data.sources: {file} is compressed, which allows no random access; decompress it to .tar"
                     )
-                entries = list(read_entries(archive.fileno()))
+                entries = list(read_entries(archive))
         except OSError as problem:
             raise DataError(f"data.sources: {file} cannot be read ({problem}); check its permissions") from problem
         named = [name for name, what in entries if not isinstance(what, (Damage, Directory))]

@@ -6,7 +6,6 @@ is named, and reading goes on at the next block that is a header by its checksum
 """
 
 import errno
-import os
 import re
 from collections.abc import Iterator
 from typing import NamedTuple
@@ -14,6 +13,7 @@ from typing import NamedTuple
 import numpy as np
 
 from k25_jax.data.records import RecordError
+from k25_jax.runtime.paths import Reader
 
 BLOCK = 512
 MAX_EXTENSION = 2**18  # bytes of names, or of pax keywords, before one member
@@ -71,35 +71,35 @@ class _Header(NamedTuple):
     is_extended: bool  # of a sparse file: more blocks of its map follow
 
 
-def read_entries(descriptor: int) -> Iterator[Entry]:
+def read_entries(file: Reader) -> Iterator[Entry]:
     """The entries of an open archive in their order."""
-    size, start = os.fstat(descriptor).st_size, 0
+    size, start = file.size, 0
     extension: dict[str, str] = {}  # what the next member is told by the headers before it
     lost = False  # such a header could not be read
     while start < size:
-        header = _parse(os.pread(descriptor, BLOCK, start))
+        header = _parse(file.read_at(BLOCK, start))
         if header is None or header.size is None or header.size < 0:
             reason = "its header is damaged" if header is None or header.size is None else f"a size of {header.size}"
-            after, is_zero = _next_header(descriptor, start, size)
+            after, is_zero = _next_header(file, start, size)
             if is_zero and header is None:  # the mark of the end, and perhaps another archive after it
                 start, extension = after, {}
                 continue
             yield _damage(start, after, reason)
         elif header.kind in EXTENSIONS:
-            after, found = _extension(descriptor, header, start, size)
+            after, found = _extension(file, header, start, size)
             if isinstance(found, str):
-                after = after if after < size else _next_header(descriptor, start, size)[0]
-                yield _damage(start, after, f"{found}, before {_name_at(descriptor, after)}")
+                after = after if after < size else _next_header(file, start, size)[0]
+                yield _damage(start, after, f"{found}, before {_name_at(file, after)}")
                 extension, lost = {}, True
             else:
                 extension |= found
             start = after
             continue
         else:
-            entry, after = _entry(descriptor, header, extension, start, size, lost)
+            entry, after = _entry(file, header, extension, start, size, lost)
             if entry is not None:
                 yield entry
-            after = after if after <= size else _next_header(descriptor, start, size)[0]
+            after = after if after <= size else _next_header(file, start, size)[0]
         start, extension, lost = after, {}, False
 
 
@@ -108,8 +108,8 @@ def _damage(start: int, after: int, reason: str) -> Entry:
     return Entry(f"byte {start}", Damage(problem))
 
 
-def _name_at(descriptor: int, start: int) -> str:
-    header = _parse(os.pread(descriptor, BLOCK, start))
+def _name_at(file: Reader, start: int) -> str:
+    header = _parse(file.read_at(BLOCK, start))
     return repr(header.name[:200]) if header else "the end"
 
 
@@ -144,16 +144,16 @@ def _padded(size: int) -> int:
 
 
 # ---------------------------------------------------------------------------------------------------- headers before it
-def _extension(descriptor: int, header: _Header, start: int, size: int) -> tuple[int, dict[str, str] | str]:
+def _extension(file: Reader, header: _Header, start: int, size: int) -> tuple[int, dict[str, str] | str]:
     """Where the next header lies, and what this one says of it, or what is wrong with it.
 
     Where the size leads to no header it is not believed, and the next is `size`: unknown.
     """
     title, after = EXTENSIONS[header.kind], start + BLOCK + _padded(header.size)
-    known = after if after < size and _parse(os.pread(descriptor, BLOCK, after)) else size
+    known = after if after < size and _parse(file.read_at(BLOCK, after)) else size
     if header.size > min(MAX_EXTENSION, size - start - BLOCK):
         return known, f"a {title} of {header.size} bytes"
-    payload = os.pread(descriptor, header.size, start + BLOCK)
+    payload = file.read_at(header.size, start + BLOCK)
     if header.kind in b"LK":
         return after, {"path" if header.kind == b"L" else "linkpath": _text(payload)}
     try:
@@ -188,7 +188,7 @@ def _keywords(payload: bytes) -> dict[str, str]:
 
 # ------------------------------------------------------------------------------------------------------------- a member
 def _entry(
-    descriptor: int, header: _Header, extension: dict[str, str], start: int, size: int, lost: bool
+    file: Reader, header: _Header, extension: dict[str, str], start: int, size: int, lost: bool
 ) -> tuple[Entry | None, int]:
     """A member as the headers before it have it, and where the next header lies; beyond the archive where that lies."""
     kind, offset = header.kind, start + BLOCK
@@ -197,10 +197,10 @@ def _entry(
     is_number = re.fullmatch(r"[0-9]{1,20}", stated, re.ASCII)
     length = int(stated) if is_number else header.size
     is_extended = kind == b"S" and header.is_extended
-    while is_extended and len(block := os.pread(descriptor, BLOCK, offset)) == BLOCK and _parse(block) is None:
+    while is_extended and len(block := file.read_at(BLOCK, offset)) == BLOCK and _parse(block) is None:
         offset, is_extended = offset + BLOCK, block[504] != 0
     has_data = kind not in WITHOUT_DATA or (
-        kind == b"1" and 0 < length <= size - offset and _is_data(descriptor, offset, length)
+        kind == b"1" and 0 < length <= size - offset and _is_data(file, offset, length)
     )
     after = offset if not has_data else min(offset + _padded(length), size) if offset + length <= size else size + 1
     if kind == b"5" or kind == b"D" or (kind in REGULAR and name.endswith("/")):
@@ -221,29 +221,29 @@ def _entry(
     return Entry(name, RecordError("file", f"{name[:200]}: {what}, which is not read; store the file itself")), after
 
 
-def _is_data(descriptor: int, offset: int, length: int) -> bool:
+def _is_data(file: Reader, offset: int, length: int) -> bool:
     """Whether a hard link brings so many bytes along, as some programs write them: then a header follows them only."""
-    follows, later = (os.pread(descriptor, BLOCK, at) for at in (offset, offset + _padded(length)))
+    follows, later = (file.read_at(BLOCK, at) for at in (offset, offset + _padded(length)))
     return (
         bool(follows.strip(b"\0")) and _parse(follows) is None and (_parse(later) is not None or not later.strip(b"\0"))
     )
 
 
 # ------------------------------------------------------------------------------------------------------------- recovery
-def _next_header(descriptor: int, start: int, size: int) -> tuple[int, bool]:
+def _next_header(file: Reader, start: int, size: int) -> tuple[int, bool]:
     """Where the next header after the block at `start` lies, else `size`, and whether all before it is zeros.
 
     Holes of the file are not read.
     """
-    is_zero, offset, step = not os.pread(descriptor, BLOCK, start).strip(b"\0"), start + BLOCK, 8 * BLOCK
+    is_zero, offset, step = not file.read_at(BLOCK, start).strip(b"\0"), start + BLOCK, 8 * BLOCK
     while offset < size:
         try:
-            data = os.lseek(descriptor, offset, os.SEEK_DATA)
+            data = file.next_data(offset)
             offset += (data - offset) // BLOCK * BLOCK
         except OSError as problem:
             if problem.errno == errno.ENXIO:  # a hole until the end
                 break
-        chunk, step = os.pread(descriptor, step, offset), min(2 * step, SCANNED)
+        chunk, step = file.read_at(step, offset), min(2 * step, SCANNED)
         count = len(chunk) // BLOCK
         blocks = np.frombuffer(chunk, np.uint8, count * BLOCK).reshape(count, BLOCK)
         for number in np.flatnonzero((blocks[:, 257:262] == MAGIC).all(axis=1)):

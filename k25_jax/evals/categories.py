@@ -7,7 +7,6 @@ a category's score is the mean over its tasks.
 import contextlib
 import dataclasses
 import logging
-import pathlib
 from collections.abc import Callable, Sequence
 
 import numpy as np
@@ -20,6 +19,7 @@ from k25_jax.evals.local import open_checkpoint
 from k25_jax.evals.protocol import Answerer, Settings, digest_of
 from k25_jax.evals.suite import check_suite
 from k25_jax.evals.summary import Score, summarise, write_scores
+from k25_jax.runtime.paths import AnyPath
 
 logger = logging.getLogger(__name__)
 
@@ -77,7 +77,7 @@ def evaluate_suite(
     specs: Sequence[str],
     questions: int,
     settings: Settings = GREEDY,
-    folder: pathlib.Path | None = None,
+    folder: AnyPath | None = None,
     on_progress: Callable[[str, int], None] | None = None,
 ) -> list[Score]:
     """Ask `questions` of each task; `folder` keeps every answer, a file a task. Tasks PROGRAMMED are played in a sandbox.
@@ -113,7 +113,7 @@ def result_name(spec: str) -> str:
     return "".join(c if c.isalnum() or c in "-_.=" else "_" for c in spec)
 
 
-def evaluate_run(run: pathlib.Path, specs: Sequence[str] | None, questions: int, on_progress=None) -> list[Score]:
+def evaluate_run(run: AnyPath, specs: Sequence[str] | None, questions: int, on_progress=None) -> list[Score]:
     """`evaluate_suite` of a run's last checkpoint, None: the default suite. Answers are kept, and only asked for once."""
     answerer = open_checkpoint(run)
     if specs is None:

@@ -2,13 +2,13 @@
 
 import functools
 import hashlib
-import pathlib
 from collections.abc import Callable, Iterable, Iterator, Mapping
 
-from k25_jax.checkpoint.folders import BASE, CheckpointError, complete_steps
+from k25_jax.checkpoint.folders import BASE, COMMITTED, CheckpointError, complete_steps
 from k25_jax.checkpoint.load import Model, load_model
 from k25_jax.config import ConfigError
 from k25_jax.evals.protocol import Answer, Request
+from k25_jax.runtime.paths import AnyPath, names, read_range, size_and_time, to_path, walk
 from k25_jax.sampling.engine import Engine
 from k25_jax.sampling.prompt import MediaReader, from_messages
 from k25_jax.sampling.requests import Completion, fitting
@@ -95,35 +95,35 @@ class Checkpoint:
         return self._tokenizer.decode(tokens, skip_special=True)
 
 
-def open_checkpoint(directory: str | pathlib.Path, batch: int = 32) -> Checkpoint:
+def open_checkpoint(directory: str | AnyPath, batch: int = 32) -> Checkpoint:
     """A run of ours, a public checkpoint or "base"; its weights are read when there is something to answer."""
     return Checkpoint(functools.partial(load_model, directory), identity_of(directory), batch)
 
 
-def identity_of(directory: str | pathlib.Path) -> dict:
+def identity_of(directory: str | AnyPath) -> dict:
     """What tells a checkpoint from others, wherever it lies: the run's step, and a fingerprint of its files."""
-    folder = BASE if str(directory) == "base" else pathlib.Path(directory)
+    folder = BASE if str(directory) == "base" else to_path(directory)
     step = max(complete_steps(folder / "checkpoints"), default=None)
     if step is None:
-        files = [folder / "config.json", folder / "generation_config.json", *sorted(folder.glob("*.safetensors"))]
+        tensors = [folder / name for name in names(folder) if name.endswith(".safetensors")] if folder.is_dir() else []
+        files = [folder / "config.json", folder / "generation_config.json", *tensors]
         if not any(path.is_file() for path in files):
             raise CheckpointError(f"{folder} holds no checkpoint (experiment.json with checkpoints/, or config.json)")
         return {"weights": fingerprint(folder, files)}
     weights = folder / "checkpoints" / str(step)
-    files = [*sorted(path for path in weights.rglob("*") if path.is_file()), folder / "experiment.json"]
+    files = [here / name for here, _, found in walk(weights) for name in found if name != COMMITTED]
+    files = [*sorted(files), folder / "experiment.json"]
     return {"step": step, "weights": fingerprint(folder, files)}
 
 
-def fingerprint(root: pathlib.Path, files: Iterable[pathlib.Path]) -> str:
+def fingerprint(root: AnyPath, files: Iterable[AnyPath]) -> str:
     """A hash of names and sizes, and of bytes from the middle and the end of each file: quick, whatever their size."""
     whole = hashlib.sha256()
     for path in files:
         if not path.is_file():
             continue
-        size = path.stat().st_size
+        size = size_and_time(path)[0]
         whole.update(f"{path.relative_to(root)} {size}\n".encode())
-        with open(path, "rb") as file:
-            for start in (max(0, size // 2 - SPOT // 2), max(0, size - SPOT)):
-                file.seek(start)
-                whole.update(file.read(SPOT))
+        for start in (max(0, size // 2 - SPOT // 2), max(0, size - SPOT)):
+            whole.update(read_range(path, SPOT, start))
     return whole.hexdigest()[:16]

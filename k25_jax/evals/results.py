@@ -7,12 +7,13 @@ that a killed process left unfinished is dropped.
 import fcntl
 import json
 import os
-import pathlib
 from collections.abc import Mapping
 from dataclasses import asdict, fields
 
 from k25_jax.config import ConfigError
 from k25_jax.evals.protocol import Result
+from k25_jax.runtime.mirror import Mirror
+from k25_jax.runtime.paths import AnyPath, to_path
 
 FORMAT = 1
 
@@ -21,17 +22,17 @@ class ResultFile:
     """Opens `path` for one process, as a context; `finished` has its results by (index, sample), without errors.
 
     `of` is what the results belong to. Raises ConfigError when the file belongs to something else or is damaged, or
-    when another process writes to it.
+    when another process writes to it, which in a bucket, where there are no locks, is seen when it has: then PathError.
     """
 
-    def __init__(self, path: pathlib.Path, of: Mapping):
-        self.path = pathlib.Path(path)
+    def __init__(self, path: AnyPath, of: Mapping):
+        self.path = to_path(path)
         self.of = json.loads(json.dumps(of))  # as it is read back
         self.finished: dict[tuple[int, int], Result] = {}
 
     def __enter__(self) -> "ResultFile":
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        self._file = open(self.path, "a+b")
+        self._mirror = Mirror(self.path.parent, (self.path.name,))
+        self._file = open(self._mirror.folder / self.path.name, "a+b")
         try:
             fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             self._read()
@@ -45,10 +46,12 @@ class ResultFile:
 
     def __exit__(self, *_):
         self._file.close()
+        self._mirror.close()
 
     def add(self, result: Result):
-        """One more line, on its way to the disk before this returns."""
+        """One more line, on its way to the disk before this returns; to a bucket within half a minute."""
         self._write(asdict(result))
+        self._mirror.publish()
 
     def _write(self, line: Mapping):
         self._file.write(json.dumps(line, ensure_ascii=False).encode() + b"\n")

@@ -2,13 +2,13 @@
 
 import json
 import math
-import pathlib
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 
 import numpy as np
 
 from k25_jax.evals.protocol import Result, TaskSet
+from k25_jax.runtime.paths import AnyPath, write
 
 Z = 1.959964  # the normal law holds 95 % within so many standard deviations
 ALIKE = 2.0  # questions whose samples all agree, added before the scatter of the questions is looked at
@@ -150,10 +150,8 @@ def _line(cells: Sequence[str]) -> str:
     return "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |"
 
 
-def write_scores(file: pathlib.Path, scores: Sequence[Score], of: dict) -> None:
+def write_scores(file: AnyPath, scores: Sequence[Score], of: dict) -> None:
     """Scores as JSON in `file`, and as Markdown beside it; each whole or not at all."""
     text = json.dumps({"of": of, "scores": [asdict(score) for score in scores]}, indent=1) + "\n"
     for path, content in ((file, text), (file.with_suffix(".md"), as_markdown(scores))):
-        temporary = path.with_suffix(path.suffix + ".tmp")
-        temporary.write_text(content)
-        temporary.replace(path)
+        write(path, content)

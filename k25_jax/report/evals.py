@@ -20,6 +20,7 @@ from k25_jax.evals.local import open_checkpoint
 from k25_jax.evals.protocol import Answerer, Settings, digest_of
 from k25_jax.evals.summary import HEAD, Score, by_category, row, summarise, write_scores
 from k25_jax.report.plots import bar_chart
+from k25_jax.runtime.paths import AnyPath, to_path, write
 
 WIDTH = 140  # columns that the table takes
 QUESTIONS = 128  # of each rendered task, when nothing else is asked for
@@ -30,10 +31,10 @@ def evaluate_command(args) -> None:
     named = [name for name in args.task if name in BENCHMARKS]
     answerer = make_answerer(args)
     settings = make_settings(args, rendered=not named)
-    folder = pathlib.Path(args.workdir or default_folder(args, answerer, settings))
+    folder = to_path(args.workdir or default_folder(args, answerer, settings))
     scores = (ask_benchmark if named else ask_suite)(args, answerer, settings, folder)
     write_scores(folder / FILE, scores, {"answerer": dict(answerer.identity), "settings": asdict(settings)})
-    (folder / "evals.png").write_bytes(category_chart(scores, "Mean score, by category"))
+    write(folder / "evals.png", category_chart(scores, "Mean score, by category"))
     if args.json:
         print(json.dumps([asdict(score) for score in scores]))
     else:
@@ -67,12 +68,12 @@ def make_settings(args, rendered: bool) -> Settings:
 
 def default_folder(args, answerer: Answerer, settings: Settings) -> pathlib.Path:
     """A folder for this answerer under these settings; more questions, tasks or samples go into the same."""
-    name = args.model or pathlib.Path(args.checkpoint).name or "model"
+    name = args.model or pathlib.PurePath(args.checkpoint).name or "model"
     asked = {key: value for key, value in asdict(settings).items() if key not in ("k", "max_tokens")}
     return pathlib.Path("runs", "evals", f"{result_name(name)}-{digest_of(dict(answerer.identity), asked)[:8]}")
 
 
-def ask_suite(args, answerer: Answerer, settings: Settings, folder: pathlib.Path) -> list[Score]:
+def ask_suite(args, answerer: Answerer, settings: Settings, folder: AnyPath) -> list[Score]:
     """Rendered tasks."""
     specs, questions = list(args.task), args.questions or QUESTIONS
     if not specs:
@@ -90,7 +91,7 @@ def ask_suite(args, answerer: Answerer, settings: Settings, folder: pathlib.Path
         return evaluate_suite(answerer, specs, questions, settings, folder, report)
 
 
-def ask_benchmark(args, answerer: Answerer, settings: Settings, folder: pathlib.Path) -> list[Score]:
+def ask_benchmark(args, answerer: Answerer, settings: Settings, folder: AnyPath) -> list[Score]:
     """A public benchmark, once its gold answers have been found to score 1."""
     task = load_benchmark(args.task[0], args.data)
     task.validate()

@@ -8,7 +8,6 @@ import html
 import io
 import json
 import os
-import pathlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
@@ -18,6 +17,7 @@ from matplotlib.figure import Figure as Canvas
 from PIL import Image
 
 from k25_jax.report import plots
+from k25_jax.runtime.paths import AnyPath, to_path, write
 
 
 @dataclass(frozen=True)
@@ -98,7 +98,7 @@ class Config:
 Section = Text | KeyFigures | Table | Figure | Samples | Code | Config
 
 
-def write_report(path: str | os.PathLike, title: str, sections: Sequence[Section]) -> pathlib.Path:
+def write_report(path: str | os.PathLike, title: str, sections: Sequence[Section]) -> AnyPath:
     """Write the report as one HTML file and return its path. The file appears whole or not at all."""
     body = "\n".join(
         f"<section>\n<h2>{_escape(section.title)}</h2>\n{_render(section)}\n</section>" for section in sections
@@ -115,7 +115,7 @@ def report_png(
     samples: Sequence[Sample],
     subtitle: str = "",
     y_label: str = "loss (nats per token)",
-) -> pathlib.Path:
+) -> AnyPath:
     """Write an overview as one picture: title, key figures, loss curves, and up to 16 samples that have an image."""
     shown = [sample for sample in samples if sample.image is not None][:16]
     rows = -(-len(shown) // 8)
@@ -213,12 +213,9 @@ def _data_uri(png: bytes) -> str:
     return "data:image/png;base64," + base64.b64encode(png).decode()
 
 
-def _replace(path: str | os.PathLike, content: bytes) -> pathlib.Path:
-    path = pathlib.Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.write_bytes(content)
-    os.replace(temporary, path)
+def _replace(path: str | os.PathLike, content: bytes) -> AnyPath:
+    path = to_path(path)
+    write(path, content)
     return path
 
 

@@ -11,6 +11,9 @@ import os
 import pathlib
 from collections.abc import Iterator, Mapping
 
+from k25_jax.runtime.mirror import Mirror
+from k25_jax.runtime.paths import AnyPath, read_range, size_and_time, to_path, write
+
 FILE_NAME = "metrics.jsonl"
 _NOT_FINITE = {"nan": math.nan, "inf": math.inf, "-inf": -math.inf}
 
@@ -22,17 +25,18 @@ class MetricsError(ValueError):
 class MetricsWriter:
     """Writes scalars to `directory/metrics.jsonl` and to TensorBoard event files beside it.
 
-    A last line that a killed process left half-written is removed when the file is opened.
+    A last line that a killed process left half-written is removed when the file is opened. In a bucket the files are
+    as new as the last `publish`, and otherwise half a minute old.
     """
 
     def __init__(self, directory: str | os.PathLike):
-        self.directory = pathlib.Path(directory)
-        self.directory.mkdir(parents=True, exist_ok=True)
+        self.directory = to_path(directory)
         self.path = self.directory / FILE_NAME
-        self._tensorboard = None
-        self._file = open(self.path, "ab", buffering=0)
-        _repair(self.path)
-        lines = _lines(self.path)
+        self._tensorboard, self._mirror = None, Mirror(self.directory, (FILE_NAME,))
+        self._local = self._mirror.folder / FILE_NAME
+        self._file = open(self._local, "ab", buffering=0)
+        _repair(self._local)
+        lines = _lines(self._local)
         self.last_step = _step(self.path, len(lines), lines[-1]) if lines else None
 
     def write(self, step: int, scalars: Mapping[str, float]):
@@ -46,26 +50,33 @@ class MetricsWriter:
         self._append(step, json.dumps(record, allow_nan=False).encode() + b"\n")
         self.last_step = step
         if self._tensorboard is None:
-            self._tensorboard = _tensorboard(self.directory)
+            self._tensorboard = _tensorboard(self._mirror.folder)
         for name, value in numbers.items():
             self._tensorboard.add_scalar(name, value, step)
+        self._mirror.publish()
+
+    def publish(self):
+        """Have in a bucket what was written so far: before a checkpoint, from which a run goes on with these lines."""
+        self._mirror.publish(wait=True)
 
     def truncate_after(self, step: int):
         """Drop the lines of steps beyond `step`, the step of the checkpoint from which the run goes on."""
-        self.close()
-        lines = _lines(self.path)
+        self._close_files()
+        lines = _lines(self._local)
         kept = [line for number, line in enumerate(lines, 1) if _step(self.path, number, line) <= step]
         if len(kept) < len(lines):
-            temporary = self.path.with_name(FILE_NAME + ".tmp")
-            temporary.write_bytes(b"".join(kept))
-            os.replace(temporary, self.path)
+            write(self._local, b"".join(kept))
         self.last_step = _step(self.path, len(kept), kept[-1]) if kept else None
-        self._file = open(self.path, "ab", buffering=0)
+        self._file = open(self._local, "ab", buffering=0)
         # purge_step makes TensorBoard hide what earlier event files say about these steps.
-        self._tensorboard = _tensorboard(self.directory, purge_step=step + 1)
+        self._tensorboard = _tensorboard(self._mirror.folder, purge_step=step + 1)
 
     def close(self):
         """Close both files."""
+        self._close_files()
+        self._mirror.close()
+
+    def _close_files(self):
         self._file.close()
         if self._tensorboard is not None:
             self._tensorboard.close()
@@ -94,7 +105,7 @@ def read_metrics(path: str | os.PathLike) -> list[dict]:
 
     "nan", "inf" and "-inf" come back as floats. A half-written last line, of a run that goes on, is left out.
     """
-    path = pathlib.Path(path)
+    path = to_path(path)
     if path.is_dir():
         path = path / FILE_NAME
     if not path.is_file():
@@ -102,7 +113,7 @@ def read_metrics(path: str | os.PathLike) -> list[dict]:
     return list(_records(path))
 
 
-def _records(path: pathlib.Path) -> Iterator[dict]:
+def _records(path: AnyPath) -> Iterator[dict]:
     for number, line in enumerate(_lines(path), 1):
         if not line.endswith(b"\n") and not _is_object(line):
             return
@@ -110,8 +121,8 @@ def _records(path: pathlib.Path) -> Iterator[dict]:
         yield {key: _NOT_FINITE.get(value, value) if isinstance(value, str) else value for key, value in record.items()}
 
 
-def _lines(path: pathlib.Path) -> list[bytes]:
-    return path.read_bytes().splitlines(keepends=True)
+def _lines(path: AnyPath) -> list[bytes]:
+    return read_range(path, size_and_time(path)[0], 0).splitlines(keepends=True)
 
 
 def _tensorboard(directory: pathlib.Path, purge_step: int | None = None):
@@ -144,13 +155,13 @@ def _is_object(line: bytes) -> bool:
         return False
 
 
-def _parse(path: pathlib.Path, number: int, line: bytes) -> dict:
+def _parse(path: AnyPath, number: int, line: bytes) -> dict:
     if not _is_object(line):
         raise MetricsError(f"{path}, line {number}: not a JSON object: {line[:60]!r}; remove the line")
     return json.loads(line)
 
 
-def _step(path: pathlib.Path, number: int, line: bytes) -> int:
+def _step(path: AnyPath, number: int, line: bytes) -> int:
     step = _parse(path, number, line).get("step")
     if not isinstance(step, int):
         raise MetricsError(f"{path}, line {number}: no whole number under 'step': {line[:60]!r}; remove the line")

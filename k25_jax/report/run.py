@@ -1,10 +1,10 @@
 """The report of one run: curves from metrics.jsonl, configuration, versions."""
 
 import json
-import pathlib
 
 from k25_jax.report import html, plots
 from k25_jax.report.metrics import read_metrics
+from k25_jax.runtime.paths import AnyPath, to_path
 
 CURVES = (  # names of metrics in one figure, a name with / at its end for all that begin so; title, unit
     (("loss", "validation/loss"), "Loss", "loss (nats per token)"),
@@ -41,16 +41,16 @@ def _curve(metrics: list[dict], name: str) -> tuple[list[int], list[float]]:
     return [step for step, _ in rows], [value for _, value in rows]
 
 
-def config_sections(directory: pathlib.Path) -> list[html.Config]:
+def config_sections(directory: AnyPath) -> list[html.Config]:
     """The experiment and the environment that it ran in."""
     files = (("Configuration", "experiment.json"), ("Revision, versions, devices", "run.json"))
     found = [(title, directory / name) for title, name in files if (directory / name).is_file()]
     return [html.Config(title, json.loads(file.read_text())) for title, file in found]
 
 
-def write_run_report(directory: str | pathlib.Path) -> pathlib.Path:
+def write_run_report(directory: str | AnyPath) -> AnyPath:
     """Write `report.html` into a run's folder. Raises MetricsError when it holds no metrics."""
-    directory = pathlib.Path(directory)
+    directory = to_path(directory)
     metrics = read_metrics(directory / "metrics.jsonl")
     sections = [*curve_sections(metrics), *config_sections(directory)]
     return html.write_report(directory / "report.html", f"Run {directory.name}", sections)

@@ -9,11 +9,11 @@ import binascii
 import codecs
 import re
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
-from pathlib import Path
 
 import tiktoken
 
 from k25_jax.config.json_file import read_object, require_file, shown
+from k25_jax.runtime.paths import AnyPath, names, read_range, size_and_time, to_path
 
 PUBLIC_SPECIAL = {
     "[BOS]": 163584,
@@ -201,9 +201,9 @@ def load_tokenizer(directory: str = "", required: Collection[str] = REQUIRED) ->
     return tokenizer
 
 
-def find_vocabulary(directory: str | Path) -> Path | None:
+def find_vocabulary(directory: str | AnyPath) -> AnyPath | None:
     """The vocabulary in a folder, or None; TokenizerError where there is only one that is not read."""
-    folder = Path(directory)
+    folder = to_path(directory, "data.tokenizer")
     if not folder.is_dir():
         raise TokenizerError(
             f"{directory}: no such directory; give one with {' or '.join(VOCABULARIES)}, or '' for bytes"
@@ -211,14 +211,14 @@ def find_vocabulary(directory: str | Path) -> Path | None:
     for name in VOCABULARIES:
         if (folder / name).exists():
             return folder / name
-    for path in sorted(folder.iterdir()):
+    for path in (folder / name for name in names(folder)):
         kind = OTHERS.get(path.name.lower()) or OTHERS.get(path.suffix.lower())
         if kind:
             raise TokenizerError(f"{path} is {kind}, which is not read: {REMEDY}")
     return None
 
 
-def no_vocabulary(directory: str | Path) -> Tokenizer:
+def no_vocabulary(directory: str | AnyPath) -> Tokenizer:
     """For a model without one: ids come out as U+FFFD, and text or a special token going in is a TokenizerError."""
 
     def refuse(text: str):
@@ -227,7 +227,7 @@ def no_vocabulary(directory: str | Path) -> Tokenizer:
     return Tokenizer({}, {}, refuse, str(directory))
 
 
-def _load_json(path: Path) -> Tokenizer:
+def _load_json(path: AnyPath) -> Tokenizer:
     from k25_jax.text.tokenizer_json import load_json
 
     return load_json(path, configured(path.with_name("tokenizer_config.json")))
@@ -238,7 +238,7 @@ def encode_bytes(text: str) -> list[int]:
     return list(text.encode())
 
 
-def _load_tiktoken(path: Path) -> Tokenizer:
+def _load_tiktoken(path: AnyPath) -> Tokenizer:
     ranks = _read_ranks(path)
     special = _read_special(path.parent / "tokenizer_config.json", ranks)
     encoding = tiktoken.Encoding(path.name, pat_str=SPLIT_PATTERN, mergeable_ranks=ranks, special_tokens={})
@@ -250,12 +250,13 @@ def _load_tiktoken(path: Path) -> Tokenizer:
     return Tokenizer(special, {rank: token for token, rank in ranks.items()}, ordinary, str(source))
 
 
-def _read_ranks(path: Path) -> dict[bytes, int]:
+def _read_ranks(path: AnyPath) -> dict[bytes, int]:
     """Token bytes -> rank, from lines of base64 and a decimal rank."""
     ranks, seen = {}, set()
-    if path.stat().st_size > MOST_BYTES:
+    size, _ = size_and_time(path)
+    if size > MOST_BYTES:
         raise TokenizerError(f"{path} is larger than {MOST_BYTES:,} bytes: it is no vocabulary; fetch the file again")
-    for number, line in enumerate(path.read_bytes().splitlines(), 1):
+    for number, line in enumerate(read_range(path, size, 0).splitlines(), 1):
         if not line.strip():
             continue
         try:
@@ -275,7 +276,7 @@ def _read_ranks(path: Path) -> dict[bytes, int]:
     return ranks
 
 
-def _read_special(path: Path, ranks: Mapping[bytes, int]) -> dict[str, int]:
+def _read_special(path: AnyPath, ranks: Mapping[bytes, int]) -> dict[str, int]:
     """Special tokens: those of `tokenizer_config.json`, the public ones where they are free, and reserved names."""
     special, taken = {}, set(ranks.values())
     for name, id_ in configured(path):
@@ -291,7 +292,7 @@ def _read_special(path: Path, ranks: Mapping[bytes, int]) -> dict[str, int]:
     return special | {f"<|reserved_token_{id_}|>": id_ for id_ in reserved}
 
 
-def configured(path: Path) -> list[tuple[str, int]]:
+def configured(path: AnyPath) -> list[tuple[str, int]]:
     """The special tokens of a tokenizer_config.json; none where there is no such file."""
     if not path.exists():
         return []

@@ -8,9 +8,9 @@ import functools
 import json
 import re
 from collections.abc import Iterator
-from pathlib import Path
 
 from k25_jax.config.json_file import read_object, shown
+from k25_jax.runtime.paths import AnyPath
 from k25_jax.text.tokenizer import (
     BYTE_SPECIAL,
     MOST_BYTES,
@@ -27,7 +27,7 @@ RESERVED = re.compile(r"<\|reserved_(special_)?token_\d+\|>")
 SHOWN = ("<think>", "</think>")  # markers that other software shows in an answer
 
 
-def load_json(path: Path, configured: list[tuple[str, int]]) -> Tokenizer:
+def load_json(path: AnyPath, configured: list[tuple[str, int]]) -> Tokenizer:
     """The vocabulary in a tokenizer.json; `configured` are special tokens that its folder names besides.
 
     Raises TokenizerError for a vocabulary of another kind, ValueError for a file that is not JSON.
@@ -48,7 +48,7 @@ def load_json(path: Path, configured: list[tuple[str, int]]) -> Tokenizer:
     return Tokenizer(special, token_bytes, ordinary, str(path))
 
 
-def _check_kind(path: Path, contents: dict):
+def _check_kind(path: AnyPath, contents: dict):
     """Raise TokenizerError unless the file holds a byte-level byte-pair vocabulary."""
     model = contents.get("model")
     if not isinstance(model, dict):
@@ -71,7 +71,7 @@ def _kinds(step) -> Iterator[str]:
                 yield from _kinds(part)
 
 
-def _ids(path: Path, table, where: str) -> dict[str, int]:
+def _ids(path: AnyPath, table, where: str) -> dict[str, int]:
     if not isinstance(table, dict) or not all(_is_id(id_) for id_ in table.values()):
         raise TokenizerError(f"{path}: {where} must map tokens to ids; fetch the file again")
     if len(set(table.values())) < len(table):
@@ -83,7 +83,7 @@ def _is_id(value) -> bool:
     return type(value) is int and 0 <= value < 2**31
 
 
-def _added(path: Path, tokens) -> list[dict]:
+def _added(path: AnyPath, tokens) -> list[dict]:
     """The added tokens; `special` says which of them text may not become unless that is allowed."""
     added = []
     for token in [] if tokens is None else tokens if isinstance(tokens, list) else [tokens]:
@@ -114,7 +114,7 @@ def _completed(special: dict[str, int], token_bytes: dict[int, bytes], configure
     return special
 
 
-def _library(path: Path, contents: dict, added: list[dict]):
+def _library(path: AnyPath, contents: dict, added: list[dict]):
     """The encoder of ordinary text of the library `tokenizers`: no added token that is special comes out of it."""
     try:
         import tokenizers

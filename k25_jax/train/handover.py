@@ -6,7 +6,6 @@ parameter depends on them.
 
 import dataclasses
 import logging
-import pathlib
 
 import jax
 
@@ -16,6 +15,7 @@ from k25_jax.checkpoint.huggingface import load_params
 from k25_jax.checkpoint.siglip import load_siglip_vision
 from k25_jax.checkpoint.store import restore_params
 from k25_jax.config import Experiment, K25Config, RopeConfig
+from k25_jax.runtime.paths import AnyPath, to_path
 from k25_jax.train.state import abstract_state
 
 log = logging.getLogger(__name__)
@@ -40,14 +40,14 @@ def load_initial(experiment: Experiment, fresh: dict, mesh=None) -> dict:
         return fresh
     abstract, taken = abstract_state(experiment, mesh).params, {}
     if config.init_from:
-        source = BASE if config.init_from == "base" else pathlib.Path(config.init_from)
+        source = BASE if config.init_from == "base" else to_path(config.init_from, "train.init_from")
         taken |= _model(experiment, source, abstract, not config.init_vision_from)
     if config.init_vision_from:
         taken |= _vision(experiment, config.init_vision_from, abstract)
     return fresh | taken
 
 
-def _model(experiment: Experiment, source: pathlib.Path, abstract: dict, with_vision: bool) -> dict:
+def _model(experiment: Experiment, source: AnyPath, abstract: dict, with_vision: bool) -> dict:
     """The language model in `source`, and what it has of vision if that is wanted."""
     if (source / "checkpoints").is_dir():
         parts = ("text", "vision") if with_vision else ("text",)
@@ -65,7 +65,7 @@ def _model(experiment: Experiment, source: pathlib.Path, abstract: dict, with_vi
     return load_params(source, experiment.model, shardings, text_only=text_only)
 
 
-def _has_vision(source: pathlib.Path) -> bool:
+def _has_vision(source: AnyPath) -> bool:
     """Whether a folder in the public format has an encoder."""
     try:
         return not language_model_alone(source)
@@ -77,7 +77,7 @@ def _has_vision(source: pathlib.Path) -> bool:
 
 def _vision(experiment: Experiment, source: str, abstract: dict) -> dict:
     """The encoder, and the projector of a run where both its widths fit."""
-    folder = pathlib.Path(source)
+    folder = to_path(source, "train.init_vision_from")
     if not (folder / "checkpoints").is_dir():
         log.warning("train.init_vision_from=%s gives the encoder; the projector is fresh", source)
         return {"vision": load_siglip_vision(source, experiment.model.vision)}

@@ -5,7 +5,6 @@ metrics of the one before are read (steplog.py). Only a checkpoint and a validat
 """
 
 import contextlib
-import pathlib
 
 import jax
 
@@ -14,6 +13,7 @@ from k25_jax.checkpoint.layout import read_apart
 from k25_jax.checkpoint.store import Store
 from k25_jax.config import Experiment
 from k25_jax.report.metrics import read_metrics
+from k25_jax.runtime.paths import AnyPath, to_path
 from k25_jax.runtime.waiting import first_call
 from k25_jax.sharding import peers
 from k25_jax.train.feed import Feed
@@ -29,14 +29,14 @@ from k25_jax.train.steplog import StepLog
 from k25_jax.train.validation import Validation
 
 
-def train(experiment: Experiment, directory: str | pathlib.Path, on_step=None) -> dict:
+def train(experiment: Experiment, directory: str | AnyPath, on_step=None) -> dict:
     """Run `experiment` in `directory` to its last step and return the last metrics; resumes what it finds there.
 
     `on_step(step, metrics)` is called after each logged step. SIGTERM and Ctrl-C end the run after the step in hand, which
     is saved, with Interrupted (train/interrupts.py). Several processes (sharding/processes.py) all call this with the same
     arguments; process 0 writes what is not theirs together. One that fails, or loses another, ends at once.
     """
-    directory, config = pathlib.Path(directory), experiment.train
+    directory, config = to_path(directory), experiment.train
     watch = peers.watched(lambda: f"after step {max(complete_steps(directory / 'checkpoints'), default=0)}")
     calm = between_steps(alone=jax.process_count() == 1)  # around the watch: it raises when all have ended in peace
     with calm as stop, watch as watcher, contextlib.ExitStack() as stack, peers.leaving(watcher):
@@ -57,6 +57,7 @@ def train(experiment: Experiment, directory: str | pathlib.Path, on_step=None) -
 
         def save():
             data = {"pipelines": data_states(ready.data_state, mesh), "bad_in_a_row": log.bad_in_a_row}
+            log.publish()
             store.save(step, in_layers(state, experiment, mesh), data)
 
         for step, ready in feed.batches(start, config.steps):

@@ -7,6 +7,7 @@ import tempfile
 import jax
 
 from k25_jax.config import ProfileConfig
+from k25_jax.runtime.paths import AnyPath, write
 
 log = logging.getLogger(__name__)
 
@@ -14,7 +15,7 @@ log = logging.getLogger(__name__)
 class ProfileWindow:
     """Traces the steps of `config` into directory/profile/process_N, of process 0 or of all. Use it as a context manager."""
 
-    def __init__(self, config: ProfileConfig, directory: pathlib.Path, start: int):
+    def __init__(self, config: ProfileConfig, directory: AnyPath, start: int):
         """`start` is the step that the run goes on from."""
         self._config, self._last = config, config.start + config.steps - 1
         self._here = config.everywhere or jax.process_index() == 0
@@ -53,7 +54,5 @@ class ProfileWindow:
             jax.profiler.stop_trace()
             for file in sorted(pathlib.Path(local).rglob("*")):
                 if file.is_file():
-                    target = self._folder / file.relative_to(local)
-                    target.parent.mkdir(parents=True, exist_ok=True)
-                    target.write_bytes(file.read_bytes())
+                    write(self._folder / file.relative_to(local), file.read_bytes())
         log.info("profile: ended with %s, is in %s (tensorboard --logdir=%s)", when, self._folder, self._folder.parent)

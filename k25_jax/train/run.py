@@ -2,7 +2,6 @@
 
 import importlib.metadata
 import json
-import pathlib
 
 import jax
 from jax.sharding import Mesh
@@ -11,6 +10,7 @@ from k25_jax.checkpoint.folders import CheckpointError, check_same_model
 from k25_jax.checkpoint.store import Store
 from k25_jax.config import ConfigError, Experiment, to_dict
 from k25_jax.parallel.pipeline import bubble
+from k25_jax.runtime.paths import AnyPath, make_folder, write
 from k25_jax.sharding import processes
 from k25_jax.train.handover import load_initial
 from k25_jax.train.layout import lanes_of, own_lanes
@@ -38,9 +38,9 @@ def restore_or_init(experiment: Experiment, store: Store, pipeline, mesh: Mesh):
     return in_stages(state.replace(params=params), experiment, mesh), 0, 0
 
 
-def save_run(experiment: Experiment, directory: pathlib.Path) -> None:
+def save_run(experiment: Experiment, directory: AnyPath) -> None:
     """Write `experiment.json` (the configuration) and `run.json` (revision, versions, devices), in process 0."""
-    directory.mkdir(parents=True, exist_ok=True)
+    make_folder(directory)
     check_same_model(experiment, directory)
     if jax.process_index() == 0:
         _write_run(experiment, directory)
@@ -50,7 +50,7 @@ def save_run(experiment: Experiment, directory: pathlib.Path) -> None:
         raise ConfigError(f"--workdir={directory} is another folder in processes {blind}; choose one that all share")
 
 
-def _write_run(experiment: Experiment, directory: pathlib.Path) -> None:
+def _write_run(experiment: Experiment, directory: AnyPath) -> None:
     mesh = experiment.mesh
     packages = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy")
     info = {
@@ -61,6 +61,4 @@ def _write_run(experiment: Experiment, directory: pathlib.Path) -> None:
         "pipeline_bubble": bubble(mesh.pipe, mesh.repeats, mesh.microbatches or mesh.pipe),
     }
     for name, values in (("experiment.json", to_dict(experiment)), ("run.json", info)):
-        temporary = directory / f"{name}.tmp"  # a kill or a full disk must not leave half a file
-        temporary.write_text(json.dumps(values, indent=1) + "\n")
-        temporary.replace(directory / name)
+        write(directory / name, json.dumps(values, indent=1) + "\n")

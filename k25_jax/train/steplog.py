@@ -1,7 +1,6 @@
 """What steps report, read one step late: the devices work on the next step while the host reads the last one's metrics."""
 
 import logging
-import pathlib
 import time
 from collections.abc import Callable
 
@@ -13,6 +12,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from k25_jax.config import Experiment
 from k25_jax.data.mixture import realised
 from k25_jax.report.metrics import MetricsWriter
+from k25_jax.runtime.paths import AnyPath
 from k25_jax.train.feed import Ready
 from k25_jax.train.layout import data_states
 
@@ -34,7 +34,7 @@ class StepLog:
         self,
         experiment: Experiment,
         mesh: Mesh,
-        directory: pathlib.Path,
+        directory: AnyPath,
         start: int,
         bad: int,
         on_step: Callable[[int, dict], None] | None = None,
@@ -73,6 +73,11 @@ class StepLog:
         if self._sent:
             sent, self._sent = self._sent, None
             self._take(*sent, more, log_it)
+
+    def publish(self) -> None:
+        """Have what was logged where a run that goes on from a checkpoint looks for it: in a bucket, upload it."""
+        if self._writer:
+            self._writer.publish()
 
     def finish(self) -> None:
         """Read the last step and log it, whatever train.log_every says."""

@@ -18,7 +18,7 @@ import time
 from rich.console import Console
 
 from k25_jax.checkpoint.folders import complete_steps
-from k25_jax.config import ConfigError, Experiment, from_dict, import_file, load_experiment, to_dict
+from k25_jax.config import ConfigError, Experiment, experiments, from_dict, import_file, load_experiment, to_dict
 from k25_jax.report.metrics import read_metrics
 from k25_jax.train.interrupts import raising
 
@@ -37,7 +37,7 @@ class Point:
 
 def sweep(config: str, workdir: pathlib.Path, overrides=(), jobs: int = 1, only: str = "") -> list[str]:
     """Run what is not finished, `jobs` at once, each on its share of the cores; returns the names of failed runs."""
-    module = import_file(config.partition(":")[0])
+    module = import_file(experiments.split(config)[0])
     named = points(module, config)
     runs = [of_point(point, config, workdir, overrides) for point in named]
     runs = [run for run in runs if only in run.point.name]

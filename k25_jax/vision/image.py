@@ -9,7 +9,6 @@ import math
 import os
 import stat
 from contextlib import contextmanager
-from pathlib import Path
 from typing import BinaryIO
 
 import numpy as np
@@ -17,6 +16,7 @@ import tensorstore
 from PIL import Image, UnidentifiedImageError
 
 from k25_jax.config import VisionConfig
+from k25_jax.runtime.paths import AnyPath, is_remote, open_random, size_and_time, to_path
 from k25_jax.vision.cost import too_costly
 from k25_jax.vision.orientation import turn
 from k25_jax.vision.patchpack import Clip
@@ -35,19 +35,18 @@ class ImageError(ValueError):
 
 
 # -------------------------------------------------------------------------------------------------------------- reading
-def source_name(source: str | Path | bytes) -> str:
+def source_name(source: str | AnyPath | bytes) -> str:
     """What errors call a source that came without a name: its path, or the number of its bytes."""
     return f"<{len(source)} bytes>" if isinstance(source, (bytes, bytearray, memoryview)) else str(source)[:300]
 
 
-def open_source(source: str | Path | bytes, name: str, error: type[ValueError]) -> BinaryIO:
+def open_source(source: str | AnyPath | bytes, name: str, error: type[ValueError]) -> BinaryIO:
     """A binary file object over a regular file or bytes; raises `error` when it is missing, not a file, or empty."""
     if isinstance(source, (bytes, bytearray, memoryview)):
         file, size = io.BytesIO(source), len(source)
     else:
         try:
-            status = os.stat(source)
-            file = open(source, "rb") if stat.S_ISREG(status.st_mode) else None
+            file, size = _opened(source)
         except FileNotFoundError:
             raise error(f"{name}: there is no such file; check the path") from None
         except (OSError, ValueError) as problem:
@@ -55,14 +54,22 @@ def open_source(source: str | Path | bytes, name: str, error: type[ValueError]) 
             raise error(f"{name}: cannot be read ({reason}); check the path and its permissions") from problem
         if file is None:
             raise error(f"{name}: is not a regular file; give the path of one")
-        size = status.st_size
     if not size:
         file.close()
         raise error(f"{name}: is empty (0 bytes); fetch it again or drop the record")
     return file
 
 
-def load_image(source: str | Path | bytes, max_pixels: int = MAX_PIXELS, name: str = "") -> np.ndarray:
+def _opened(source: str | AnyPath) -> tuple[BinaryIO | None, int]:
+    """A file object, or None where it is no regular file; and its bytes."""
+    if is_remote(source):
+        path = to_path(source)
+        return open_random(path), size_and_time(path)[0]
+    status = os.stat(source)
+    return open(source, "rb") if stat.S_ISREG(status.st_mode) else None, status.st_size
+
+
+def load_image(source: str | AnyPath | bytes, max_pixels: int = MAX_PIXELS, name: str = "") -> np.ndarray:
     """Decode an image (PNG, JPEG, WebP, GIF, BMP, TIFF; the first frame) to uint8 RGB [h, w, 3].
 
     The EXIF orientation is applied; an EXIF block that cannot be read counts as upright. Transparent pixels are

@@ -5,7 +5,6 @@ import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from fractions import Fraction
-from pathlib import Path
 from typing import BinaryIO
 
 import av
@@ -13,6 +12,7 @@ import numpy as np
 from PIL import Image
 
 from k25_jax.config import VisionConfig
+from k25_jax.runtime.paths import AnyPath
 from k25_jax.vision.frame_sampler import Damage, FrameSampler, Late
 from k25_jax.vision.image import MAX_PIXELS, ImageError, check_pixels, open_source, patchify, source_name, to_rgb
 from k25_jax.vision.orientation import from_matrix, turn
@@ -45,7 +45,7 @@ def _library():
 
 
 def load_video(
-    source: str | Path | bytes | np.ndarray,
+    source: str | AnyPath | bytes | np.ndarray,
     fps: float = 2.0,
     max_frames: int = 256,
     max_patches: int = 4096,

@@ -18,6 +18,7 @@ from k25_jax.config import SourceConfig
 from k25_jax.data.records import DataError
 from k25_jax.data.sources import open_source
 from k25_jax.data.tar_headers import Link, Member, read_entries
+from k25_jax.runtime.paths import Reader
 from tests import runs
 
 HUGE = 2**40
@@ -56,8 +57,8 @@ def opened(path, data: bytes):
 # ----------------------------------------------------------------------------------------------- the same as the library
 def entries(path):
     """Ours, as (name, offset, size) of files, or (name, target) of links; folders by their names."""
-    with open(path, "rb") as file:
-        for entry in read_entries(file.fileno()):
+    with Reader(path) as file:
+        for entry in read_entries(file):
             if isinstance(entry.what, Member):
                 assert entry.what.name == entry.name
                 yield tuple(entry.what)

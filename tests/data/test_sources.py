@@ -418,7 +418,7 @@ def test_task():
 # --------------------------------------------------------------------------------------------------------------- errors
 @pytest.mark.parametrize("kind", ["auto", "folder", "jsonl", "arrayrecord"])
 def test_missing_path(tmp_path, kind):
-    for path in (str(tmp_path / "missing"), str(tmp_path / "missing.jsonl"), "gs://bucket/missing"):
+    for path in (str(tmp_path / "missing"), str(tmp_path / "missing.jsonl")):
         with pytest.raises(DataError, match="missing"):
             open_source(SourceConfig(path, kind=kind))
 

@@ -3,7 +3,6 @@
 import csv
 import io
 import json
-import pathlib
 import sys
 from collections.abc import Mapping, Sequence
 
@@ -11,6 +10,7 @@ from k25_jax.data.media import resolve_media
 from k25_jax.data.parquet import ParquetTables
 from k25_jax.data.records import DataError, RecordError, decode_text, read_bytes
 from k25_jax.data.sources import Jsonl
+from k25_jax.runtime.paths import AnyPath, to_path
 
 BASE64_LEAST = 300  # characters: a shorter string in a column of images is a path
 
@@ -18,8 +18,8 @@ BASE64_LEAST = 300  # characters: a shorter string in a column of images is a pa
 class Rows:
     """All rows of a file, or of a folder of Parquet files. Parquet is read when a row is asked for, the rest at once."""
 
-    def __init__(self, path: str | pathlib.Path):
-        self.path = pathlib.Path(path)
+    def __init__(self, path: str | AnyPath):
+        self.path = to_path(path, "--data")
         suffix = self.path.suffix.lower()
         if not self.path.exists():
             raise DataError(f"--data: there is nothing at {path}; give the benchmark's file as it was published")
@@ -52,12 +52,12 @@ class Rows:
         """What errors call a row."""
         return self._source.label(index) if self._rows is None else f"{self.path}[{index}]"
 
-    def files(self) -> list[pathlib.Path]:
+    def files(self) -> list[AnyPath]:
         """The files that the rows are read from."""
         return [self.path] if self._source is None else self._source.files()
 
     @property
-    def root(self) -> pathlib.Path:
+    def root(self) -> AnyPath:
         """The folder that paths to media start from."""
         return self.path if self.path.is_dir() else self.path.parent
 
@@ -83,7 +83,7 @@ class Rows:
             )
         return default
 
-    def medium(self, index: int, names: Sequence[str], kind: str = "image") -> bytes | pathlib.Path:
+    def medium(self, index: int, names: Sequence[str], kind: str = "image") -> bytes | AnyPath:
         """Image or video of a row: bytes, or a path below the file's folder; raises DataError."""
         value = self.field(index, names, (str, bytes, Mapping))
         try:
@@ -92,12 +92,12 @@ class Rows:
             found = resolve_media({kind: value}, self.root)[kind]
         except RecordError as problem:
             raise DataError(f"{self.label(index)}: {names[0]}: {problem}") from None
-        if not isinstance(found, (bytes, pathlib.Path)):
+        if not isinstance(found, (bytes, AnyPath)):
             raise DataError(f"{self.label(index)}: {names[0]} must have bytes or a path, not {sorted(found)}")
         return found
 
 
-def _json(path: pathlib.Path) -> list[Mapping]:
+def _json(path: AnyPath) -> list[Mapping]:
     """A list of objects, one below "data", or an object of objects by their ids."""
     parsed = json_value(_text(path), str(path))
     if isinstance(parsed, dict):
@@ -107,7 +107,7 @@ def _json(path: pathlib.Path) -> list[Mapping]:
     return parsed
 
 
-def _table(path: pathlib.Path) -> list[Mapping]:
+def _table(path: AnyPath) -> list[Mapping]:
     """Lines of a CSV or TSV file; empty cells are left out."""
     dialect = "excel-tab" if path.suffix.lower() == ".tsv" else "excel"
     csv.field_size_limit(min(sys.maxsize, 2**28))
@@ -118,7 +118,7 @@ def _table(path: pathlib.Path) -> list[Mapping]:
     return [{key: cell for key, cell in line.items() if key and isinstance(cell, str) and cell} for line in lines]
 
 
-def _text(path: pathlib.Path) -> str:
+def _text(path: AnyPath) -> str:
     try:
         return decode_text(read_bytes(path), str(path))
     except RecordError as problem:

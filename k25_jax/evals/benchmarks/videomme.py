@@ -1,10 +1,10 @@
 """Video-MME: multiple choice about videos, without subtitles (K2.5 §4)."""
 
-import pathlib
 import re
 
 from k25_jax.data.records import DataError
 from k25_jax.evals.benchmarks.base import VISION, Benchmark
+from k25_jax.runtime.paths import AnyPath
 
 FOLDERS = (".", "data", "videos", "../data", "../videos")  # seen from the table
 SUFFIXES = (".mp4", ".mkv", ".webm")
@@ -31,7 +31,7 @@ class VideoMme(Benchmark):
     def media(self, index: int) -> list[dict]:
         return [{"type": "video", "video": self.video(index)}]
 
-    def video(self, index: int) -> pathlib.Path:
+    def video(self, index: int) -> AnyPath:
         """The file of the question's video; raises DataError."""
         name = self.rows.field(index, ("videoID",))
         if not re.fullmatch(r"[\w-]+", name):
