@@ -8,9 +8,9 @@ its packs again, and the gradients of the replicated weights are added up. All t
 own transpose with its tables the other way round.
 
 What is exchanged is fixed by shapes, for the worst batch: rows of images from end to end. For 16384 rows in 16 parts on
-256 chips this is 12 GB a chip and step, of which a batch with a tenth of vision needs 3; the step takes 85 seconds. A loop
-as long as the batch needs would save that tenth of a second, but would need a gradient of its own and would make what a
-step exchanges unknown to preflight; `train.vision_rounds` makes it less where batches are known.
+256 chips this is 12 GB a chip and step, of which a batch with a tenth of vision needs 3; such a step takes three minutes. A
+loop as long as the batch needs would save some tenths of a second of them, but have a gradient of its own, and preflight
+could not know what it exchanges. Where batches are known, `train.vision_rounds` makes it less.
 
 Arms for comparison (`train.vision`): "stage0" encodes on the first stage of the pipeline only; "plain" leaves it to the
 compiler: every device encodes every pack, and `train.remat` says what is held.

@@ -75,6 +75,14 @@ def test_clips_of_a_batch_follow_each_other_with_their_features():
     assert not len(clips_in(np.full((2, 3), -1)).row)
 
 
+def test_features_of_two_encoders_may_follow_each_other_in_a_row():
+    media_BL = np.full((8, 42), -1)
+    media_BL[3, 1:41] = np.arange(20, 60)  # a device has 32 features
+    exchange = exchange_of(run_of(8, 8), AbstractMesh((1, 8, 1, 1), AXES))
+    found = routes_of(clips_in(media_BL), exchange, range(8))
+    assert carried(found, exchange.form, 32, 42)[0].tolist() == media_BL.tolist()
+
+
 def test_too_few_rounds_for_a_batch_name_the_field(monkeypatch):
     monkeypatch.setattr(routes, "ROUND", 8)
     mesh, batch = AbstractMesh((1, 8, 1, 1), AXES), mixed_batch(rows=16, packs=8)
