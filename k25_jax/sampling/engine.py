@@ -9,6 +9,7 @@ order, so that two tokens with the same probability to six digits may change pla
 """
 
 import bisect
+import collections
 import itertools
 from collections.abc import Iterator
 from collections.abc import Sequence as Items
@@ -313,21 +314,18 @@ class Engine:
 
     def _plan(self, rows, pieces) -> tuple[Plan, list[Sequence | None]]:
         """The arrays of a step, in the smallest shape that takes them, and whose tokens it draws, device by device."""
-        s, places = self._share, [[], []]
-        for kind, homes in enumerate(([r.home for r in rows], [piece[0].home for piece in pieces])):
-            count = itertools.count
-            numbers = {home.number: count() for home in homes}
-            places[kind] = [(home.number, next(numbers[home.number])) for home in homes]
-        most = [max((i + 1 for _, i in kind), default=0) for kind in places]
-        shape = next(n for n in s.rows if n >= most[0]), next(n for n in (0, *s.pieces) if n >= most[1])
+        s = self._share
+        row_places, most_rows = _places(rows)
+        piece_places, most_pieces = _places([sequence for sequence, _, _ in pieces])
+        shape = next(n for n in s.rows if n >= most_rows), next(n for n in (0, *s.pieces) if n >= most_pieces)
         plan, drawn = self._runner.empty_plan(*shape), sum(shape)
         sequences: list[Sequence | None] = [None] * (drawn * len(self._homes))
-        for at, sequence in zip(places[0], rows, strict=True):
+        for at, sequence in zip(row_places, rows, strict=True):
             plan.slots_ZB[at], plan.positions_ZB[at] = sequence.slot, sequence.computed
             plan.tables_ZBW[at] = sequence.home.tables[sequence.slot]
             sequence.computed += 1
             sequences[at[0] * drawn + at[1]] = sequence
-        for at, (sequence, start, stop) in zip(places[1], pieces, strict=True):
+        for at, (sequence, start, stop) in zip(piece_places, pieces, strict=True):
             plan.tokens_ZPC[at][: stop - start] = sequence.tokens[start:stop]
             plan.media_ZPC[at][: stop - start] = sequence.media_rows(start, stop)
             plan.starts_ZP[at], plan.lengths_ZP[at] = start, stop - start
@@ -391,6 +389,15 @@ class Engine:
             self._waiting.remove(sequence)
         error = "the model gave a token no finite log-probability; its weights may be broken" * (reason == "error")
         self._events.append(FinishEvent(sequence.id, sequence.sample, reason, stopped_by, error))
+
+
+def _places(sequences: Items[Sequence]) -> tuple[list[tuple[int, int]], int]:
+    """(device, place among those there) of each sequence, and how many the device with most of them has."""
+    taken, places = collections.Counter(), []
+    for sequence in sequences:
+        places.append((sequence.home.number, taken[sequence.home.number]))
+        taken[sequence.home.number] += 1
+    return places, max(taken.values(), default=0)
 
 
 def _reach(keys: Items[bytes], found: int, awaited: set[bytes]) -> int:

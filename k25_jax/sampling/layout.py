@@ -99,11 +99,8 @@ class Layout:
         """
         if self.mesh is None:
             return _on_one_device(params, dtype)
-        moves = jax.tree.map(
-            lambda a, to: lambda: jax.device_put(a.astype(to.dtype), to.sharding),
-            params,
-            self._stacked(params, config, dtype),
-        )
+        move = lambda a, to: lambda: jax.device_put(a.astype(to.dtype), to.sharding)  # noqa: E731
+        moves = jax.tree.map(move, params, self._stacked(params, config, dtype))
         moved = decoder.unstack(moves, lambda move: _layers(a := move(), _inner(a.sharding)))
         return jax.tree.map(lambda a: a() if callable(a) else a, moved)
 

@@ -40,9 +40,7 @@ class EngineConfig:
     vision_tokens: int = 2048  # encoded tokens of images that are held; bounds those of one prompt
     alternatives: int = 0  # likeliest tokens that a request may ask for beside each drawn one
     dtype: str = "float32"  # of weights and cache
-    tensor: int = (
-        0  # devices that share out heads, widths, vocabulary; 0: the fewest that leave a divisor of the experts
-    )
+    tensor: int = 0  # devices that share out heads, widths, vocabulary; 0: fewest that leave a divisor of the experts
 
     def __post_init__(self):
         for name in ("rows", "pieces", "vision_patches"):

@@ -79,9 +79,11 @@ def batch_shardings(batch, mesh: Mesh):
 def row_axes(rows: int) -> tuple[str, ...]:
     """The axes of the mesh in use (jax.set_mesh) that share out the rows of a batch, if they divide `rows`.
 
-    Inside a shard_map its own axes are not among them.
+    Inside a shard_map its own axes are not among them. The engine's mesh has none.
     """
     mesh = jax.sharding.get_abstract_mesh()
+    if "tensor" in mesh.axis_names:
+        return ()
     axes = tuple(axis for axis in RULES["batch"] if axis in mesh.axis_names and axis not in mesh.manual_axes)
     return () if rows % _product(mesh.shape[axis] for axis in axes) else axes
 
