@@ -1,7 +1,7 @@
 """What a host plans beside a step of the 1.04T model, on 64 to 2048 chips, and the memory that it takes (K2.5 §3.8).
 
 The batch has 16384 rows of 4096 tokens, in up to 16 parts, and packs of 4096 patches that are as full as lanes make them,
-with images of heavy-tailed sizes. Timed is all that a host of four chips does for a step (`planned_as_told`): it learns of all
+with images of heavy-tailed sizes. Timed is all that a host of four chips does for a step (`planned_as_told`): it hears of all
 clips, balances them over the packs, and makes the tables of its own chips, rows and packs. Also: the bytes that hosts tell
 each other, and the most memory that the planning takes. Beside it stands the way before: packs without room tried again for
 every clip, and tables of all pairs of chips on every host, which are counted, not made.
@@ -104,10 +104,12 @@ def figures(run: Experiment, chips: int) -> tuple[dict, list[int]]:
     shape = (run.mesh.pipe, chips // run.mesh.pipe // run.mesh.expert, 1, run.mesh.expert)
     everyone = readers(np.arange(chips).reshape(shape) // EACH)
     own = next(reader for reader in everyone if 0 in reader.processes)
-    batches = [batch_of(run, number, len(everyone)) for number in range(len(everyone))]
-    told, batch = [what_to_tell(one, run.model.vision) for one in batches], batches[everyone.index(own)]
-    del batches
-    told = [told[number] for number in np.argsort([reader.processes[0] for reader in everyone])]
+    batch, told = None, {}  # of the processes that they read for
+    for number, reader in enumerate(everyone):
+        one = batch_of(run, number, len(everyone))
+        batch = one if reader is own else batch
+        told[reader.processes[0]] = what_to_tell(one, run.model.vision)
+    told = [told[process] for process in sorted(told)]
     heard = [json.dumps(one).encode() for one in told]
     mesh, mine = AbstractMesh(shape, AXES), tuple(range(EACH))
 

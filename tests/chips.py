@@ -1,6 +1,7 @@
 """TPU chips that only say where they stand, for meshes without a TPU compiler."""
 
 import itertools
+import types
 
 V5P, V5E, V6E, V7X = "TPU v5", "TPU v5 lite", "TPU v6 lite", "TPU7x"  # as JAX calls them
 
@@ -13,6 +14,10 @@ class Chip:
     def __init__(self, kind, coords, process_index, slice_index=0, core_on_chip=0):
         self.device_kind, self.coords, self.slice_index = kind, coords, slice_index
         self.process_index, self.core_on_chip = process_index, core_on_chip
+
+    def addressable_memories(self):
+        """As those of a TPU."""
+        return [types.SimpleNamespace(kind=kind) for kind in ("device", "pinned_host", "unpinned_host")]
 
 
 def chips(kind, sides, slices=1, cores=1):

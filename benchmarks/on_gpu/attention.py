@@ -42,7 +42,9 @@ def measure(run: Run, label: str, shape, packed: bool) -> None:
     found = {peer: working(peer, *arrays, segments_BL if packed else None) for peer in PEERS}
     sides = {"ours": ours} | {peer: call for peer, (call, _, _) in found.items() if call}
     taken = seconds(sides, rounds=1 if run.small else 3)
-    flops = 3.5 * 2 * rows * heads * length**2 / 2 * sum(WIDTHS)  # two products forward, five backward
+    flops = (
+        rows * heads * length**2 * (4 * WIDTHS[0] + 3 * WIDTHS[1])
+    )  # two products forward, five backward, half of each
     rates, peak = {side: flops / duration / 1e12 for side, duration in taken.items()}, peak_flops()
     more = dict(dtype="bfloat16", shape=list(shape), of_peak=peak and rates["ours"] * 1e12 / peak)
     for peer, (call, widths, words) in found.items():
@@ -67,8 +69,8 @@ def both(function, q, k, v, dout):
 
 
 def working(peer: str, q, k, v, dout, segments_BL):
-    """(call, widths, "") of the first of PADDED that runs, or (None, None, why the first did not)."""
-    words = ""
+    """(call, widths, "") of the first of PADDED that runs, or (None, None, why none did)."""
+    words = []
     for widths in PADDED:
         to = [*widths[:1] * 2, *widths[1:] * 2]
         arrays = [resized(a, width) for a, width in zip((q, k, v, dout), to, strict=True)]
@@ -77,10 +79,10 @@ def working(peer: str, q, k, v, dout, segments_BL):
             jax.block_until_ready(call())
             return call, widths, ""
         except Exception as error:
-            words = words or f"{type(error).__name__}: {error}"[:400]
-            if isinstance(error, ModuleNotFoundError):
+            words.append(f"{widths}: {type(error).__name__}: {error}"[:250])
+            if isinstance(error, ModuleNotFoundError) or "RESOURCE_EXHAUSTED" in str(error):
                 break
-    return None, None, words
+    return None, None, "; ".join(words)
 
 
 def resized(a, width: int):

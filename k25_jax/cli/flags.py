@@ -185,7 +185,9 @@ def add_preflight(parser: Parser) -> None:
     parser.add_argument("--config", required=True, metavar="FILE[:ARG]", help="experiment file")
     topologies = "v5p-1024 as gcloud has it, v5p:8x8x8, 2xv5p-1024 (two slices), or cpu, gpu of here"
     parser.add_argument("--topology", required=True, help=topologies)
-    what = "the training step, or those of the sampling engine: how many requests of which length fit beside its weights"
+    what = (
+        "the training step, or those of the sampling engine: how many requests of which length fit beside its weights"
+    )
     parser.add_argument("--what", choices=("train", "sample"), default="train", help=what)
     rows = "rows in a step; default data.batch_size. For sample: requests at once, default 8 a device"
     parser.add_argument("--rows", type=int, default=0, help=rows)

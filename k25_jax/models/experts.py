@@ -116,7 +116,9 @@ def _stationary(p, x_ZTD, weights_ZTK, experts_ZTK, config: MoEConfig):
         return y_TD.astype(x_ZTD.dtype)[None]
 
     tokens = PartitionSpec("expert")
-    matrices = {name: PartitionSpec("expert", *("tensor" if i != axis else None for i in (1, 2))) for name, axis in SPLIT}
+    matrices = {
+        name: PartitionSpec("expert", *("tensor" if i != axis else None for i in (1, 2))) for name, axis in SPLIT
+    }
     weights = {name: p[name] for name in matrices}
     return jax.shard_map(
         body, in_specs=(matrices, tokens, tokens, tokens), out_specs=PartitionSpec(ENGINE_AXES), check_vma=False

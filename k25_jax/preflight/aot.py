@@ -170,7 +170,7 @@ def preflight(experiment: Experiment, topology: Topology, say=lambda text: None)
             compiled = None
         report.compile_s = time.perf_counter() - start
     if compiled is not None:
-        _memory(report, compiled.memory_analysis())
+        _memory(report, compiled.memory_analysis(), topology.is_tpu)
         _program(report, hlo.parse(compiled.as_text()), topology, asked.kernels, model_flops(experiment), mesh)
     report.rss_gb = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / GB
     return report
@@ -188,12 +188,13 @@ def _asked(experiment: Experiment, mesh, traced, state, batch):
     return jaxpr_flops(live(traced.jaxpr), mesh.size, 1 / ROOM if mesh.shape["expert"] > 1 else 1.0)
 
 
-def _memory(report: Report, memory) -> None:
+def _memory(report: Report, memory, tpu: bool) -> None:
     report.argument_gb = memory.argument_size_in_bytes / GB
     report.host_gb = memory.host_argument_size_in_bytes / GB
     report.output_gb = memory.output_size_in_bytes / GB
     report.alias_gb = memory.alias_size_in_bytes / GB
-    report.temp_gb = temporaries(memory) / GB
+    # the peak that compilers for other devices report has no temporaries in it
+    report.temp_gb = (temporaries(memory) if tpu else memory.temp_size_in_bytes) / GB
     report.code_gb = memory.generated_code_size_in_bytes / GB
     new = report.output_gb - report.alias_gb
     report.peak_hbm_gb = report.argument_gb + new + report.temp_gb + report.code_gb

@@ -341,7 +341,11 @@ class Engine:
             if sequence is not None:
                 at, request = divmod(n, drawn), sequence.request
                 sampling = request.sampling
-                plan.targets_ZN[at], plan.seeds_ZN[at], plan.samples_ZN[at] = sequence.slot, sampling.seed, sequence.sample
+                plan.targets_ZN[at], plan.seeds_ZN[at], plan.samples_ZN[at] = (
+                    sequence.slot,
+                    sampling.seed,
+                    sequence.sample,
+                )
                 plan.temperatures_ZN[at], plan.top_p_ZN[at] = sampling.temperature, sampling.top_p
                 plan.alternatives_Z[at[0]] |= request.alternatives > 0
                 sequence.coming += 1

@@ -38,7 +38,9 @@ def engine_mesh(config: K25Config, devices, tensor: int = 0) -> Mesh | None:
     if len(devices) < 2:
         return None
     if len({getattr(device, "slice_index", 0) for device in devices}) > 1:
-        raise ConfigError(f"an engine runs in one slice, and the {len(devices)} devices are of several: start one in each")
+        raise ConfigError(
+            f"an engine runs in one slice, and the {len(devices)} devices are of several: start one in each"
+        )
     if not able or (tensor and tensor not in able):
         text = config.text
         raise ConfigError(
@@ -98,7 +100,9 @@ class Layout:
         if self.mesh is None:
             return _on_one_device(params, dtype)
         moves = jax.tree.map(
-            lambda a, to: lambda: jax.device_put(a.astype(to.dtype), to.sharding), params, self._stacked(params, config, dtype)
+            lambda a, to: lambda: jax.device_put(a.astype(to.dtype), to.sharding),
+            params,
+            self._stacked(params, config, dtype),
         )
         moved = decoder.unstack(moves, lambda move: _layers(a := move(), _inner(a.sharding)))
         return jax.tree.map(lambda a: a() if callable(a) else a, moved)

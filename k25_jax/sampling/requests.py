@@ -40,7 +40,9 @@ class EngineConfig:
     vision_tokens: int = 2048  # encoded tokens of images that are held; bounds those of one prompt
     alternatives: int = 0  # likeliest tokens that a request may ask for beside each drawn one
     dtype: str = "float32"  # of weights and cache
-    tensor: int = 0  # devices that share out heads, widths and vocabulary; 0: the fewest that leave a divisor of the experts
+    tensor: int = (
+        0  # devices that share out heads, widths, vocabulary; 0: the fewest that leave a divisor of the experts
+    )
 
     def __post_init__(self):
         for name in ("rows", "pieces", "vision_patches"):
@@ -74,8 +76,8 @@ def fitting(
 ) -> EngineConfig:
     """Sizes for `batch` answers at once, up to `length` tokens each with its prompt; None: all that the model has.
 
-    Each device has room for its share of them up to CACHE_TOKENS, and for one in any case. An image, or a chunk of video, has up to
-    `patches` patches. There are few programs, and those for images are compiled when one of that size comes.
+    Each device has room for its share of them up to CACHE_TOKENS, and for one in any case. An image, or a chunk of video,
+    has up to `patches` patches. There are few programs, and those for images are compiled when one of that size comes.
     """
     most = config.text.max_length
     length = min(length or most, most)

@@ -21,7 +21,9 @@ from k25_jax.train.state import abstract_state
 log = logging.getLogger(__name__)
 
 VISION = ("vision", "projector")
-RUNTIME = ("max_length", "grouped_matmul", "dispatch", "chunk", "reduce_dtype", "bias_rate", "init_std")  # fields that no parameter depends on
+RUNTIME = (  # fields that no parameter depends on
+    "max_length", "grouped_matmul", "dispatch", "chunk", "reduce_dtype", "bias_rate", "init_std",
+)  # fmt: skip
 
 
 def load_initial(experiment: Experiment, fresh: dict, mesh=None) -> dict:

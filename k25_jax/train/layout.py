@@ -39,11 +39,14 @@ def check_mesh(experiment: Experiment, mesh: Mesh) -> None:
     reason = f"the devices that encode under train.vision={experiment.train.vision!r}"
     if len(processes.hosts_of(mesh)) > 1:  # a device takes in as many as any other
         packs, reason = mesh.size, "the devices of all processes"
+    tokens = data.batch_size * data.seq_len // (experiment.train.accumulate * microbatches * math.prod(sizes.values()))
+    tokens *= sizes["pipe"]  # rows of a microbatch are shared out over the other axes alone
     checks = (
         ("data.batch_size", data.batch_size, sizes["fsdp"] * sizes["expert"] * microbatches * experiment.train.accumulate,
          "mesh.fsdp x mesh.expert x mesh.microbatches (0 is mesh.pipe) x train.accumulate"),
         ("data.seq_len", data.seq_len, sizes["context"], "mesh.context"),
         ("data.packs", data.packs, packs, reason),
+        ("tokens of a device in a microbatch", tokens, min(model.moe.chunk or tokens, tokens) or 1, "moe.chunk"),
         ("moe.experts", model.moe.experts, sizes["expert"], "mesh.expert"),
         ("text.d_model", model.d_model if model.moe_layers else 0, sizes["fsdp"] * sizes["context"],
          "mesh.fsdp x mesh.context, which share out the experts' matrices"),

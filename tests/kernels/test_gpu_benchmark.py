@@ -5,10 +5,18 @@ import os
 import subprocess
 import sys
 
+import jax
 import pytest
+from jax.sharding import AbstractDevice, AbstractMesh, AxisType
 
 import runs
 from benchmarks import gpu
+from benchmarks.on_gpu import training
+from benchmarks.on_gpu.run import Run
+from k25_jax.sharding.mesh import AXES
+from k25_jax.train.pretrain import loss_fn
+from k25_jax.train.state import abstract_state
+from k25_jax.train.step import make_step
 
 BROKEN = """
 from k25_jax.kernels import paged_attention as kernel
@@ -68,18 +76,14 @@ def test_what_is_not_installed_is_named(capsys, monkeypatch):
     monkeypatch.setattr(gpu, "installed", lambda name: "" if name in ("grain", "optax") else "1.0")
     assert gpu.missing() == ["optax", "grain"]
 
-    def absent(name):
-        raise ModuleNotFoundError("No module named 'optax'", name="optax")
-
-    monkeypatch.setattr(gpu.importlib, "import_module", absent)
+    monkeypatch.delitem(sys.modules, "benchmarks.on_gpu.training")
+    monkeypatch.setitem(sys.modules, "k25_jax.preflight.cost", None)  # as if it were not there
     assert gpu.main(["--part=training"]) == 0
     (line,) = said(capsys)
-    assert line["ok"] is False and line["lacks"] == "optax" and line["part"] == "training"
+    assert line["ok"] is False and line["lacks"] == "k25_jax.preflight.cost" and line["part"] == "training"
 
 
 def test_a_failed_figure_does_not_end_its_part(capsys):
-    from benchmarks.on_gpu.run import Run
-
     def fails(text):
         raise ValueError(text)
 
@@ -91,6 +95,17 @@ def test_a_failed_figure_does_not_end_its_part(capsys):
     first, second, third = said(capsys)
     assert first["ok"] is False and first["error"] == "ValueError: out of registers"
     assert second["value"] == "nan" and "needs 5" in third["skipped"]
+
+
+def test_the_training_step_lowers_for_a_gpu_that_is_not_there():
+    """With the kernels chosen there: each of three products forward, once more for the backward pass, and two gradients."""
+    experiment = training.experiment_of(training.minute(), 2, 64, "bfloat16", side=4, remat="full")
+    card = AbstractDevice(device_kind="NVIDIA H100 80GB HBM3", num_cores=132, platform="gpu")
+    sizes, types = (1,) * len(AXES), (AxisType.Auto,) * len(AXES)
+    with jax.sharding.use_abstract_mesh(AbstractMesh(sizes, AXES, axis_types=types, abstract_device=card)):
+        arguments = abstract_state(experiment), training.make_batch(experiment, 0)
+        lowered = make_step(experiment, loss_fn).trace(*arguments).lower(lowering_platforms=("cuda",))
+    assert lowered.as_text().count("__gpu$xla.gpu.triton") == 3 * (1 + 1 + 2)
 
 
 @pytest.mark.parametrize(

@@ -6,10 +6,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import AbstractMesh
 
 import runs
+from k25_jax.config import ConfigError, MoEConfig
 from k25_jax.models.dispatch import in_rounds
-from k25_jax.models.experts import _chunks, _local
+from k25_jax.models.experts import _chunks, _local, routed
+from k25_jax.sharding.mesh import AXES
 
 
 @pytest.mark.parametrize("favourite", [False, True])
@@ -74,3 +77,25 @@ print("equal")
 def test_a_run_goes_on_on_another_mesh(tmp_path):
     experiment = str(runs.write_experiment(tmp_path))
     assert runs.on_eight_devices(MOVING.format(folder=str(tmp_path), experiment=experiment)).endswith("equal\n")
+
+
+@pytest.mark.parametrize(
+    "rows, tokens, experts, width, words",
+    [
+        (7, 6, 4, 16, r"rows of a step .*: 7 must be a multiple of mesh.fsdp=4 x mesh.expert=2, 8"),
+        (8, 5, 4, 16, r"tokens of a row \(data.seq_len\): 5 must be a multiple of mesh.context=2, 2"),
+        (8, 6, 3, 16, r"moe.experts: 3 must be a multiple of mesh.expert=2, 2"),
+        (8, 6, 4, 12, r"text.d_model: 12 must be a multiple of mesh.fsdp=4 x mesh.context=2, 8"),
+    ],
+)
+def test_what_does_not_divide_over_the_mesh_is_refused_with_its_numbers(rows, tokens, experts, width, words):
+    """Once such a layer was laid out as for one device, without a word."""
+    config = MoEConfig(experts=experts, top_k=1, ffn_dim=4)
+    shape = lambda *sizes, dtype=jnp.float32: jax.ShapeDtypeStruct(sizes, dtype)  # noqa: E731
+    p = {name: shape(experts, 4, width) for name in ("gate", "up", "down")}
+    chosen = shape(rows, tokens, 1), shape(rows, tokens, 1, dtype=jnp.int32)
+    mesh = AbstractMesh((1, 4, 2, 2), AXES)
+    with jax.sharding.use_abstract_mesh(mesh), pytest.raises(ConfigError, match=words):
+        jax.eval_shape(
+            lambda p, x, w, e: routed(p, x, w, e, jnp.zeros(experts), config), p, shape(rows, tokens, width), *chosen
+        )

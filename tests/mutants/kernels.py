@@ -86,6 +86,12 @@ MUTATIONS = [
             "kernels/test_paged_attention.py::test_pages_in_any_order_are_one_sequence",
         ),
         (
+            "scores of sampling in bfloat16",
+            'scores = _product("bnr,bsr->bns", q_BNR, c_BSR) + _product("bnk,bsk->bns", q_BNK, r_BSK)',
+            'scores = jnp.einsum("bnr,bsr->bns", q_BNR, c_BSR) + jnp.einsum("bnk,bsk->bns", q_BNK, r_BSK)',
+            "kernels/test_paged_attention.py::test_in_bfloat16_logits_of_a_hundred_are_exact_enough",
+        ),
+        (
             "the sum of weights keeps an old maximum",
             "total_BN1 * shrunk_BN1 + weights",
             "total_BN1 + weights",

@@ -19,8 +19,8 @@ MUTATIONS = [
         ),
         (
             "new weights forget no page",
-            "        self._pages.forget()\n",
-            "",
+            "            home.pages.forget()\n",
+            "            pass\n",
             "sampling/test_versions_and_epochs.py::test_nothing_that_was_kept_outlives_the_weights",
         ),
     ),

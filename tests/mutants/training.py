@@ -91,6 +91,36 @@ MUTATIONS = [
         ),
     ),
     *of(
+        "parallel/routes.py",
+        (
+            "features of an image land on its first token",
+            "plan.landing[run] + item",
+            "plan.landing[run]",
+            "parallel/test_routes.py::test_all_arrive",
+        ),
+        (
+            "parts of a batch get each other's features",
+            "group = runs.part * form.devices + runs.receiver",
+            "group = runs.receiver",
+            "parallel/test_routes.py::test_all_arrive",
+        ),
+    ),
+    *of(
+        "parallel/dep.py",
+        (
+            "stripes of a row get the features of the first",
+            "(stripe - column) % stripes",
+            "(0 - column) % stripes",
+            "parallel/test_dep.py::test_every_token_gets_its_feature",
+        ),
+        (
+            "of what an exchange brings back the way is forgotten",
+            "moved(dout_TD, land_JXU, pick_JZU, len(nothing))",
+            "moved(dout_TD, pick_JZU, land_JXU, len(nothing))",
+            "parallel/test_dep.py::test_gradients_and_losses_equal_those_of_one_device",
+        ),
+    ),
+    *of(
         "parallel/pipeline.py",
         (
             "a stage with nothing to do computes",

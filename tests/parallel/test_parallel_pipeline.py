@@ -1,13 +1,15 @@
 """The pipeline on eight devices against one device, in a process of its own; its schedule; what is refused."""
 
+import contextlib
 import dataclasses
+import types
 
 import numpy as np
 import pytest
-from jax.sharding import AbstractMesh
 
 import runs
-from k25_jax.config import ConfigError, DataConfig, Experiment, MeshConfig, preset
+from chips import V5P, Chip
+from k25_jax.config import ConfigError, DataConfig, Experiment, MeshConfig, TrainConfig, preset
 from k25_jax.parallel.pipeline import bubble, exchange_tables
 from k25_jax.sharding.mesh import AXES
 from k25_jax.train.layout import check_mesh
@@ -59,7 +61,7 @@ def test_the_bubble_counts_the_ticks_of_a_simulated_schedule():
     "mesh, rows, words",
     [
         (dict(pipe=4, fsdp=1), 8, "text.layers less text.dense_layers=2 must be a multiple of 4"),
-        (dict(pipe=2, fsdp=1, repeats=2), 8, "must be a multiple of 4 .mesh.pipe x mesh.repeats.; change"),
+        (dict(pipe=2, fsdp=1, repeats=2), 8, "must be a multiple of 4 .mesh.pipe x mesh.repeats.; take fewer devices"),
         (
             dict(pipe=2, fsdp=2, microbatches=4),
             12,
@@ -76,7 +78,27 @@ def test_what_does_not_divide_is_refused(mesh, rows, words):
     data = DataConfig(batch_size=rows, packs=packs)
     experiment = Experiment(model=preset("tiny"), data=data, mesh=MeshConfig(**mesh))
     with pytest.raises(ConfigError, match=words):
-        check_mesh(experiment, AbstractMesh(tuple(mesh.get(axis, 1) for axis in AXES), AXES))
+        check_mesh(experiment, of_one_process(tuple(mesh.get(axis, 1) for axis in AXES)))
+
+
+def of_one_process(sizes):
+    """A mesh of chips that are not there."""
+    devices = np.empty(sizes, object)
+    devices.flat = [Chip(V5P, [number, 0, 0], 0) for number in range(devices.size)]
+    return types.SimpleNamespace(shape=dict(zip(AXES, sizes, strict=True)), devices=devices, size=devices.size)
+
+
+def test_chunks_of_tokens_divide_a_microbatch():
+    """Two devices with eight rows of 512 tokens in two parts: 1024 tokens each."""
+    tiny = preset("tiny")
+    for chunk, right in ((0, True), (512, True), (2048, True), (1000, False)):
+        moe = dataclasses.replace(tiny.text.moe, chunk=chunk)
+        model = dataclasses.replace(tiny, text=dataclasses.replace(tiny.text, moe=moe))
+        data = DataConfig(batch_size=8, packs=2)
+        run = Experiment(model=model, data=data, train=TrainConfig(accumulate=2), mesh=MeshConfig(fsdp=2))
+        words = "tokens of a device in a microbatch=1024 must be a multiple of 1000 .moe.chunk."
+        with contextlib.nullcontext() if right else pytest.raises(ConfigError, match=words):
+            check_mesh(run, of_one_process((1, 2, 1, 1)))
 
 
 def test_microbatches_are_a_multiple_of_the_stages():

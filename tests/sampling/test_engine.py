@@ -7,7 +7,6 @@ import numpy as np
 import pytest
 from scipy.stats import chisquare
 
-import runs
 from engines import CONFIG, PAD, PARAMS, SETTINGS, TEXT, clip, drain, greedy, logprobs, prompts
 from k25_jax.sampling.engine import Engine
 from k25_jax.sampling.latent_cache import cache_bytes
@@ -263,39 +262,3 @@ def test_broken_weights_end_a_request_with_an_error_and_harm_no_later_one(warm, 
 def test_the_cache_takes_what_the_formula_says(warm):
     numbers = SETTINGS.pages * SETTINGS.page_size * TEXT.layers * (TEXT.kv_lora_rank + TEXT.qk_rope_dim)
     assert warm.stats()["cache_bytes"] == 4 * numbers == cache_bytes(TEXT, SETTINGS.pages, SETTINGS.page_size)
-
-
-@pytest.mark.slow
-def test_in_a_mesh_the_answers_are_those_of_one_device():
-    """Weights shared out over (fsdp, expert), rows that divide over them and rows that do not."""
-    out = runs.on_eight_devices(
-        """
-        import sys; sys.path[:0] = ["tests", "tests/sampling"]
-        import dataclasses, jax, numpy as np
-        from engines import CONFIG, PARAMS, SETTINGS, prompts
-        from k25_jax.models.k25 import abstract_params, logical_axes
-        from k25_jax.sampling.engine import Engine
-        from k25_jax.sampling.requests import Request
-        from k25_jax.sampling.sample import SampleConfig
-        from k25_jax.sharding.mesh import make_mesh
-        from k25_jax.sharding.rules import shardings
-        settings = dataclasses.replace(SETTINGS, rows=(1, 8), pieces=(2,), piece=4)
-        asked = [Request(*p, SampleConfig(6, t, 0.9, 3), n=1 + (t > 0)) for p in prompts() for t in (0.0, 1.0)]
-        mesh = make_mesh(fsdp=4, expert=2)
-        layout = shardings(logical_axes(CONFIG), abstract_params(CONFIG), mesh)
-        answers = []
-        for params in (PARAMS, jax.device_put(PARAMS, layout)):
-            engine = Engine(params, CONFIG, settings)
-            engine.warm_up()
-            compiled = engine.stats()["compilations"]
-            answers.append([sample for samples in engine.generate(asked) for sample in samples])
-            engine.update_weights(params, 1)
-            engine.generate(asked[:2])
-            assert engine.stats()["compilations"] == compiled == 5
-        for one, many in zip(*answers, strict=True):
-            assert one.tokens == many.tokens
-            np.testing.assert_allclose(one.logprobs, many.logprobs, atol=1e-4)
-        print("same", len(answers[0]))
-        """
-    )
-    assert "same 36" in out

@@ -36,7 +36,7 @@ def test_features_have_the_gradient_of_their_one_part_to_the_last_bit():
 
     def function(params, frozen, part):
         chosen = params["features"][part].astype(jnp.float32)
-        return jnp.sum(jnp.sin(chosen) * frozen[part].astype(jnp.float32)), part
+        return jnp.sum(jnp.sin(chosen) * frozen[part].astype(jnp.float32)), part, params
 
     loss, got = jax.value_and_grad(lambda a: accumulated(function, {"features": a}, factors, where)[0])(features)
     want, grads = jax.value_and_grad(lambda a: function({"features": a}, factors, where.reshape(-1))[0])(features)

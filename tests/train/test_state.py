@@ -75,13 +75,14 @@ def test_devices_that_do_not_reach_the_hosts_memory_are_refused(finished):
     class Device:
         process_index = 0
 
+        process_index = 0
+
         def addressable_memories(self):
             return [types.SimpleNamespace(kind="device"), types.SimpleNamespace(kind="unpinned_host")]
 
     experiment = load_experiment(str(finished.file), ["optim.offload=True"])
-    mesh = types.SimpleNamespace(
-        shape=make_mesh(devices=jax.devices()[:1]).shape, devices=np.asarray([Device()]), size=1
-    )
+    one = make_mesh(devices=jax.devices()[:1])
+    mesh = types.SimpleNamespace(shape=one.shape, devices=np.full(one.devices.shape, Device()), size=1)
     with pytest.raises(
         ConfigError, match="optim.offload=True.*pinned_host.*device, unpinned_host; set optim.offload=F"
     ):
