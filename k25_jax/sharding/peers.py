@@ -7,6 +7,7 @@ what it would close waits for the others.
 
 import contextlib
 import ctypes
+import itertools
 import os
 import pathlib
 import signal
@@ -68,6 +69,7 @@ class Watch:
         self._asked = 0.0  # when process 0 was asked something that it has not answered yet
         self._unreachable = self._judging = self._finished = False
         self._exit = threading.Lock()
+        self._compilations = itertools.count()  # of all functions, so that each is waited for at a barrier of its own
         with contextlib.suppress(jax.errors.JaxRuntimeError):
             client.key_value_delete(f"k25/done/{index}")
         # JAX aborts when process 0 is gone. This is sleep(6), 6 being SIGABRT's number: time to say why.
@@ -84,7 +86,7 @@ class Watch:
             shapes = tuple(a.shape for a in jax.tree.leaves(arguments))
             if shapes not in compiled:
                 compiled[shapes] = function.lower(*arguments).compile()
-                self._client.wait_at_barrier(f"k25/compiled/{len(compiled)}", COMPILATION)
+                self._client.wait_at_barrier(f"k25/compiled/{next(self._compilations)}", COMPILATION)
             return compiled[shapes](*arguments)
 
         return call
