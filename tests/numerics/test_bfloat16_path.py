@@ -196,6 +196,23 @@ def test_the_backward_pass_of_attention_tells_values_that_differ_by_half_of_a_hu
     assert np.linalg.norm(wide(dq) - exact) <= 4 * HALF_A_STEP * np.linalg.norm(exact)
 
 
+def test_gradients_of_keys_are_not_rounded_from_block_to_block():
+    """The second block's queries are those of the first but for their sign and their last digit, which alone is left."""
+    rng = np.random.default_rng(0)
+    first = 1 + 2.0**-7 * rng.integers(0, 60, (1, 32, 1, 8))
+    digit = 2.0**-7 * rng.integers(1, 4, (1, 32, 1, 8))
+    q = jnp.asarray(np.concatenate([first, -(first + digit)], axis=1), jnp.bfloat16)
+    k, v = jnp.zeros((1, 64, 1, 8), jnp.bfloat16), draw(1, 64, 1, 16, seed=1)
+    dout = jnp.concatenate([draw(1, 32, 1, 16, seed=2)] * 2, axis=1)
+    how = dict(scale=1.0, causal=False, block=32)
+    attend = lambda k: attention(q, k, v, np.ones((1, 64), np.int32), **how)[0]  # noqa: E731
+    (dk,) = jax.jit(lambda k: jax.vjp(attend, k)[1](dout))(k)
+    dweights = np.einsum("blhk,bshk->bhls", wide(dout[:, :32]), wide(v))
+    dscores = (dweights - dweights.mean(axis=-1, keepdims=True)) / 64
+    exact = -np.einsum("bhls,blhk->bshk", dscores, digit)
+    assert np.linalg.norm(wide(dk) - exact) <= 8 * HALF_A_STEP * np.linalg.norm(exact)
+
+
 # ----------------------------------------------------------------------------------------------------------- optimizer
 def test_newton_schulz_does_not_feel_how_large_a_matrix_is():
     """Its norm is taken, and taken out, in float32: then a factor changes no bit of what is rounded, or hardly one."""
