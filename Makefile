@@ -3,7 +3,7 @@ SHELL := /bin/bash
 .SHELLFLAGS := -eu -o pipefail -c
 .DELETE_ON_ERROR:
 .DEFAULT_GOAL := help
-.PHONY: help demo base test test-all test-media lint bench clean
+.PHONY: help demo base test test-all test-media mutate lint bench clean
 
 BIN := .venv/bin
 REQUIREMENTS := setup.cfg pyproject.toml $(wildcard constraints/*.txt)
@@ -52,6 +52,9 @@ test-media: | .venv/.made ## images and videos with the other Python, 3.12 besid
 	else \
 	  $(MAKE) --no-print-directory .venv-$(OTHER)/.media && \
 	  JAX_PLATFORMS=cpu .venv-$(OTHER)/bin/python -m pytest -q -m "not slow" $(MEDIA_TESTS); fi
+
+mutate: .venv/.test ## break the package in a hundred small ways and see that tests notice: ARGS="--only moe", or --list
+	JAX_PLATFORMS=cpu $(BIN)/python tests/mutations.py $(ARGS)
 
 lint: .venv/.test ## style, format, and which layer imports which
 	$(BIN)/ruff check .
