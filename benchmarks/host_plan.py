@@ -6,8 +6,9 @@ clips, balances them over the packs, and makes the tables of its own chips, rows
 each other, and the most memory that the planning takes. Beside it stands the way before: packs without room tried again for
 every clip, and tables of all pairs of chips on every host, which are counted, not made.
 
-Seconds are those of the processor, as much may run beside it. The bound is a share of the 85 seconds that a step of the
-flagship takes at least on 512 chips, by the compiler's figures (benchmarks/RESULTS.md). With --json one JSON line.
+Seconds are those of the processor, as much may run beside it. The bound is a share of the time that a step of the flagship
+takes at least: 85 seconds on 512 chips, by the compiler's figures (benchmarks/RESULTS.md), elsewhere in proportion. With
+--json one JSON line.
 """
 
 import argparse
@@ -122,7 +123,7 @@ def figures(run: Experiment, chips: int) -> tuple[dict, list[int]]:
     work()
     megabytes = tracemalloc.get_traced_memory()[1] / 1e6
     tracemalloc.stop()
-    out = {"chips": chips, "seconds": seconds, "share": seconds / STEP_SECONDS, "megabytes": megabytes}
+    out = {"chips": chips, "seconds": seconds, "share": seconds / STEP_SECONDS * chips / AT, "megabytes": megabytes}
     out |= {"fill": 1 - plan.metrics["waste_patches"], "clips": plan.metrics["clips"]}
     out |= {"table_megabytes": sum(a.nbytes for a in (*plan.batch.routes, *(plan.pixels or ()))) / 1e6}
     out |= {"told_megabytes": sum(len(zlib.compress(text, 1)) for text in heard) / 1e6}

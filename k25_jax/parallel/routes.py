@@ -18,7 +18,7 @@ from typing import NamedTuple
 import numpy as np
 
 ROUND = 4096  # items that a device sends in a round, about
-SPARE, MORE = 1.25, 2  # room beyond an even share of what a receiver gets: with it hardly an item has to change its way
+SPARE = 3.0  # standard deviations of what a receiver gets by each device, were it by chance: hardly one gets more
 
 
 class RouteError(ValueError):
@@ -52,7 +52,8 @@ def form_of(devices: int, sent: int, received: int, parts: int = 1, rounds: int 
     most = math.ceil(ROUND / devices)
     each = max(1, math.ceil(sent / devices))
     spreads = math.ceil(each / most)
-    needed = math.ceil(SPARE * received / devices) + MORE
+    share = received / devices
+    needed = 1 + math.ceil(share + SPARE * math.sqrt(share))
     width = min(most, needed)
     return Form(devices, parts, spreads, math.ceil(each / spreads), rounds or math.ceil(needed / width), width)
 
