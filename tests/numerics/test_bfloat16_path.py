@@ -14,6 +14,7 @@ from k25_jax.models import decoder
 from k25_jax.models.k25 import abstract_params, cast
 from k25_jax.models.layers import layer_norm, rms_norm
 from k25_jax.models.moe import route
+from k25_jax.models.moonvit3d import pool
 from k25_jax.optim.newton_schulz import newton_schulz
 from k25_jax.train.pretrain import loss_fn
 
@@ -122,6 +123,16 @@ def test_the_written_gradient_of_a_norm_is_the_derived_one(centred):
     gradients = jax.jit(lambda *a: [jax.vjp(form, *a)[1](dy) for form in (ours, plain)])
     for got, want in zip(*gradients(x + 1, scale), strict=True):
         np.testing.assert_allclose(got, want, rtol=1e-4, atol=1e-5)
+
+
+def test_the_frames_of_a_clip_are_averaged_in_float32():
+    """Three frames of 256, 1 and 1, each by a third; rounded between, the ones would be lost."""
+    x_NW = jnp.repeat(jnp.asarray([256, 1, 1], jnp.bfloat16), 4)[:, None] * jnp.ones((12, 16), jnp.bfloat16)
+    pooled = jax.jit(pool, static_argnums=3)(
+        x_NW, np.tile(np.arange(4), 3), np.full(12, 1 / 3, np.float32), MODEL.vision
+    )
+    assert pooled.shape == (3, 4, 16) and not pooled[1:].any()
+    np.testing.assert_array_equal(wide(pooled[0]), 86)
 
 
 # ------------------------------------------------------------------------------------------------------- the vocabulary
