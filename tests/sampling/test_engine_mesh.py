@@ -66,7 +66,7 @@ want, _ = play(one, lambda params: params)
 decoder.moe = counted
 place = lambda params: jax.device_put(params, layout)
 many = Engine(place(weights()), CONFIG, sizes)
-assert many._runner.params["layers"][-1]["moe"]["experts"]["gate"].sharding.spec == ("expert", None, "tensor")
+assert tuple(many._runner.params["layers"][-1]["moe"]["experts"]["gate"].sharding.spec) == ("expert", None, "tensor")
 many.warm_up()
 many.update_weights(place(weights()), 0)
 before = len(compiled)
