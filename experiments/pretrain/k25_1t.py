@@ -62,15 +62,16 @@ def get_config(arg: str = ""):
         eval_every=500,
         keep=5,
         remat="full",
-        accumulate=8,
+        accumulate=16,
         compute_dtype="bfloat16",
         seed=0,
         init_from="checkpoints/kimi-k2",  # public files of Kimi K2 near its end, a language model alone
         init_vision_from="runs/vit_k25_1t",  # encoder and projector of the stage before (experiments/vit/)
     )
-    config.mesh = dict(
-        pipe=4, expert=16, repeats=3, microbatches=16
-    )  # v5p-512 is 4 x 4 x 16 chips, v5p-1024 4 x 8 x 16
+    # v5p-512 is 4 x 4 x 16 chips, v5p-1024 4 x 8 x 16. A layer at a time on a stage, with four microbatches of four rows
+    # (two on v5p-1024): its experts' matrices are gathered a quarter as often as for sixteen of one row.
+    config.mesh = dict(pipe=4, expert=16, repeats=15, microbatches=4)
+    config.model.text.moe.chunk = SEQ_LEN  # a row of a device after the other
     if arg not in ("", "runlocal"):
         raise ConfigError(f"k25_1t.py: unknown argument {arg!r}; it can be runlocal")
     return run_local(config) if arg else config
