@@ -75,8 +75,6 @@ def test_devices_that_do_not_reach_the_hosts_memory_are_refused(finished):
     class Device:
         process_index = 0
 
-        process_index = 0
-
         def addressable_memories(self):
             return [types.SimpleNamespace(kind="device"), types.SimpleNamespace(kind="unpinned_host")]
 
