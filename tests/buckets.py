@@ -2,13 +2,17 @@
 
 import contextlib
 import functools
+import http
 import http.server
 import logging
 import os
 import pathlib
+import re
 import threading
+import urllib.parse
 from collections.abc import Iterator
 
+from gcp_storage_emulator.exceptions import NotFound
 from gcp_storage_emulator.handlers.buckets import create_bucket
 from gcp_storage_emulator.server import RequestHandler
 from gcp_storage_emulator.storage import Storage
@@ -16,6 +20,7 @@ from gcp_storage_emulator.storage import Storage
 from k25_jax.runtime.paths import to_path, upload
 
 NAME = "k25-tests"
+OBJECT = re.compile(r"(?:/upload|/download)?(?:/storage/v1)?/b/([^/]+)/o(?:/(.+))?")
 
 
 class _Server(http.server.ThreadingHTTPServer):
@@ -28,7 +33,10 @@ class _Server(http.server.ThreadingHTTPServer):
 
 
 class _Handler(RequestHandler):
-    """One request at a time: the emulator's storage knows no threads."""
+    """One request at a time, as the emulator's storage knows no threads; and generations of objects, which it leaves out.
+
+    TensorStore reads an object's generation with its bytes, and writes on condition of it.
+    """
 
     _turn = threading.Lock()
 
@@ -38,7 +46,35 @@ class _Handler(RequestHandler):
 
     def _in_turn(self, method):
         with self._turn:
-            method()
+            address = urllib.parse.urlsplit(self.path)
+            query = {name: values[0] for name, values in urllib.parse.parse_qs(address.query).items()}
+            self._held = self._generation(address.path, query)
+            if self._held == query.get("ifGenerationNotMatch"):
+                self._refuse(http.HTTPStatus.NOT_MODIFIED)
+            elif query.get("ifGenerationMatch", self._held) != self._held:
+                self._refuse(http.HTTPStatus.PRECONDITION_FAILED)
+            else:
+                method()
+
+    def _generation(self, path: str, query: dict) -> str:
+        """Of the object that is asked for, or is about to be written; "0" where there is none."""
+        match = OBJECT.fullmatch(path)
+        bucket, name = match.groups() if match else ("", "")
+        try:
+            return self.storage.get_file_obj(bucket, urllib.parse.unquote(name or query.get("name", "")))["generation"]
+        except NotFound:
+            return "0"
+
+    def _refuse(self, status: http.HTTPStatus):
+        self.rfile.read(int(self.headers.get("Content-Length", 0)))
+        self.send_response(status)
+        self.send_header("Content-Length", "0")
+        super().end_headers()
+
+    def end_headers(self):
+        if self.command == "GET" and "alt=media" in self.path:
+            self.send_header("X-Goog-Generation", self._held)
+        super().end_headers()
 
 
 @contextlib.contextmanager
