@@ -106,7 +106,7 @@ def time_table(config: VisionConfig):
 def encoder_block(p, x_NW, rope, segments_N, config: VisionConfig, keep_weights: bool = False):
     """Pre-norm attention inside each segment, then the GELU feed-forward; `keep_weights` is that of the attention."""
     h_NW = layer_norm(x_NW, p["norm0"], config.norm_eps)
-    qkv = jnp.moveaxis(biased(product("nw,wthk->nthk", h_NW, p["qkv"]), p["qkv_bias"]), 1, 0)
+    qkv = biased(product("nw,wthk->tnhk", h_NW, p["qkv"]), p["qkv_bias"][:, None])
     cos, sin = rope[0][:, None], rope[1][:, None]
     q, k = rotate(qkv[0], cos, sin), rotate(qkv[1], cos, sin)
     scale = config.head_dim**-0.5
