@@ -23,7 +23,8 @@ class Validation:
         self._batches = experiment.data.validation.batches
         if not self._config.eval_every:
             return
-        validated = dataclasses.replace(experiment, data=held_out(experiment.data))
+        train = dataclasses.replace(experiment.train, eval_every=0)  # which would ask for held-out data of its own
+        validated = dataclasses.replace(experiment, data=held_out(experiment.data), train=train)
         self._feed = Feed(open_data(validated, mesh, held_out=True), validated, mesh, "validation")
         self._beginning = self._feed.pipeline.get_state()
         loss_fn = loss_of(experiment)
