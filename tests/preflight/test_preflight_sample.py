@@ -9,6 +9,7 @@ import pytest
 from k25_jax.cli import main
 from k25_jax.config import preset
 from k25_jax.models.count import count_params
+from k25_jax.models.k25 import KEPT, abstract_params
 from k25_jax.preflight import sample
 from k25_jax.preflight.topology import parse_topology
 from k25_jax.sampling.layout import Layout
@@ -64,16 +65,12 @@ def test_weights_that_are_too_many_are_shown_another_mesh_or_slice():
 
 
 def test_weights_of_one_device_are_those_of_the_model():
+    """Two bytes a parameter, and four for what stays in float32."""
     config = preset("tiny")
-    router = 2 * sum(a.size for a in jax.tree.leaves(_routers(config)))
-    assert sample.weights_bytes(config, Layout()) == 2 * count_params(config)["total"] + router
-
-
-def _routers(config):
-    from k25_jax.models.k25 import abstract_params
-
-    moe = abstract_params(config)["moe"]["moe"]
-    return [moe["router"], moe["router_bias"]]
+    leaves = jax.tree_util.tree_leaves_with_path(abstract_params(config))
+    kept = sum(a.size for path, a in leaves if any(name in jax.tree_util.keystr(path) for name in KEPT))
+    assert 0 < kept < count_params(config)["total"]
+    assert sample.weights_bytes(config, Layout()) == 2 * (count_params(config)["total"] + kept)
 
 
 def test_the_command_reports_what_it_compiled(capsys):
