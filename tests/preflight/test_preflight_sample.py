@@ -9,7 +9,7 @@ import pytest
 from k25_jax.cli import main
 from k25_jax.config import preset
 from k25_jax.models.count import count_params
-from k25_jax.models.k25 import abstract_params
+from k25_jax.models.k25 import KEPT, abstract_params
 from k25_jax.preflight import sample
 from k25_jax.preflight.topology import parse_topology
 from k25_jax.sampling.layout import Layout
@@ -65,10 +65,11 @@ def test_weights_that_are_too_many_are_shown_another_mesh_or_slice():
 
 
 def test_weights_of_one_device_are_those_of_the_model():
-    """Two bytes each, and four of the router, norms, biases and the table of positions."""
-    config, kept = preset("tiny"), 0
-    for path, a in jax.tree_util.tree_leaves_with_path(abstract_params(config)):
-        kept += a.size * any(name in jax.tree_util.keystr(path) for name in ("router", "norm", "bias", "pos_table"))
+    """Two bytes a parameter, and four for what stays in float32."""
+    config = preset("tiny")
+    leaves = jax.tree_util.tree_leaves_with_path(abstract_params(config))
+    kept = sum(a.size for path, a in leaves if any(name in jax.tree_util.keystr(path) for name in KEPT))
+    assert 0 < kept < count_params(config)["total"]
     assert sample.weights_bytes(config, Layout()) == 2 * (count_params(config)["total"] + kept)
 
 
