@@ -255,7 +255,8 @@ def test_joint_pre_training_is_that_of_the_paper():
     assert (train.remat, train.compute_dtype) == ("full", "bfloat16")
     assert (train.init_vision_from, train.trainable) == ("runs/vit_k25_1t", ()) and train.init_from
     rope = RopeConfig(original_length=4096)  # no YaRN yet
-    text = dataclasses.replace(preset("k25_1t").text, max_length=4096, rope=rope)
+    text = preset("k25_1t").text
+    text = dataclasses.replace(text, max_length=4096, rope=rope, moe=dataclasses.replace(text.moe, chunk=4096))
     assert experiment.model == dataclasses.replace(preset("k25_1t"), text=text)
 
 
