@@ -13,14 +13,9 @@ from jax.experimental.pallas import triton as plgpu
 from k25_jax.sharding.mesh import platform
 
 ROWS, COLUMNS = 128, 256  # of a tile, at most: its sums fill half of the registers
-DEEP, STAGES = (
-    128,
-    3,
-)  # bytes along the contracted axis that a program takes at once; how many such pieces are under way
+DEEP, STAGES = 128, 3  # bytes along the contracted axis that a program takes at once; such pieces under way
 WARPS = 8
-TOGETHER = (
-    8  # tiles of rows whose programs run side by side, column after column: they find in the cache what they read
-)
+TOGETHER = 8  # tiles of rows whose programs run side by side, column after column: the cache has what they read
 LEAST = 16  # entries along a side that Triton multiplies
 
 

@@ -6,7 +6,6 @@ from typing import NamedTuple
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-from jax.ad_checkpoint import checkpoint_name
 
 from k25_jax.config import TextConfig
 from k25_jax.models.layers import SwiGLU, declare, ones, rematerialised, rms_norm, swiglu
@@ -41,12 +40,6 @@ class Stack(nn.Module):
             SwiGLU(c.d_model, c.ffn_dim, self.layers, c.init_std, name="mlp")()
         else:
             MoE(c, self.layers, name="moe")()
-
-
-def moe_axes(config: TextConfig):
-    """The weights of the MoE stack as PartitionSpecs of logical axis names."""
-    stack = Stack(config, config.moe_layers, False)
-    return nn.get_partition_spec(jax.eval_shape(stack.init, jax.random.key(0)))["params"]
 
 
 class Decoder(nn.Module):
@@ -93,13 +86,7 @@ def scan_layers(stack, x_BLD, segments_BL, positions_BL, config: TextConfig, rem
         x_BLD, observed, _ = block(layer, x_BLD, rope, segments_BL, config)
         return x_BLD, observed
 
-    step = rematerialised(step, remat)
-
-    def named(x_BLD, layer):
-        x_BLD, observed = step(x_BLD, layer)
-        return checkpoint_name(x_BLD, "layer"), observed
-
-    return jax.lax.scan(named, x_BLD, stack)
+    return jax.lax.scan(rematerialised(step, remat), x_BLD, stack)
 
 
 def decode(params, x_BLD, segments_BL, positions_BL, config: TextConfig, remat: str = "none", moe_layers=scan_layers):

@@ -118,17 +118,16 @@ def swiglu(p, x):
     return product("...f,fd->...d", hidden, p["down"])
 
 
-def rematerialised(body, remat: str, names: tuple[str, ...] = ()):
+def rematerialised(body, remat: str):
     """The body of a scan, its backward pass as `train.remat` says.
 
-    "none" keeps every intermediate result for it, "dots" the results of products and kernels, "full" none at all; the
-    results called `names` (checkpoint_name) are kept in any case.
+    "none" keeps every intermediate result for it, "dots" the results of products and kernels, "full" none at all.
     """
     if remat == "none":
         return body
     policies = jax.checkpoint_policies
     kept = policies.save_from_both_policies(
-        policies.dots_with_no_batch_dims_saveable, policies.save_only_these_names("attention", "experts", *names)
+        policies.dots_with_no_batch_dims_saveable, policies.save_only_these_names("attention", "experts")
     )
-    policy = {"dots": kept, "full": policies.save_only_these_names(*names)}[remat]
+    policy = {"dots": kept, "full": policies.nothing_saveable}[remat]
     return jax.checkpoint(body, policy=policy, prevent_cse=False)

@@ -45,9 +45,7 @@ def _product_backward(equation, dtype, saved, dy):
     of_x, of_w = inputs.split(",")
     x, narrow = saved
     dx = jnp.einsum(f"{out},{of_w}->{of_x}", dy, narrow)
-    if (
-        platform() == "cpu"
-    ):  # XLA lacks some of these products there; that inputs are float32 changes none of their bits
+    if platform() == "cpu":  # XLA lacks some of these products there; float32 inputs give the same bits
         x, dy = (a.astype(jnp.promote_types(a.dtype, jnp.float32)) for a in (x, dy))
     dw = jnp.einsum(f"{of_x},{out}->{of_w}", x, dy, preferred_element_type=jnp.float32)
     return dx, None, dw.astype(dtype)
