@@ -8,6 +8,7 @@ from k25_jax.config.checks import ConfigError, Schedule
 from k25_jax.config.model import K25Config, MoEConfig, RopeConfig, TextConfig, VisionConfig
 from k25_jax.config.parsing import argument, from_dict, import_file, load_experiment, run_local, to_dict
 from k25_jax.config.presets import BYTE_IDS, PRESETS, preset
+from k25_jax.config.rl import EpisodeConfig, ProblemsConfig, RLConfig, ToggleConfig, check_rl
 from k25_jax.config.run import (
     DataConfig,
     Experiment,
@@ -20,8 +21,8 @@ from k25_jax.config.run import (
 )
 
 __all__ = [
-    "BYTE_IDS", "PRESETS", "ConfigError", "DataConfig", "Experiment", "K25Config", "MeshConfig", "MoEConfig",
-    "OptimConfig", "ProfileConfig", "RopeConfig", "Schedule", "SourceConfig", "TextConfig", "TrainConfig",
-    "ValidationConfig", "VisionConfig", "argument", "from_dict", "import_file", "load_experiment", "preset", "run_local",
-    "to_dict",
+    "BYTE_IDS", "PRESETS", "ConfigError", "DataConfig", "EpisodeConfig", "Experiment", "K25Config", "MeshConfig",
+    "MoEConfig", "OptimConfig", "ProblemsConfig", "ProfileConfig", "RLConfig", "RopeConfig", "Schedule", "SourceConfig",
+    "TextConfig", "ToggleConfig", "TrainConfig", "ValidationConfig", "VisionConfig", "argument", "check_rl", "from_dict",
+    "import_file", "load_experiment", "preset", "run_local", "to_dict",
 ]  # fmt: skip

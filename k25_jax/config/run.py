@@ -4,6 +4,7 @@ from dataclasses import dataclass, field
 
 from k25_jax.config.checks import ConfigError, Schedule, check_schedule, one_of, require_positive
 from k25_jax.config.model import K25Config
+from k25_jax.config.rl import RLConfig
 
 
 @dataclass(frozen=True)
@@ -194,16 +195,17 @@ class Experiment:
     """Everything that a run needs; saved with it as `config.json`."""
 
     name: str = "run"
-    stage: str = "pretrain"  # pretrain | vit: which loss (train/stages.py)
+    stage: str = "pretrain"  # pretrain | vit | rl: which loss (train/stages.py)
     model: K25Config = field(default_factory=K25Config)
     data: DataConfig = field(default_factory=DataConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
     mesh: MeshConfig = field(default_factory=MeshConfig)
     profile: ProfileConfig = field(default_factory=ProfileConfig)
+    rl: RLConfig = field(default_factory=RLConfig)  # of the stage rl
 
     def __post_init__(self):
-        one_of(self, "stage", ("pretrain", "vit"))
+        one_of(self, "stage", ("pretrain", "vit", "rl"))
         held_out = self.data.validation
         if self.train.eval_every and not (held_out.sources or held_out.one_in):
             raise ConfigError(

@@ -3,10 +3,15 @@
 Rows are filled best-fit; packs best-fit and then so that all have about the same to compute. Documents in a row do not
 see each other: segments differ and positions restart. A media_pad token stands where one vision token goes; it is never
 a target. A batch without a clip has no packs, so that its vision costs nothing.
+
+For reinforcement learning (K2.5 §3.5) a document is a sample, with the log-probability that each sampled token was drawn
+with and the advantage of the whole. It is trained on whole or not at all. A model can sample the media_pad token itself:
+that one is a target as any other, and no image stands there.
 """
 
 import bisect
 import copy
+import dataclasses
 import functools
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -31,6 +36,11 @@ class Example:
     loss_weights: np.ndarray  # float32
     clips: list[Clip] = field(default_factory=list)
     truncated: bool = False  # its end was cut off
+    name: str = ""  # in errors
+    old_logprobs: np.ndarray | None = (
+        None  # of a sample, float32: the sampled tokens' are numbers, those of weight 0 NaN
+    )
+    advantages: np.ndarray | None = None  # of a sample, float32, for each token
 
     def __len__(self) -> int:
         return len(self.tokens)
@@ -48,6 +58,8 @@ class Batch:
     media_BL: np.ndarray  # int32, index into the vision features flattened to [P * M]; -1 elsewhere
     vision: VisionPack
     routes: tuple[np.ndarray, ...] | None = None  # on a mesh, how features travel to tokens: parallel/dep.py
+    old_logprobs_BL: np.ndarray | None = None  # of samples, float32: of targets_BL, when it was drawn; else NaN
+    advantages_BL: np.ndarray | None = None  # of samples, float32: of the sample that targets_BL belongs to; else NaN
 
 
 def expand_media(tokens: Sequence[int], counts: Sequence[int], media_pad_id: int) -> np.ndarray:
@@ -62,6 +74,39 @@ def make_example(tokens: Sequence[int], weights: Sequence[float], clips: Sequenc
     expanded_weights = np.repeat(np.asarray(weights, np.float32), repeats)
     expanded_weights[expanded == media_pad_id] = 0.0
     return Example(expanded, expanded_weights, list(clips))
+
+
+def make_sample(
+    tokens: Sequence[int],
+    sampled: Sequence[bool],
+    logprobs: Sequence[float],
+    advantage: float | Sequence[float],
+    clips: Sequence[Clip],
+    media_pad_id: int,
+    name: str = "sample",
+) -> Example:
+    """An Example of T tokens of which the model drew some, `sampled`, with these log-probabilities; raises PackingError.
+
+    media_pad stands once for each vision token of `clips`. All sampled tokens weigh 1, whatever their advantage: one for
+    all, or one for each token.
+    """
+    tokens, sampled, logprobs = (
+        np.asarray(tokens, np.int32),
+        np.asarray(sampled, bool),
+        np.asarray(logprobs, np.float32),
+    )
+    if not tokens.shape == sampled.shape == logprobs.shape:
+        raise PackingError(f"{name}: {len(tokens)} tokens, {len(sampled)} of `sampled`, {len(logprobs)} of `logprobs`")
+    if sampled[:1].any():
+        raise PackingError(f"{name}: its first token was sampled, but nothing before predicts it; give the prompt too")
+    logprobs = np.where(sampled, logprobs, np.float32(np.nan))
+    advantages = np.broadcast_to(np.asarray(advantage, np.float32), tokens.shape)
+    if not (np.isfinite(logprobs) & np.isfinite(advantages))[sampled].all():
+        raise PackingError(f"{name}: a sampled token has no finite log-probability or advantage; leave the sample out")
+    wanted, pads = sum(clip.tokens for clip in clips), int(np.sum((tokens == media_pad_id) & ~sampled))
+    if pads != wanted:
+        raise PackingError(f"{name}: {pads} media_pad tokens for {wanted} vision tokens of its clips; give one each")
+    return Example(tokens, sampled.astype(np.float32), list(clips), False, name, logprobs, advantages)
 
 
 def _repeats(tokens: Sequence[int], counts: Sequence[int], media_pad_id: int) -> np.ndarray:
@@ -82,6 +127,7 @@ def piece(example: Example, start: int, length: int) -> Example:
     """
     if start == 0 and length == len(example):
         return example
+    _refuse_sample(example)
     return Example(example.tokens[start : start + length], example.loss_weights[start : start + length])
 
 
@@ -89,11 +135,17 @@ def truncate(example: Example, seq_len: int, model: K25Config) -> Example:
     """At most the first `seq_len` tokens, cut where no media block is torn."""
     if len(example) <= seq_len:
         return example
+    _refuse_sample(example)
     begins = np.flatnonzero(example.tokens == model.media_begin_id)
     ends = np.flatnonzero(example.tokens == model.media_end_id)
     kept = int(np.sum(ends < seq_len))
     cut = seq_len if kept == len(begins) else min(seq_len, int(begins[kept]))
     return Example(example.tokens[:cut], example.loss_weights[:cut], example.clips[:kept], truncated=True)
+
+
+def _refuse_sample(example: Example) -> None:
+    if example.old_logprobs is not None:
+        raise PackingError(f"{example.name}: a sample of {len(example)} tokens is not cut; raise data.seq_len")
 
 
 class Rooms:
@@ -182,6 +234,8 @@ def build(fillings: Sequence[Sequence[Placed]], data: DataConfig, model: K25Conf
     number = data.packs if clips else 0
     pack, starts = pack_clips(clips, number, data.pack_patches, vision.merge, vision.patch_dim, place)
     batch = _blank(pack, data, model)
+    if any(entry.example.old_logprobs is not None for entry in entries):
+        batch = with_samples(batch)
     documents, first_clip = [0] * data.batch_size, 0
     for entry in entries:
         documents[entry.row] += 1
@@ -204,19 +258,36 @@ def _blank(pack: VisionPack, data: DataConfig, model: K25Config) -> Batch:
     )
 
 
+def with_samples(batch: Batch) -> Batch:
+    """The batch as one of samples, though it holds none yet: loss_fn of train/rl.py takes it."""
+    blank = lambda: np.full(batch.tokens_BL.shape, np.nan, np.float32)  # noqa: E731
+    return batch.replace(old_logprobs_BL=blank(), advantages_BL=blank())
+
+
+def row_arrays(batch: Batch) -> dict[str, np.ndarray]:
+    """What a batch has for each place of its rows, by name."""
+    names = [f.name for f in dataclasses.fields(Batch) if f.name.endswith("_BL")]
+    return {name: getattr(batch, name) for name in names if getattr(batch, name) is not None}
+
+
 def _write(batch: Batch, entry: Placed, segment: int, starts: np.ndarray, model: K25Config):
     example, row, column = entry.example, entry.row, entry.column
-    length = len(example)
+    length, is_media = len(example), example.tokens == model.media_pad_id
+    if example.old_logprobs is not None:
+        is_media &= example.loss_weights == 0
     place = (row, slice(column, column + length))
     before = (row, slice(column, column + length - 1))  # where the next token is in the same document
     batch.tokens_BL[place] = example.tokens
     batch.targets_BL[before] = example.tokens[1:]
-    batch.loss_weights_BL[before] = np.where(example.tokens[1:] == model.media_pad_id, 0.0, example.loss_weights[1:])
+    batch.loss_weights_BL[before] = np.where(is_media[1:], 0.0, example.loss_weights[1:])
+    if example.old_logprobs is not None:
+        batch.old_logprobs_BL[before] = example.old_logprobs[1:]
+        batch.advantages_BL[before] = example.advantages[1:]
     batch.segments_BL[place] = segment
     batch.positions_BL[place] = np.arange(length)
     spans = [np.arange(start, start + clip.tokens) for start, clip in zip(starts, example.clips, strict=True)]
     if spans:
-        columns = column + np.flatnonzero(example.tokens == model.media_pad_id)
+        columns = column + np.flatnonzero(is_media)
         batch.media_BL[row, columns] = np.concatenate(spans)
 
 
@@ -227,11 +298,22 @@ def pack_examples(examples: Sequence[Example], data: DataConfig, model: K25Confi
         if not filling.add(example):
             patches = sum(len(clip.patches) for clip in example.clips)
             raise PackingError(
-                f"examples[{index}] ({len(example)} tokens, {patches} patches) finds no room "
+                f"{example.name or f'examples[{index}]'} ({len(example)} tokens, {patches} patches) finds no room "
                 f"in {data.batch_size} rows of {data.seq_len} tokens and {data.packs} packs of "
                 f"{data.pack_patches} patches; raise one of these, or give fewer examples"
             )
     return build([filling.placed], data, model)
+
+
+def pack_samples(samples: Sequence[Example], data: DataConfig, model: K25Config) -> Batch:
+    """One batch of all samples (`make_sample`), the longest first; raises PackingError when one does not fit."""
+    documents = [sample.name for sample in samples if sample.old_logprobs is None]
+    if documents:
+        raise PackingError(
+            f"{documents[0] or 'an example'} has no log-probabilities of sampled tokens; use make_sample"
+        )
+    batch = pack_examples(sorted(samples, key=len, reverse=True), data, model)
+    return batch if samples else with_samples(batch)
 
 
 def batch_stats(batch: Batch) -> dict[str, float]:

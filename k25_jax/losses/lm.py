@@ -27,46 +27,52 @@ def cross_entropy(x_BLD, head_DV, targets_BL, weights_BL, whole=None, chunk: int
     return loss, {"loss": loss, "accuracy": accuracy, "target_weight": weights_BL.sum()}
 
 
-def vocabulary_scores(x_BLD, head_DV, targets_BL, chunk: int = CHUNK):
+def vocabulary_scores(x_BLD, head_DV, targets_BL, chunk: int = CHUNK, entropy: bool = False):
     """(log of the normaliser, score of the target, token of the highest score), each [B, L]; scores are float32.
 
-    The head is read in the dtype of x. The backward pass makes each chunk of scores again, unless there is only one, and
-    adds up both gradients in float32.
+    With `entropy` that of the distribution comes fourth, in nats; it has no gradient. The head is read in the dtype of x.
+    The backward pass makes each chunk of scores again, unless there is only one, and adds up both gradients in float32.
     """
-    return _scores(min(chunk, head_DV.shape[1]), str(head_DV.dtype), x_BLD, head_DV, targets_BL)
+    out = _scores(min(chunk, head_DV.shape[1]), str(head_DV.dtype), entropy, x_BLD, head_DV, targets_BL)
+    return out if entropy else out[:3]
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
-def _scores(chunk, dtype, x_BLD, head_DV, targets_BL):
-    return _forward(chunk, dtype, x_BLD, head_DV, targets_BL)[0]
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
+def _scores(chunk, dtype, entropy, x_BLD, head_DV, targets_BL):
+    return _forward(chunk, dtype, entropy, x_BLD, head_DV, targets_BL)[0]
 
 
-def _forward(chunk, dtype, x_BLD, head_DV, targets_BL):
+def _forward(chunk, dtype, entropy, x_BLD, head_DV, targets_BL):
     head_DV = head_DV.astype(x_BLD.dtype)
 
     def one(carry, piece):
-        largest_BL, sum_BL, target_BL, best_BL = carry
+        largest_BL, sum_BL, target_BL, best_BL, spread_BL = carry
         first, head_DC = piece
         scores_BLC = _of_chunk(x_BLD, head_DC, first, head_DV.shape[1])
         here_BL = scores_BLC.max(axis=-1)
         best_BL = jnp.where(here_BL > largest_BL, first + scores_BLC.argmax(axis=-1), best_BL)
         new_BL = jnp.maximum(largest_BL, here_BL)
+        if entropy:  # the mean of the scores, less the largest, before it is divided by the sum
+            below_BLC, fallen_BL = scores_BLC - new_BL[..., None], largest_BL - new_BL
+            spread_BL = jnp.exp(fallen_BL) * (spread_BL + sum_BL * fallen_BL)
+            spread_BL += (jnp.exp(below_BLC) * below_BLC).sum(axis=-1)
         sum_BL = sum_BL * jnp.exp(largest_BL - new_BL) + jnp.exp(scores_BLC - new_BL[..., None]).sum(axis=-1)
         column_BL = jnp.clip(targets_BL - first, 0, chunk - 1)
         at_BL = jnp.take_along_axis(scores_BLC, column_BL[..., None], axis=-1)[..., 0]
         target_BL = jnp.where(targets_BL - first == column_BL, at_BL, target_BL)
-        return (new_BL, sum_BL, target_BL, best_BL), scores_BLC if chunk == head_DV.shape[1] else None
+        return (new_BL, sum_BL, target_BL, best_BL, spread_BL), scores_BLC if chunk == head_DV.shape[1] else None
 
     zeros_BL = jnp.zeros(targets_BL.shape, jnp.float32)
-    carry = zeros_BL + LOWEST, zeros_BL, zeros_BL, jnp.zeros_like(targets_BL)
-    (largest_BL, sum_BL, target_BL, best_BL), kept = _over_chunks(one, carry, head_DV, chunk)
+    carry = zeros_BL + LOWEST, zeros_BL, zeros_BL, jnp.zeros_like(targets_BL), zeros_BL if entropy else None
+    (largest_BL, sum_BL, target_BL, best_BL, spread_BL), kept = _over_chunks(one, carry, head_DV, chunk)
     log_normaliser_BL = largest_BL + jnp.log(sum_BL)
-    return (log_normaliser_BL, target_BL, best_BL), (x_BLD, head_DV, targets_BL, log_normaliser_BL, kept)
+    entropy_BL = jnp.log(sum_BL) - spread_BL / sum_BL if entropy else None
+    return (log_normaliser_BL, target_BL, best_BL, entropy_BL), (x_BLD, head_DV, targets_BL, log_normaliser_BL, kept)
 
 
-def _backward(chunk, dtype, saved, gradients):
+def _backward(chunk, dtype, entropy, saved, gradients):
     x_BLD, head_DV, targets_BL, log_normaliser_BL, kept = saved
-    dnormaliser_BL1, dtarget_BL1, _ = (a[..., None] for a in gradients)
+    dnormaliser_BL1, dtarget_BL1 = (a[..., None] for a in gradients[:2])
 
     def one(dx_BLD, piece):
         first, head_DC = piece

@@ -18,7 +18,7 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from k25_jax.config import Experiment, VisionConfig
-from k25_jax.data.packing import Batch, batch_stats
+from k25_jax.data.packing import Batch, batch_stats, row_arrays
 from k25_jax.parallel import dep
 from k25_jax.parallel.routes import Runs, Tables, form_of, tables
 from k25_jax.sharding.mesh import AXES
@@ -92,9 +92,9 @@ def placed(plan: Planned) -> Batch:
         return jax.device_put(batch, dep.layout(batch, mesh, plan.vision))
     blocks = sum(len(reader.rows) for reader in readers(owners_of(mesh)))
     rows, length = batch.media_BL.shape
-    whole = jax.ShapeDtypeStruct((rows // len(plan.rows) * blocks, length), np.int32)
-    layout = dep.layout(batch.replace(**dict.fromkeys(ROWS, whole)), mesh, plan.vision)
-    rows = {name: assembled(getattr(batch, name), plan.rows, blocks, getattr(layout, name)) for name in ROWS}
+    whole, own = jax.ShapeDtypeStruct((rows // len(plan.rows) * blocks, length), np.int32), row_arrays(batch)
+    layout = dep.layout(batch.replace(**dict.fromkeys(own, whole)), mesh, plan.vision)
+    rows = {name: assembled(a_BL, plan.rows, blocks, getattr(layout, name)) for name, a_BL in own.items()}
     return batch.replace(
         **rows,
         vision=_packs(plan, layout.vision),
@@ -103,9 +103,6 @@ def placed(plan: Planned) -> Batch:
               zip(batch.routes, layout.routes, (0, 1, 1), strict=True))
         ),
     )  # fmt: skip
-
-
-ROWS = ("tokens_BL", "targets_BL", "loss_weights_BL", "segments_BL", "positions_BL", "media_BL")
 
 
 # ------------------------------------------------------------------------------------------------------------- the plan

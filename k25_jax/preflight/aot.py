@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 import jax
 
 from k25_jax.config import ConfigError, Experiment
-from k25_jax.data.packing import Batch, pack_examples
+from k25_jax.data.packing import Batch, pack_examples, with_samples
 from k25_jax.models.experts import ROOM
 from k25_jax.parallel import dep
 from k25_jax.preflight import hlo
@@ -98,6 +98,8 @@ def abstract_batch(experiment: Experiment, mesh) -> Batch:
     data, model, vision = experiment.data, experiment.model, experiment.train.vision
     small = dataclasses.replace(data, batch_size=1, packs=1, lanes=1)
     batch = pack_examples([], small, model)
+    if experiment.stage == "rl":
+        batch = with_samples(batch)
     grown = lambda n: lambda a: jax.ShapeDtypeStruct((n, *a.shape[1:]), a.dtype)  # noqa: E731
     batch = jax.tree.map(grown(data.batch_size), batch).replace(vision=jax.tree.map(grown(data.packs), batch.vision))
     place = lambda a, layout: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=layout)  # noqa: E731

@@ -100,9 +100,9 @@ class AsyncEngine:
         """`Engine.abort`; finish events follow on the stream."""
         return self._call(lambda: self._engine.abort(stream.id))
 
-    def update_weights(self, params, version: int) -> None:
+    def update_weights(self, params, version: int, latents: str = "keep") -> None:
         """`Engine.update_weights`, between two steps."""
-        self._call(lambda: self._engine.update_weights(params, version))
+        self._call(lambda: self._engine.update_weights(params, version, latents))
 
     def stats(self) -> dict[str, int]:
         """`Engine.stats`."""

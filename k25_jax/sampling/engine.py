@@ -37,6 +37,8 @@ from k25_jax.sampling.sequences import Home, Sequence, images_of
 from k25_jax.text.stops import StopTexts
 from k25_jax.text.tokenizer import Tokenizer
 
+LATENTS = ("keep", "recompute", "drain")
+
 
 class Flight(NamedTuple):
     """A step that was sent off: the sequence of each drawn token or None, and the version of the weights."""
@@ -73,6 +75,7 @@ class Engine:
         self._waiting: list[Sequence] = []  # both by arrival
         self._running: list[Sequence] = []
         self._flight: Flight | None = None
+        self._next: tuple[dict, int] | None = None  # weights that wait for the answers under way
         self._events: list[Event] = []
         self._ids, self._orders = itertools.count(), itertools.count()
         self._version, self._epoch = version, 0
@@ -119,14 +122,31 @@ class Engine:
             self._finish(sequence, "abort")
         return bool(mine)
 
-    def update_weights(self, params, version: int) -> None:
-        """Go on with other weights of the same model; answers under way keep what they have.
+    def update_weights(self, params, version: int, latents: str = "keep") -> None:
+        """Go on with other weights of the same model, of which the engine takes a copy.
 
-        Their further tokens carry the new version, but their latents stay as the old weights made them. No later request
-        gets to see those: what is kept of prompts and images is forgotten.
+        `latents` says what becomes of answers under way. "keep": their further tokens carry the new version, but see
+        latents as the old weights made them. "recompute": all that they have said is read again, with the new weights.
+        "drain": they end with the old weights, and those that wait begin with the new ones, which lie beside them so long.
+        No later request gets to see old latents: what is kept of prompts and images is forgotten.
         """
-        self._runner.replace_params(params)
-        self._version, self._epoch = version, self._epoch + 1
+        if latents not in LATENTS:
+            raise EngineError(f"latents={latents!r} must be one of {', '.join(LATENTS)}")
+        self._next = self._runner.prepared(params), version
+        if latents == "recompute":
+            for sequence in list(self._running):
+                self._preempt(sequence)
+        if latents != "drain" or self._drained:
+            self._change_weights()
+
+    @property
+    def _drained(self) -> bool:
+        """Whether no answer has been begun that has not ended."""
+        return not self._running and not any(sequence.begun for sequence in self._waiting)
+
+    def _change_weights(self) -> None:
+        (self._runner.params, self._version), self._next = self._next, None
+        self._epoch += 1
         for home in self._homes:
             home.pages.forget()
         self._features.forget()
@@ -177,6 +197,8 @@ class Engine:
 
     # ------------------------------------------------------------------------------------------------------ scheduling
     def _send(self) -> Flight | None:
+        if self._next and self._drained:
+            self._change_weights()
         rows = self._rows()
         self._admit()
         pieces = self._pieces()
@@ -235,6 +257,8 @@ class Engine:
         for sequence in list(self._waiting):
             if sequence.coming:
                 break  # a token that is yet to be read belongs to the prompt
+            if self._next and not sequence.begun:
+                continue
             most = (len(sequence.tokens) - 1) // self._share.page_size  # its last token is computed in any case
             keys = sequence.full_keys(self._share.page_size)[:most]
             if not self._find_home(sequence, keys, awaited, promised):

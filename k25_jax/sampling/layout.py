@@ -12,6 +12,7 @@ import dataclasses
 import functools
 
 import jax
+import jax.numpy as jnp
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from k25_jax.config import ConfigError, K25Config
@@ -93,13 +94,13 @@ class Layout:
         return NamedSharding(self.mesh, spec(PartitionSpec(*axes[: len(shape)]), shape, self.mesh, rules))
 
     def weights(self, params, config: K25Config, dtype):
-        """Training parameters, wherever they lie, as those of the engine: in `dtype`, each layer on its own.
+        """Training parameters, wherever they lie, as those of the engine: in `dtype`, each layer on its own; all copies.
 
         They move from device to device, one array after the other; neither a host nor a device ever holds all of one.
         """
         if self.mesh is None:
             return _on_one_device(params, dtype)
-        move = lambda a, to: lambda: jax.device_put(a.astype(to.dtype), to.sharding)  # noqa: E731
+        move = lambda a, to: lambda: jax.device_put(a.astype(to.dtype), to.sharding, may_alias=False)  # noqa: E731
         moves = jax.tree.map(move, params, self._stacked(params, config, dtype))
         moved = decoder.unstack(moves, lambda move: _layers(a := move(), _inner(a.sharding)))
         return jax.tree.map(lambda a: a() if callable(a) else a, moved)
@@ -122,7 +123,7 @@ class Layout:
 
 @functools.partial(jax.jit, static_argnames="dtype")
 def _on_one_device(params, dtype):
-    return decoder.unstack(cast(params, dtype))
+    return decoder.unstack(jax.tree.map(jnp.copy, cast(params, dtype)))  # what is passed through would not be copied
 
 
 @functools.partial(jax.jit, static_argnames="sharding")

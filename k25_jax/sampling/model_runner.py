@@ -146,12 +146,12 @@ class ModelRunner:
         """What the cache takes on all devices."""
         return sum(a.nbytes for a in jax.tree.leaves(self._state.pools))
 
-    def replace_params(self, params) -> None:
-        """Other weights of the same model, from the next step on; raises EngineError for those of another."""
+    def prepared(self, params):
+        """A copy of other weights of the same model, to take the place of `params`; EngineError for those of another."""
         if self._kinds_of(params) != self._kinds:
             raise EngineError("the new weights are of another model: their names or shapes differ")
         new = self.layout.weights(params, self.config, self.dtype)
-        self.params = jax.tree.map(lambda a, old: jax.device_put(a, old.sharding), new, self.params)
+        return jax.tree.map(lambda a, old: jax.device_put(a, old.sharding), new, self.params)
 
     def warm_up(self) -> Iterator[str]:
         """Compile all programs, those first that a first request needs; says what comes next before each.

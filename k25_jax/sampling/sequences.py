@@ -76,6 +76,11 @@ class Sequence:
         return len(self.request.tokens)
 
     @property
+    def begun(self) -> bool:
+        """Whether any of its tokens was drawn."""
+        return len(self.tokens) > self.prompt_length or self.coming > 0
+
+    @property
     def wants_more(self) -> bool:
         """Whether a token is to be drawn beyond those that are coming."""
         drawn = len(self.tokens) - self.prompt_length + self.coming

@@ -67,14 +67,26 @@ def in_parts(batch, parts: int):
 
     Tables have a first axis of parts already (parallel/dep.py); packs are the encoder's.
     """
-    mesh = jax.sharding.get_abstract_mesh()
-    devices = 1 if mesh.empty else math.prod(mesh.shape[axis] for axis in RULES["batch"])
 
     def rows(a):
-        split = rearrange(a, "(d a b) l -> a (d b) l", a=parts, d=devices)
-        if mesh.empty:
-            return split
-        return jax.lax.with_sharding_constraint(split, PartitionSpec(None, RULES["batch"], RULES["length"]))
+        split = rearrange(a, "(d a b) l -> a (d b) l", a=parts, d=_devices())
+        return _laid(split, PartitionSpec(None, RULES["batch"], RULES["length"]))
 
     routes = batch.routes and batch.routes._replace(spread_XJZU=None)
     return jax.tree.map(rows, batch.replace(vision=None, routes=None)).replace(routes=routes)
+
+
+def whole_rows(a_ABL):
+    """An array of the parts of `in_parts` as rows of their batch, [B,L]."""
+    rows = rearrange(a_ABL, "a (d b) l -> (d a b) l", d=_devices())
+    return _laid(rows, PartitionSpec(RULES["batch"], RULES["length"]))
+
+
+def _devices() -> int:
+    """Over how many devices the mesh in use (jax.set_mesh) shares out rows."""
+    mesh = jax.sharding.get_abstract_mesh()
+    return 1 if mesh.empty else math.prod(mesh.shape[axis] for axis in RULES["batch"])
+
+
+def _laid(a, spec: PartitionSpec):
+    return a if jax.sharding.get_abstract_mesh().empty else jax.lax.with_sharding_constraint(a, spec)

@@ -28,8 +28,20 @@ def totals(batch):
 def batch_loss(params, batch, experiment: Experiment, function, whole):
     """What `loss_fn` returns, of the parts that the language model takes one after the other.
 
-    Features are made once for all parts, and are beside the parameters what a part has a gradient for. Of a part
-    `function(experiment, trained, frozen, (its rows, whole))` returns its share of the whole batch's loss and metrics.
+    Of a part `function(experiment, trained, frozen, (its rows, whole))` returns its share of the whole batch's loss and
+    metrics. Shares are added up; of metrics that end in "_max" the largest is that of the batch.
+    """
+    loss, (metrics, stats) = over_parts(params, batch, experiment, function, whole)
+    if experiment.train.accumulate == 1:
+        return loss, (metrics, stats)
+    metrics = {name: value.max() if name.endswith("_max") else value.sum() for name, value in metrics.items()}
+    return loss, (metrics, Stats(stats.load_YE.sum(axis=0), stats.max_logit_YH.max(axis=0)))
+
+
+def over_parts(params, batch, experiment: Experiment, function, whole):
+    """(the sum of the losses, what was seen) of `function` over all parts; with several, a first axis of what each saw.
+
+    Features are made once for all parts, and are beside the parameters what a part has a gradient for.
     """
     config = experiment.train
     trained, frozen = split(params, config.trainable)
@@ -44,9 +56,7 @@ def batch_loss(params, batch, experiment: Experiment, function, whole):
     if config.accumulate == 1:
         return function(trained, frozen, (first_part(batch), whole))[:2]
     whole = jax.tree.map(lambda total: jnp.full(config.accumulate, total), whole)
-    loss, (metrics, stats) = accumulated(function, trained, frozen, (in_parts(batch, config.accumulate), whole))
-    metrics = {name: value.sum() for name, value in metrics.items()}
-    return loss, (metrics, Stats(stats.load_YE.sum(axis=0), stats.max_logit_YH.max(axis=0)))
+    return accumulated(function, trained, frozen, (in_parts(batch, config.accumulate), whole))
 
 
 def features(params, batch, experiment: Experiment):
@@ -72,18 +82,27 @@ def inputs(params, part, experiment: Experiment):
     return overlay(params, part.tokens_BL, part.media_BL, vision_BLD, config, dtype)
 
 
-def part_loss(experiment: Experiment, trained, frozen, piece):
-    """What `loss_fn` returns, of some rows: their shares of the whole batch's loss and metrics; and `trained`, as it is."""
+def next_token(x_BLD, head_DV, part, whole, experiment: Experiment):
+    """(loss, metrics) of a part whose last hidden states are x_BLD: its share of the whole batch's cross-entropy."""
+    return cross_entropy(x_BLD, head_DV, part.targets_BL, part.loss_weights_BL, whole)
+
+
+def part_loss(experiment: Experiment, trained, frozen, piece, final=next_token):
+    """What `loss_fn` returns, of some rows: their shares of the whole batch's loss and metrics; and `trained`, as it is.
+
+    `final`, called as `next_token` is, makes them of the last hidden states.
+    """
     part, whole = piece
-    return backbone_loss(trained, frozen, inputs(merged(trained, frozen), part, experiment), part, whole, experiment)
+    x_BLD = inputs(merged(trained, frozen), part, experiment)
+    return backbone_loss(trained, frozen, x_BLD, part, whole, experiment, final)
 
 
-def backbone_loss(trained, frozen, x_BLD, part, whole, experiment: Experiment):
+def backbone_loss(trained, frozen, x_BLD, part, whole, experiment: Experiment, final=next_token):
     """What `part_loss` returns, when the language model reads x_BLD."""
     params, remat = merged(trained, frozen), experiment.train.remat
     layers = experiment.model.text, remat, moe_layers(experiment, trained.get("moe", {}))
     x_BLD, stats, *moe = decode(params, x_BLD, part.segments_BL, part.positions_BL, *layers)
-    loss, metrics = cross_entropy(x_BLD, head(params), part.targets_BL, part.loss_weights_BL, whole)
+    loss, metrics = final(x_BLD, head(params), part, whole, experiment)
     passed = trained | {"moe": moe[0]} if moe and "moe" in trained else trained
     return loss, (metrics, jax.lax.stop_gradient(stats)), passed
 

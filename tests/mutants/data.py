@@ -13,7 +13,7 @@ MUTATIONS = [
         ),
         (
             "media are targets",
-            "np.where(example.tokens[1:] == model.media_pad_id, 0.0, example.loss_weights[1:])",
+            "np.where(is_media[1:], 0.0, example.loss_weights[1:])",
             "example.loss_weights[1:]",
             "data/test_packing.py::test_media_pad_is_never_a_target",
         ),
