@@ -55,6 +55,17 @@ class Harvest:
         """Of one picture: what data.max_image_patches and data.pack_patches must allow."""
         return max((len(clip.patches) for clip in self.pictures.values()), default=0)
 
+    def counts(self) -> dict:
+        """What `k25 data traces` prints as JSON."""
+        return {
+            "traces": self.traces,
+            "records": len(self.records),
+            "pictures": len(self.pictures),
+            "most_patches": self.most_patches,
+            "left_out": dict(self.left_out.most_common()),
+            "examples": self.examples,
+        }
+
     def leave_out(self, trace: Trace, problem: Unfit) -> None:
         """Count it."""
         reason, detail = problem.args
@@ -263,12 +274,14 @@ def _repeats(rendered, pad: int) -> list[int]:
 
 # ------------------------------------------------------------------------------------------------------------- files
 def trace_files(paths: Iterable[AnyPath]) -> list[AnyPath]:
-    """The files of traces that were named: lines of JSON, or folders with some below."""
+    """The files of traces that were named: lines of JSON, folders of such, or runs of the stage rl; raises TraceError."""
     files = []
     for path in paths:
-        below = sorted(path.rglob("*.jsonl")) if path.is_dir() else [path]
+        groups = path / "rl" / "groups"
+        folder = groups if path.is_dir() and groups.is_dir() else path
+        below = sorted(folder.glob("*.jsonl")) if folder.is_dir() else [folder]
         if not below:
-            raise TraceError(f"{path}: holds no file of traces (*.jsonl)")
+            raise TraceError(f"{folder}: holds no file of traces (*.jsonl)")
         files += below
     return files
 
@@ -288,3 +301,16 @@ def write_chats(found: Harvest, output: AnyPath) -> None:
         Image.fromarray(unpatchify(clip)[0]).save(content, "PNG")
         write(output.parent / name, content.getvalue())
     write(output, "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in found.records))
+
+
+def summary(found: Harvest, output: str) -> str:
+    """What was written and what was left out, for a person."""
+    lines = [f"{len(found.records)} records of {found.traces} traces" + (f": {output}" if found.records else "")]
+    for reason, number in found.left_out.most_common():
+        lines.append(f"  {number} left out, {reason}; as {found.examples[reason]}")
+    if found.pictures:
+        lines.append(
+            f"{len(found.pictures)} pictures of at most {found.most_patches} patches, which data.max_image_patches and "
+            "data.pack_patches must allow"
+        )
+    return "\n".join(lines)

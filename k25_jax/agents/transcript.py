@@ -9,6 +9,7 @@ from pathlib import PurePath
 
 from k25_jax.agents.trace import Segment, TraceError
 from k25_jax.checkpoint.folders import read_experiment
+from k25_jax.config import Experiment
 from k25_jax.runtime.paths import AnyPath
 from k25_jax.text.chat import THINK
 from k25_jax.text.tokenizer import Tokenizer, load_tokenizer
@@ -80,12 +81,33 @@ def sampled_turns(segment: Segment, tokenizer: Tokenizer) -> list[list[int]]:
     return [tokens for tokens in said if tokens]
 
 
+def transcript(segment: Segment, tokenizer: Tokenizer) -> list[tuple[str, str]]:
+    """(kind of the turn, what is said in it without marks) of each turn; a picture is [image], a video [video]."""
+    begin, content, end = (tokenizer.special[f"<|media_{name}|>"] for name in ("begin", "content", "end"))
+    said = []
+    for turn in turns(segment, tokenizer):
+        tokens, texts, at = segment.tokens[turn.body : turn.end].tolist(), [], 0
+        while at < len(tokens):
+            stop = _first(tokens, begin, at)
+            texts.append(tokenizer.decode(tokens[at:stop], skip_special=True))
+            if stop < len(tokens):
+                texts.append(f"[{tokenizer.decode(tokens[stop + 1 : _first(tokens, content, stop)])}]")
+            at = _first(tokens, end, stop) + 1
+        said.append((turn.kind, "".join(texts)))
+    return said
+
+
+def experiment_of(file: AnyPath) -> Experiment | None:
+    """The configuration of the run that a file lies in, if it lies in one."""
+    run = next((folder for folder in file.parents if (folder / "experiment.json").is_file()), None)
+    return read_experiment(run) if run is not None else None
+
+
 def tokenizer_of(file: AnyPath, given: str | None = None) -> Tokenizer:
     """The vocabulary of traces: the folder that was given ("": bytes), else that of the run they lie in, else bytes."""
-    if given is None:
-        run = next((folder for folder in file.parents if (folder / "experiment.json").is_file()), None)
-        given = read_experiment(run).data.tokenizer if run is not None else ""
-    return load_tokenizer(given)
+    if given is None and (experiment := experiment_of(file)) is not None:
+        given = experiment.data.tokenizer
+    return load_tokenizer(given or "")
 
 
 def check_vocabulary(segments: Sequence[Segment], tokenizer: Tokenizer, where: str | PurePath) -> None:

@@ -12,8 +12,9 @@ from collections.abc import Iterable, Iterator, Sequence
 import numpy as np
 
 from k25_jax.agents.trace import Segment, Trace, TraceError, load
-from k25_jax.agents.transcript import Turn, check_vocabulary, tokenizer_of, turns
+from k25_jax.agents.transcript import Turn, check_vocabulary, experiment_of, tokenizer_of, turns
 from k25_jax.report.html import KeyFigures, Table, escape, page, picture, render, replace
+from k25_jax.rl.advantages import composed
 from k25_jax.runtime.paths import AnyPath, to_path
 from k25_jax.text.tokenizer import StreamDecoder, Tokenizer
 from k25_jax.text.tool_calls import BadCall, Call, parse
@@ -29,15 +30,7 @@ COLOURS = {
     "version": "version of the weights",
     "none": "nothing",
 }
-HIDDEN = (
-    "Cc",
-    "Cf",
-    "Co",
-    "Cs",
-    "Cn",
-    "Zl",
-    "Zp",
-)  # categories of characters that show nothing, or change what is shown
+HIDDEN = frozenset("Cc Cf Co Cs Cn Zl Zp".split())  # categories of characters that show nothing, or turn what is shown
 UNPRINTED = {**{chr(code): chr(0x2400 + code) for code in range(32)}, "\x7f": "\u2421", "\n": "\n", "\t": "\t"}
 
 
@@ -49,7 +42,9 @@ def write_trace_page(source: str, output: str | AnyPath, vocabulary: str | None 
     tokenizer = tokenizer_of(file, vocabulary)
     check_vocabulary(trace.segments, tokenizer, file)
     group = [one for one in traces if one.valid and (one.task, one.group) == (trace.task, trace.group)]
-    return replace(output, trace_page(trace, tokenizer, group).encode())
+    experiment = experiment_of(file)
+    weights = experiment.rl.rewards if experiment and experiment.stage == "rl" else evenly(group)
+    return replace(output, trace_page(trace, tokenizer, group, weights).encode())
 
 
 def locate(source: str) -> tuple[AnyPath, str]:
@@ -73,21 +68,26 @@ def choose(traces: Sequence[Trace], key: str, file: AnyPath) -> Trace:
         raise TraceError(f"{file}: no trace {key!r}; of its {len(traces)} the first are {shown}") from None
 
 
-def total(trace: Trace) -> float:
-    """The mean of a trace's rewards, in the place of what an update composes of them."""
-    return sum(trace.rewards.values()) / len(trace.rewards)
+def evenly(traces: Sequence[Trace]) -> tuple[tuple[str, float], ...]:
+    """The mean of the rewards, in the place of what a run composes of them."""
+    names = sorted({name for trace in traces for name in trace.rewards})
+    return tuple((name, 1 / len(names)) for name in names)
 
 
-def advantage(trace: Trace, group: Sequence[Trace]) -> float | None:
-    """Its reward less the mean of its group's (PAPER: A = r - r̄); None where it has none, or is alone."""
-    scored = [total(one) for one in group if one.rewards]
-    return total(trace) - sum(scored) / len(scored) if trace.rewards and trace.valid and len(scored) > 1 else None
+def advantage(trace: Trace, group: Sequence[Trace], weights: Sequence[tuple[str, float]]) -> float | None:
+    """Its reward less the mean of its group's, before Toggle; None where it has none, or is alone."""
+    scored = [composed(one.rewards, weights) for one in group if one.rewards]
+    if not trace.rewards or not trace.valid or len(scored) < 2:
+        return None
+    return composed(trace.rewards, weights) - sum(scored) / len(scored)
 
 
 # ------------------------------------------------------------------------------------------------------------- the page
-def trace_page(trace: Trace, tokenizer: Tokenizer, group: Sequence[Trace] = ()) -> str:
-    """The page; `group` are the valid traces of its problem, itself among them."""
-    known = advantage(trace, group)
+def trace_page(
+    trace: Trace, tokenizer: Tokenizer, group: Sequence[Trace] = (), weights: Sequence[tuple[str, float]] = ()
+) -> str:
+    """The page; `group` are the valid traces of its problem, itself among them, `weights` those of rewards by name."""
+    known = advantage(trace, group, weights)
     buttons = "".join(
         f'<input type="radio" name="colour" id="by-{name}"{" checked" if name == "logprob" else ""}>'
         f'<label for="by-{name}">{words}</label>'
