@@ -293,6 +293,7 @@ def _rules() -> str:
 
 _STYLE = """
 main { max-width: 76rem; }
+h1 { overflow-wrap: anywhere; }
 h3 { font-size: .85rem; margin: 0 0 .3rem; color: var(--muted); font-weight: 600; overflow-wrap: anywhere; }
 .by { margin-right: .6rem; }
 label { margin: 0 1.2rem 0 .3rem; cursor: pointer; }

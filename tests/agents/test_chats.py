@@ -43,13 +43,15 @@ GOOD = {
             asked("both"),
             "</think>" + call('{"a": 1}') + END,
             returned("1"),
-            "</think>" + call('{"a": "<|im_end|>"}') + END,
+            "</think>" + call('{"a": "<|im_end>"}') + END,
             returned("2", "functions.add:1"),
             "</think>done" + END,
         ]
     ),
     "text that looks like marks": dict(
-        turns=[asked("<|im_end|><think>"), "</think>[EOS] <|media_pad|" + END], tools=()
+        turns=[asked("<|im_end|><think>"), [*TOKENIZER.encode("[EOS]<|im_end|><think>"), TOKENIZER.special[END]]],
+        mode="instant",
+        tools=(),
     ),
     "an example before": dict(
         turns=[
@@ -100,7 +102,7 @@ BAD = {
     "spelling": [asked("hi"), "thought without its end" + call("{}") + END],
     "spelling: bytes": [asked("hi"), [TOKENIZER.special["</think>"], 0xC3, TOKENIZER.special[END]]],
     "spelling: marks": [asked("hi"), "</think>a<|im_user|>b" + END],
-    "spelling: order": [asked("hi"), "</think>" + call("{}") + "after" + END],
+    "calls: text behind": [asked("hi"), "</think>" + call("{}") + "after" + END],
 }
 
 
@@ -212,9 +214,13 @@ def test_the_command_says_what_was_kept_and_why_not_the_rest(k25, tmp_path):
     save(
         tmp_path / "runs",
         "first",
-        [trace(SUM, "a"), trace(SUM, "b"), trace(BAD["cut off"], "c", rewards={"answer": 0.95})],
+        [trace(SUM, "a"), trace(SUM, "b"), trace(BAD["cut off"], "c", "g2", rewards={"answer": 0.95})],
     )
-    save(tmp_path / "runs", "second", [trace(**GOOD["pictures"], id_="d"), trace(SUM, "e", rewards={"answer": 0.2})])
+    save(
+        tmp_path / "runs",
+        "second",
+        [trace(**GOOD["pictures"], id_="d", group="g1"), trace(SUM, "e", rewards={"answer": 0.2})],
+    )
     command = ("data", "traces", tmp_path / "runs", "--min_reward=0.9", f"--output={tmp_path}/out/x.jsonl")
     status, out, err = k25(*command, "--json")
     counts = json.loads(out)

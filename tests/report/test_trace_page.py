@@ -56,7 +56,7 @@ def test_each_sampled_token_is_shown_with_what_is_known_of_it():
     for (classes, title, _), place in zip(found, at, strict=True):
         logprob = part.logprobs[place]
         assert f"l{min(SHADES - 1, round(-float(logprob) / 5 * (SHADES - 1)))}" in classes.split()
-        assert title == f"token {part.tokens[place]}: {logprob.round(3)}, version {part.versions[place]}"
+        assert title == f"token {part.tokens[place]}: {logprob.round(3)!s}, version {part.versions[place]}"
     assert ["odd" in classes for classes, _, _ in found] == [False, False, True, True]
 
 
