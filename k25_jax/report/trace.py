@@ -308,6 +308,7 @@ label { margin: 0 1.2rem 0 .3rem; cursor: pointer; }
 .said, .call pre { white-space: pre-wrap; overflow-wrap: anywhere; overflow: auto; max-height: 40rem; tab-size: 4;
   font: .85rem/1.6 ui-monospace, monospace; unicode-bidi: isolate; }
 .mark { color: var(--muted); border: 1px dotted var(--line); border-radius: .2rem; font-size: .75rem; }
+.t.mark { color: var(--ink); }
 .clip { display: inline-flex; flex-wrap: wrap; gap: .4rem; margin: .2rem .4rem .2rem 0; vertical-align: middle; }
 .clip img { max-width: 100%; min-width: 5rem; max-height: 20rem; border: 1px solid var(--line); }
 .clip img.pixels { image-rendering: pixelated; }

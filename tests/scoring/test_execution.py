@@ -8,7 +8,7 @@ from k25_jax.sandbox.bubblewrap import SandboxError
 from k25_jax.sandbox.observation import InfrastructureError, Observation
 from k25_jax.scoring.execution import RESULTS, Case, CodeTests, program_in, same, same_text
 
-SUMS = CodeTests((Case("1 2\n", "3"), Case("20 22\n", "42"), Case("-5 5\n", "0")), seconds=5.0)
+SUMS = CodeTests((Case("1 2\n", "3"), Case("20 22\n", "42")), seconds=5.0)
 SORTS = CodeTests((Case([[3, 1, 2]], [1, 2, 3]), Case([["b", "a"]], ["a", "b"])), "order", seconds=5.0)
 RIGHT = "print(sum(map(int, input().split())))"
 
@@ -22,7 +22,7 @@ HOSTILE = {
     "builtins.str = All\njson.loads = lambda *_: All()\nprint(All('x'))",
     "asserts nothing": "assert True",
     "writes the judge's file": f"import glob\nfor p in ['/tmp/work/{RESULTS}', '../{RESULTS}']:\n"
-    ' open(p, \'w\').write(\'[[0, "3"], [0, "42"], [0, "0"]]\')',
+    ' open(p, \'w\').write(\'[[0, "3"], [0, "42"]]\')',
     "writes it when it is over": "import os, time\nif os.fork() == 0:\n os.setsid()\n time.sleep(0.2)\n"
     f" open('/tmp/work/{RESULTS}', 'w').write('[]')\n os._exit(0)",
     "ends the judge": "import os, signal; os.kill(os.getppid(), signal.SIGKILL)",
@@ -113,13 +113,13 @@ class Forging:
 @pytest.mark.parametrize(
     "results",
     [None, b"", b"{", b"[]", b"{}", b"3", b"null", b'"right"', b"[[0]]", b"[[0, 3]]", b"[[0, null]]", b"[[true, \"3\"]]",
-     b'[[0, "3"], [0, "42"]]', b'[["ok", "3"], ["ok", "42"], ["ok", "0"]]', b"[" * 100_000, b"\xff", b'{"passed": true}',
-     b'[[false, "3"], [0, "42"], [0, "0"]]'],
+     b'[[0, "3"]]', b'[["ok", "3"], ["ok", "42"]]', b"[" * 100_000, b"\xff", b'{"passed": true}',
+     b'[[false, "3"], [0, "42"]]'],
 )  # fmt: skip
 def test_forged_results_score_nothing(results):
     verdict = SUMS.score(RIGHT, Forging(results))
     assert verdict.score == 0.0 and verdict.reason
-    assert SUMS.score(RIGHT, Forging(b'[[0, "3"], [0, "42"], [0, "0"]]', "died")).score == 0.0
+    assert SUMS.score(RIGHT, Forging(b'[[0, "3"], [0, "42"]]', "died")).score == 0.0
 
 
 def test_problems_are_validated(open_sandbox):
