@@ -24,7 +24,7 @@ def segment(prompt: int = 3, sampled: int = 4, seed: int = 0, **fields) -> Segme
 
 def trace(reward: float | None = 1.0, length: int = 4, ending: str = "answer", seed: int = 0, **fields) -> Trace:
     """One of `length` sampled tokens; a reward of None is infrastructure's."""
-    rewards, ending = ({}, "infrastructure") if reward is None else ({"answer": reward}, ending)
+    rewards, ending = ({}, "infrastructure") if reward is None else ({"outcome": reward}, ending)
     whole = dict(id=f"t{seed}", group="g", task="sums", seed=seed, rewards=rewards, ending=ending)
     return Trace(**({**whole, "segments": (segment(3, length, seed),)} | fields))
 

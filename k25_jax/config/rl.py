@@ -16,12 +16,12 @@ class ProblemsConfig:
     records: int = 64  # of the task, from `first` on, before those fall out that are too easy or too hard
     first: int = 0
     tool: str = ""  # ipython, in a sandbox; none: direct answers
-    mode: str = "plain"  # thinking | instant | plain: how an answer begins (text/chat.py)
+    mode: str = ""  # thinking | instant | plain: how an answer begins; none: plain, with a tool as its demonstrations
 
     def __post_init__(self):
         one_of(self, "ability", ABILITIES)
         one_of(self, "tool", ("", "ipython"))
-        one_of(self, "mode", ("thinking", "instant", "plain"))
+        one_of(self, "mode", ("", "thinking", "instant", "plain"))
         require_positive(self, ["records"])
         if not self.path or self.first < 0:
             raise ConfigError(f"rl.problems: path={self.path!r} must name a task, first={self.first} not be negative")
@@ -82,7 +82,7 @@ class RLConfig:
     updates_per_batch: int = 2  # with one the policy never leaves the bounds of the ratio
     min_groups: int = 1  # of unequal rewards; an update of fewer is skipped: MuonClip would make a whole step of noise
     attempts: int = 2  # at a group, before it is dropped for having fewer than two valid traces
-    rewards: tuple[tuple[str, float], ...] = (("answer", 1.0),)  # (component, its weight); r is their weighted sum
+    rewards: tuple[tuple[str, float], ...] = (("outcome", 1.0),)  # (component, its weight); r is their weighted sum
     correct: float = 0.5  # the reward from which an answer counts as correct, in pass rates and budgets
     estimate: int = 8  # samples of each problem by the start model, for the filter and Toggle's budgets; 0: neither
     pass_low: float = 0.1  # problems that the start model passes less often are left out

@@ -18,7 +18,10 @@ from k25_jax.sampling.async_engine import AsyncEngine
 from k25_jax.sampling.engine import Engine
 from k25_jax.sampling.requests import EngineConfig, fitting
 from k25_jax.sampling.sample import SampleConfig
+from k25_jax.sandbox.pool import KernelPool
 from k25_jax.text.tokenizer import load_tokenizer
+
+READY = 4  # sandboxes that wait for the next episode with a tool
 
 
 class Cancelled(RuntimeError):
@@ -32,6 +35,7 @@ class Sampler:
         self._experiment, self._config = experiment, experiment.rl
         self._tokenizer = load_tokenizer(experiment.data.tokenizer)
         self._engine: AsyncEngine | None = None
+        self._pool: KernelPool | None = None
         self._version = -1
         self._lock, self._cancelled = threading.Lock(), False
         self._under_way: tuple[asyncio.AbstractEventLoop, asyncio.Task] | None = None
@@ -68,9 +72,10 @@ class Sampler:
                 loop.call_soon_threadsafe(task.cancel)
 
     def close(self) -> None:
-        """End the engine."""
-        if self._engine:
-            self._engine.close()
+        """End the engine and the sandboxes."""
+        for open_one in (self._engine, self._pool):
+            if open_one:
+                open_one.close()
 
     async def _groups(self, asked, samples, commit) -> dict[str, list[Trace]]:
         with self._lock:
@@ -102,11 +107,17 @@ class Sampler:
 
     async def _trace(self, policy: EnginePolicy, name: str, problem: Problem) -> Trace:
         config = self._config
-        env = TaskEnv(problem.task, problem.index, tool=problem.config.tool, mode=problem.config.mode)
+        lend = self._kernels().sandbox if problem.config.tool else None
+        env = TaskEnv(problem.task, problem.index, lend=lend, mode=problem.config.mode)
         sampling = SampleConfig(temperature=config.temperature, top_p=config.top_p)
         limits = to_dict(config.episode) | {"context": config.episode.context or self._experiment.data.seq_len}
-        trace = await rollout(env, policy, sampling, Limits(**limits), seed_of(name, self._experiment.train.seed))
-        return dataclasses.replace(trace, id=name, group=problem.key)
+        seed = seed_of(name, self._experiment.train.seed)
+        return await rollout(env, policy, sampling, Limits(**limits), seed, name)
+
+    def _kernels(self) -> KernelPool:
+        """Sandboxes, from when one is first wanted."""
+        self._pool = self._pool or KernelPool(READY)
+        return self._pool
 
     def _sizes(self) -> EngineConfig:
         """Those of an engine for rl.rows answers at once; all samples of a batch may wait for it."""

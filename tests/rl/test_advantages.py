@@ -39,14 +39,14 @@ def test_equal_rewards_are_equal_whatever_rounding_makes_of_their_mean():
 
 
 def test_rewards_are_composed_of_named_components():
-    weights = (("answer", 0.9), ("format", 0.1), ("speed", 2.0))
-    assert composed({"answer": 1.0, "format": 0.5}, weights) == pytest.approx(0.95)
+    weights = (("outcome", 0.9), ("format", 0.1), ("speed", 2.0))
+    assert composed({"outcome": 1.0, "format": 0.5}, weights) == pytest.approx(0.95)
     with pytest.raises(ConfigError, match="rl.rewards.*'style' no weight"):
-        composed({"answer": 1.0, "style": 1.0}, weights)
+        composed({"outcome": 1.0, "style": 1.0}, weights)
 
 
 def test_toggle_comes_after_composition_and_goes_by_the_update():
-    config = dataclasses.replace(RL, toggle=ToggleConfig(arm="toggle", updates=1), rewards=(("answer", 1.0),))
+    config = dataclasses.replace(RL, toggle=ToggleConfig(arm="toggle", updates=1), rewards=(("outcome", 1.0),))
     solved = group([1.0, 1.0, 1.0, 1.0], [4, 4, 9, 4], budget=5)
     np.testing.assert_allclose(advantages(solved, 0, config), [0.25, 0.25, -0.75, 0.25])
     np.testing.assert_array_equal(advantages(solved, 1, config), 0)

@@ -102,10 +102,11 @@ def test_a_learner_whose_pictures_are_blank_is_told_at_once(experiment, start):
 def test_metrics_say_what_the_traces_were_worth(run):
     row, ledger = runs.rows(run)[0], Ledger(run / "rl")
     traces = [trace for name in rollouts.batches(run)[0]["groups"] for trace in ledger.group(name)]
-    assert row["reward"] == pytest.approx(np.mean([trace.rewards["answer"] for trace in traces]))
+    assert row["reward"] == pytest.approx(np.mean([trace.rewards["outcome"] for trace in traces]))
     assert row["length"] == pytest.approx(np.mean([trace.length for trace in traces]))
     for trace in traces:
-        assert f"reward/{trace.task}" in row and f"pass_rate/{trace.task}" in row
+        task = trace.task.partition(":")[0]
+        assert f"reward/{task}" in row and f"pass_rate/{task}" in row
     assert {"entropy", "clipped_low", "clipped_high", "sampling_seconds", "learning_seconds", "waiting_seconds"} <= set(
         row
     )
