@@ -22,7 +22,7 @@ PROBLEMS = (  # task, ability
 
 
 def get_config(arg: str = ""):
-    """None of Toggle unless the argument says so; "toggle,runlocal" shrinks it to eight updates on 24 problems."""
+    """None of Toggle unless the argument says so; "toggle,runlocal" shrinks it to four updates on 24 problems."""
     arm, local = argument(arg, ("none", "toggle", "rigid"), "joint.py")
     config = ml_collections.ConfigDict()
     config.name = f"rl_joint_{arm}"
@@ -46,5 +46,5 @@ def get_config(arg: str = ""):
             problems["records"] = 6
         config.data.update(batch_size=4, packs=4)
         config.rl.update(groups=4, samples=4, estimate=4)
-        config.train.update(steps=8, checkpoint_every=4)
+        config.train.update(steps=4, checkpoint_every=2)
     return config
