@@ -1,7 +1,9 @@
 """Odd models drawn at random, as PyTorch modules of `transformers` and as parameter trees of ours."""
 
+import copy
 import pathlib
 
+import jax
 import numpy as np
 import torch
 from safetensors.torch import load_file, save_file
@@ -146,6 +148,29 @@ def ours(model, folder):
     save(model, folder)
     config = read_config(folder)
     return config, load_params(folder, config)
+
+
+# ----------------------------------------------------------------------------------------------------------- gradients
+def gradients_of(model, loss, folder):
+    """The gradients of a PyTorch loss as a tree of ours: they are saved and read as if they were weights."""
+    loss.backward()
+    gradients = copy.deepcopy(model)
+    for ours_, theirs in zip(gradients.parameters(), model.parameters(), strict=True):
+        ours_.data = torch.zeros_like(theirs) if theirs.grad is None else theirs.grad
+    return ours(gradients, folder)[1]
+
+
+def assert_same_gradients(ours, theirs, tolerance):
+    """Relative to each tensor's norm and to its largest value; the router's bias has no gradient."""
+    assert jax.tree.structure(ours) == jax.tree.structure(theirs)
+    for (path, mine), other in zip(jax.tree_util.tree_leaves_with_path(ours), jax.tree.leaves(theirs), strict=True):
+        mine, other, name = np.asarray(mine), np.asarray(other), jax.tree_util.keystr(path)
+        if "router_bias" in name:
+            assert not mine.any()
+            continue
+        assert other.any(), f"{name} has no gradient to compare with"
+        assert np.linalg.norm(mine - other) <= tolerance * np.linalg.norm(other), name
+        assert np.abs(mine - other).max() <= tolerance * np.abs(other).max(), name
 
 
 # -------------------------------------------------------------------------------------------------------------- inputs

@@ -23,13 +23,14 @@ import numpy as np
 from rich.progress import track
 
 from k25_jax.agents.demonstrations import SHOWN, TEXT, demonstrate
+from k25_jax.agents.tasks import CONDITIONS
 from k25_jax.checkpoint.folders import BASE
 from k25_jax.checkpoint.hf_config import read_config
 from k25_jax.checkpoint.load import load_model
 from k25_jax.config import argument, run_local, to_dict
 from k25_jax.data.tasks import PROGRAMMED
 from k25_jax.evals.local import identity_of
-from k25_jax.evals.tool_use import CONDITIONS, Asker, Outcome
+from k25_jax.evals.tool_use import Asker, Outcome
 from k25_jax.report.plots import grouped_points
 from k25_jax.sampling.engine import Engine
 from k25_jax.sampling.requests import EngineConfig

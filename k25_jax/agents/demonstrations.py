@@ -46,7 +46,7 @@ def demonstrate(
         text, shown = (stack.enter_context(open(temporary, "w")) for temporary in files.values())
         tools: queue.SimpleQueue[Pictures] = queue.SimpleQueue()
         for _ in range(width):
-            tools.put(Pictures(stack.enter_context(Sandbox()), seconds=20))
+            tools.put(stack.enter_context(Pictures(Sandbox, seconds=20)))
         pool = stack.enter_context(concurrent.futures.ThreadPoolExecutor(width))
 
         def work(number: int) -> tuple[dict, list[str]]:
@@ -68,7 +68,7 @@ def demonstrate(
 
 def trajectory(task: Programmed, index: int, tool: Pictures) -> dict:
     """A chat without pictures: the question, each cell of the program as a call and what it gave, the answer."""
-    tool.show(task.media(index))
+    tool.lay_out(task.media(index))
     messages = [{"role": "user", "content": [{"type": "text", "text": task.question(index)}]}]
     for number, cell in enumerate(task.program(index)):
         call = {"id": f"functions.{tool.name}:{number}", "type": "function"}

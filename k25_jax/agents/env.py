@@ -12,7 +12,8 @@ from k25_jax.text.tool_calls import Said
 class Env(Protocol):
     """One problem. The driver (agents/rollout.py) samples the turns and makes their calls with `tools`.
 
-    An env serves one episode at a time; `reset` begins the next. InfrastructureError is for what the model cannot help.
+    An env serves one episode at a time; `reset` begins the next, and may change `tools`. InfrastructureError is for what
+    the model cannot help.
     """
 
     task: str  # the name that rewards and reports group by
@@ -27,10 +28,10 @@ class Env(Protocol):
         """The messages that follow on a turn without a call; none when the episode is over with it."""
 
     def score(self, trace: Trace, answer: str) -> Mapping[str, float]:
-        """Rewards by name, each in [0, 1]; `answer` is what the model answered, "" when it did not."""
+        """Rewards by name, each in [0, 1]; `answer` is what the model answered, "" when it did not. In a thread."""
 
     async def close(self) -> None:
-        """Give back what the episode holds; called once after each, however it ended."""
+        """Give back what the episode holds; called once after each `reset`, however that and the episode ended."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,9 +39,9 @@ class Limits:
     """What one episode may take; they act inside it, and each ends it with an ending of its own (agents/trace.py)."""
 
     tokens: int = 4096  # sampled by the agent in all its turns
-    turn_tokens: int = 1024  # sampled in one turn
+    turn_tokens: int = 1024  # sampled in one turn: the max_tokens of each request
     turns: int = 8  # of which the last must be the answer
-    calls: int = 32  # of tools, in all turns
+    calls: int = 32  # of tools, in all turns, malformed ones too
     call_seconds: float = 60.0  # of one call; what takes longer is an observation
     seconds: float = 600.0  # of the whole episode
     context: int | None = None  # tokens of a segment; None: what the policy takes

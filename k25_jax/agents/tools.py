@@ -4,8 +4,11 @@ conversation = Conversation(tokenizer, [declaration(tool) for tool in tools])
 ..
 said = conversation.say(tokens)
 for call in said.calls:
-    message, observation = answer(call, tools)
-    conversation.add(message)
+    tool = tool_for(call, tools)
+    observation = tool if isinstance(tool, Observation) else tool.call(call.arguments)
+    conversation.add(reply(call, observation))
+
+`agents.rollout` does this with deadlines.
 """
 
 from collections.abc import Mapping, Sequence
@@ -19,7 +22,11 @@ TYPES = {"string": str, "integer": int, "number": (int, float), "boolean": bool,
 
 
 class Tool(Protocol):
-    """A function for the model. `parameters` is the JSON schema of its arguments, an object."""
+    """A function for the model. `parameters` is the JSON schema of its arguments, an object.
+
+    `call` may block, and is then made in a thread, one call of an episode after the other; or be a coroutine function: those
+    of one turn are awaited together.
+    """
 
     name: str
     description: str
@@ -57,21 +64,22 @@ def declaration(tool: Tool) -> dict:
     return {"type": "function", "function": function}
 
 
-def answer(call: Call | BadCall, tools: Sequence[Tool]) -> tuple[dict, Observation]:
-    """Make a call: the turn that answers it, and the observation in it. A call that cannot be made is answered too."""
-    observation = _make(call, {tool.name: tool for tool in tools})
-    message = {"role": "tool", "tool_call_id": call.id, "content": observation.content()}
-    return message | ({"name": call.name} if isinstance(call, Call) else {}), observation
-
-
-def _make(call: Call | BadCall, tools: Mapping[str, Tool]) -> Observation:
+def tool_for(call: Call | BadCall, tools: Sequence[Tool]) -> Tool | Observation:
+    """The tool to call; or, for a call that cannot be made, what the model hears instead."""
+    named = {tool.name: tool for tool in tools}
     if isinstance(call, BadCall):
         return Observation(f"Error: {call.error}", status="error")
-    if call.name not in tools:
-        return Observation(f"Error: there is no tool {call.name}; there are: {', '.join(tools)}", status="error")
-    if problem := check_arguments(call.arguments, tools[call.name].parameters):
+    if call.name not in named:
+        return Observation(f"Error: there is no tool {call.name}; there are: {', '.join(named)}", status="error")
+    if problem := check_arguments(call.arguments, named[call.name].parameters):
         return Observation(f"Error: {problem}", status="error")
-    return tools[call.name].call(call.arguments)
+    return named[call.name]
+
+
+def reply(call: Call | BadCall, observation: Observation) -> dict:
+    """The turn that answers a call."""
+    message = {"role": "tool", "tool_call_id": call.id, "content": observation.content()}
+    return message | ({"name": call.name} if isinstance(call, Call) else {})
 
 
 def check_arguments(arguments: Mapping, schema: Mapping) -> str:

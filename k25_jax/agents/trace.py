@@ -7,11 +7,14 @@ A trace is all that training, rewards and reports know of an episode. One agent'
 import dataclasses
 import hashlib
 import io
+import itertools
 import json
 import math
 import re
+import struct
 import zipfile
-from collections.abc import Iterable, Mapping, Sequence
+import zlib
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 
@@ -19,7 +22,12 @@ from k25_jax.runtime.paths import AnyPath, make_folder, write
 from k25_jax.vision.patchpack import Clip
 
 KEY = re.compile("[0-9a-f]{32}")
-ENDINGS = ("answer", "turns", "calls", "tokens", "context", "length", "seconds", "cancelled", "infrastructure")
+# What NumPy and zipfile raise of damaged bytes, which may also say that they are of gigabytes, compressed or encrypted.
+DAMAGED = (OSError, ValueError, KeyError, TypeError, IndexError, EOFError, MemoryError, RuntimeError, SyntaxError)
+DAMAGED += (AttributeError, OverflowError, struct.error, zipfile.BadZipFile, zlib.error)
+# answer: a turn without a call; turns: a call in the last turn; calls: one too many; tokens, context, length, seconds: the
+# limit of all turns, of the context, of a turn, of time; media: a <|media_pad|> without a picture. Not its doing: the last two.
+ENDINGS = ("answer", "turns", "calls", "tokens", "context", "length", "seconds", "media", "cancelled", "infrastructure")
 
 
 class TraceError(ValueError):
@@ -28,9 +36,10 @@ class TraceError(ValueError):
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Segment:
-    """The context of one agent: T tokens, those of media_pad once for each vision token.
+    """The context of one agent: T tokens, those of media_pad once for each vision token, up to the last that was sampled.
 
-    `reason` is one of ENDINGS, or why the context was dropped and another segment goes on.
+    A media_pad that was sampled is the last token, a target only: there is no picture for it. `reason` is one of ENDINGS,
+    or why the context was dropped and another segment goes on.
     """
 
     tokens: np.ndarray  # int32 [T]
@@ -52,21 +61,26 @@ class Segment:
                 raise TraceError(
                     f"{self.agent}: {name} is {array.dtype}{list(array.shape)}, not {dtype.__name__}[{length}]"
                 )
-        if np.isnan(self.logprobs[self.sampled]).any() or not np.isnan(self.logprobs[~self.sampled]).all():
-            raise TraceError(f"{self.agent}: sampled tokens must have a log-probability, and no others")
+        if not (np.isfinite(self.logprobs[self.sampled]).all() and np.isnan(self.logprobs[~self.sampled]).all()):
+            raise TraceError(f"{self.agent}: sampled tokens must have a finite log-probability, and others none")
 
     @property
     def length(self) -> int:
         """Sampled tokens, ends of turns included: what budgets and N count."""
         return int(self.sampled.sum())
 
+    @property
+    def turns(self) -> int:
+        """Turns of the model: runs of sampled tokens."""
+        return int((np.diff(self.sampled, prepend=False) & self.sampled).sum())
+
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Trace:
     """One episode. `rewards` are named components in [0, 1]; what is trained on is composed of them at update time.
 
-    `clips` has every image and video chunk of the segments once. `problem` says what failed where `ending` is
-    "infrastructure": such a trace is not scored.
+    `clips` has every image and video chunk of the segments once. `answer` is what was answered, "" where `ending` is not
+    "answer"; `problem` says more of the ending, and what failed where it is "infrastructure".
     """
 
     id: str
@@ -78,6 +92,7 @@ class Trace:
     rewards: Mapping[str, float] = dataclasses.field(default_factory=dict)
     ending: str = ""
     problem: str = ""
+    answer: str = ""
 
     def __post_init__(self):
         if self.ending not in ENDINGS:
@@ -95,8 +110,8 @@ class Trace:
 
     @property
     def valid(self) -> bool:
-        """Whether it may be scored and trained on."""
-        return self.ending != "infrastructure"
+        """Whether it may be scored and trained on: it ended by what the model did."""
+        return self.ending not in ("cancelled", "infrastructure")
 
     @property
     def length(self) -> int:
@@ -131,21 +146,45 @@ def from_json(record: Mapping, clips: Mapping[str, Clip]) -> Trace:
     """The trace of a record, with its clips out of `clips`; raises TraceError."""
     try:
         segments = tuple(_segment_from_json(segment) for segment in record["segments"])
-        wanted = {key for segment in segments for key in segment.clips}
-        return Trace(**(dict(record) | {"segments": segments, "clips": {key: clips[key] for key in sorted(wanted)}}))
-    except (KeyError, TypeError, IndexError, AttributeError) as error:
-        name = record.get("id", "?") if isinstance(record, Mapping) else "?"
+        wanted = sorted({key for segment in segments for key in segment.clips})
+        given = dict(record) | {"segments": segments, "clips": {key: clips[key] for key in wanted}}
+        return Trace(**_checked(Trace, given))
+    except TraceError:
+        raise
+    except (KeyError, TypeError, IndexError, AttributeError, ValueError, OverflowError) as error:
+        name = str(record.get("id", "?"))[:80] if isinstance(record, Mapping) else "?"
         raise TraceError(f"trace {name}: not as it was written: {type(error).__name__}: {error}") from error
 
 
 def _segment_from_json(record: Mapping) -> Segment:
-    tokens, at = np.asarray(record["tokens"], np.int32), np.asarray(record["sampled"], np.int64)
+    tokens, at = (_integers(record[name], name) for name in ("tokens", "sampled"))
     length = len(tokens)
+    if (np.diff(at, prepend=-1) < 1).any():
+        raise TraceError("sampled must hold rising places, from 0 on")
     arrays = {"tokens": tokens, "sampled": np.zeros(length, bool), "logprobs": np.full(length, np.nan, np.float32)}
     arrays["versions"] = np.full(length, -1, np.int32)
     arrays["sampled"][at] = True
-    arrays["logprobs"][at], arrays["versions"][at] = record["logprobs"], record["versions"]
-    return Segment(**(dict(record) | arrays | {"clips": tuple(record["clips"])}))
+    arrays["logprobs"][at] = np.asarray(record["logprobs"], np.float32).reshape(len(at))
+    arrays["versions"][at] = _integers(record["versions"], "versions").reshape(len(at))
+    return Segment(**_checked(Segment, dict(record) | arrays | {"clips": tuple(record["clips"])}))
+
+
+def _integers(values, name: str) -> np.ndarray:
+    array = np.asarray(values)
+    if array.ndim != 1 or (len(array) and array.dtype.kind != "i"):
+        raise TraceError(f"{name} must be a list of integers")
+    if len(array) and not -(2**31) <= array.min() <= array.max() < 2**31:
+        raise TraceError(f"{name} must be integers of 32 bits")
+    return array.astype(np.int32)
+
+
+def _checked(kind: type, given: Mapping) -> Mapping:
+    """What a record gives for the fields of a dataclass, if plain ones have their type."""
+    for field in dataclasses.fields(kind):
+        value = given.get(field.name)
+        if field.name in given and field.type in (str, int, bool) and not isinstance(value, field.type):
+            raise TraceError(f"{field.name} must be {field.type.__name__}, not {str(value)[:80]!r}")
+    return given
 
 
 def save(folder: AnyPath, name: str, traces: Sequence[Trace]) -> None:
@@ -164,30 +203,31 @@ def load(folder: AnyPath, name: str) -> list[Trace]:
     file, clips = folder / f"{name}.jsonl", {}
     try:
         records = [json.loads(line) for line in file.read_text().splitlines()]
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise TraceError(f"{file}: {error}") from error
-    for record in records:
-        for key in _clips_of(record):
-            if key not in clips:
-                clips[key] = _read_clip(folder / "clips" / f"{key}.npz", key)
+    for key in itertools.chain.from_iterable(map(_clips_of, records)):
+        if not isinstance(key, str) or not KEY.fullmatch(key):
+            raise TraceError(f"{file}: {str(key)[:80]!r} is no name of a clip")
+        if key not in clips:
+            clips[key] = _read_clip(folder / "clips" / f"{key}.npz", key)
     return [from_json(record, clips) for record in records]
 
 
-def _clips_of(record) -> Iterable[str]:
-    segments = record.get("segments", ()) if isinstance(record, Mapping) else ()
-    return [key for segment in segments if isinstance(segment, Mapping) for key in segment.get("clips", ())]
+def _clips_of(record) -> list:
+    try:
+        return [key for segment in record["segments"] for key in segment["clips"]]
+    except (KeyError, TypeError):  # `from_json` says what is wrong with it
+        return []
 
 
 def _read_clip(file: AnyPath, key: str) -> Clip:
     """The clip of this content; raises TraceError when the file holds another."""
-    if not KEY.fullmatch(str(key)):
-        raise TraceError(f"{file.parent}: {str(key)[:80]!r} is no name of a clip")
     try:
         with np.load(io.BytesIO(file.read_bytes()), allow_pickle=False) as arrays:
             grid, merge = (tuple(int(n) for n in arrays[name]) for name in ("grid", "merge"))
             clip = Clip(arrays["patches"], grid, str(arrays["source"]), merge)
-    except (OSError, ValueError, KeyError, zipfile.BadZipFile) as error:
-        raise TraceError(f"{file}: {error}") from error
+    except DAMAGED as error:
+        raise TraceError(f"{file}: {type(error).__name__}: {error}") from error
     if clip_key(clip) != key:
         raise TraceError(f"{file}: holds another clip than its name says")
     return clip

@@ -20,11 +20,14 @@ TASK = re.compile(r"\w+(:[\w.=+,-]+)+")
 def run(experiment, workdir: AnyPath) -> None:
     """`k25 train`. One of several processes looks later, when it can tell the others what it has found."""
     from k25_jax.checkpoint.folders import check_same_model, complete_steps
+    from k25_jax.config import check_rl
 
     if any(os.environ.get(name) for name in PLACE):
         return
     for source in experiment.data.sources:
         _source(source.path, source.kind)
+    if experiment.stage == "rl":
+        check_rl(experiment)
     if experiment.data.tokenizer:
         _folder("data.tokenizer", experiment.data.tokenizer)
     if not complete_steps(workdir / "checkpoints"):  # else it goes on, whatever it once started from

@@ -13,15 +13,15 @@ class ProblemsConfig:
 
     path: str = ""  # the task, as "digits:train"
     ability: str = "reasoning"  # knowledge | reasoning | coding | agentic: rewards are reported by it
-    records: int = 64  # of the task, from `first` on; those that the start model passes too often or too rarely fall out
+    records: int = 64  # of the task, from `first` on, before those fall out that are too easy or too hard
     first: int = 0
     tool: str = ""  # ipython, in a sandbox; none: direct answers
-    mode: str = "plain"  # thinking | instant | plain: how an answer begins (text/chat.py)
+    mode: str = ""  # thinking | instant | plain: how an answer begins; none: plain, with a tool as its demonstrations
 
     def __post_init__(self):
         one_of(self, "ability", ABILITIES)
         one_of(self, "tool", ("", "ipython"))
-        one_of(self, "mode", ("thinking", "instant", "plain"))
+        one_of(self, "mode", ("", "thinking", "instant", "plain"))
         require_positive(self, ["records"])
         if not self.path or self.first < 0:
             raise ConfigError(f"rl.problems: path={self.path!r} must name a task, first={self.first} not be negative")
@@ -80,9 +80,9 @@ class RLConfig:
     groups: int = 8  # problems of a batch
     samples: int = 8  # of a problem: K
     updates_per_batch: int = 2  # with one the policy never leaves the bounds of the ratio
-    min_groups: int = 1  # of unequal rewards; with fewer an update is skipped, as MuonClip would make a whole step of noise
+    min_groups: int = 1  # of unequal rewards; an update of fewer is skipped: MuonClip would make a whole step of noise
     attempts: int = 2  # at a group, before it is dropped for having fewer than two valid traces
-    rewards: tuple[tuple[str, float], ...] = (("answer", 1.0),)  # (component, its weight); r is their weighted sum
+    rewards: tuple[tuple[str, float], ...] = (("outcome", 1.0),)  # (component, its weight); r is their weighted sum
     correct: float = 0.5  # the reward from which an answer counts as correct, in pass rates and budgets
     estimate: int = 8  # samples of each problem by the start model, for the filter and Toggle's budgets; 0: neither
     pass_low: float = 0.1  # problems that the start model passes less often are left out
@@ -91,7 +91,8 @@ class RLConfig:
     toggle: ToggleConfig = field(default_factory=ToggleConfig)
     rows: int = 32  # answers that the engine works on at once
     latents: str = "keep"  # of answers under way when weights change: keep | recompute | drain (sampling/engine.py)
-    old_logprobs: str = "engine"  # of the policy that sampled: engine | trainer, which computes them anew
+    old_logprobs: str = "engine"  # of the policy that sampled: engine | trainer, whose form computes them anew
+    correction: str = "mask"  # of advantages where trainer and engine differ: none | truncate | mask (losses/policy.py)
     temperature: float = 1.0
     top_p: float = 1.0
     loss: str = "k25"  # k25 | grpo | ppo; the last two for comparison only
@@ -103,6 +104,7 @@ class RLConfig:
         one_of(self, "loss", ("k25", "grpo", "ppo"))
         one_of(self, "latents", ("keep", "recompute", "drain"))
         one_of(self, "old_logprobs", ("engine", "trainer"))
+        one_of(self, "correction", ("none", "truncate", "mask"))
         require_positive(self, "groups updates_per_batch attempts rows correct".split())
         if not 0 < self.clip_low < 1 < self.clip_high:
             raise ConfigError(

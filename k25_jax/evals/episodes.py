@@ -7,18 +7,23 @@ import contextlib
 import itertools
 from collections.abc import Iterable, Iterator
 
-from k25_jax.agents.loop import Episode, play
+from k25_jax.agents.pictures import Sandboxes
+from k25_jax.agents.policy import EnginePolicy
+from k25_jax.agents.rollout import play
+from k25_jax.agents.tasks import SECONDS, TURNS, QuestionEnv
+from k25_jax.agents.trace import Trace
 from k25_jax.config import ConfigError
 from k25_jax.evals.local import Checkpoint
 from k25_jax.evals.protocol import Answer, Answerer, Request
-from k25_jax.evals.tool_use import SECONDS, TURNS, begin
-from k25_jax.sampling.prompt import MediaReader
+from k25_jax.evals.tool_use import limits_of
+from k25_jax.sampling.async_engine import AsyncEngine
 from k25_jax.sampling.sample import SampleConfig
 from k25_jax.sandbox.bubblewrap import SandboxError
 from k25_jax.sandbox.sandbox import Sandbox
 
 TURN_TOKENS = 256  # of one turn of the model
-FINISH = {"answer": "stop", "turns": "length", "length": "length", "context": "overflow", "infrastructure": "error"}
+FINISH = {"answer": "stop", "context": "overflow", "infrastructure": "error", "cancelled": "error"}  # else: length
+SEEDS = "turns"  # each turn draws from a seed of its own; part of the identity
 
 
 class Player:
@@ -28,9 +33,8 @@ class Player:
     """
 
     def __init__(self, checkpoint: Checkpoint, width: int = 8):
-        self.identity = {**checkpoint.identity, "tool": "ipython", "turns": TURNS, "seconds": SECONDS}
-        self._checkpoint, self._width = checkpoint, width
-        self._stack, self._sandboxes = contextlib.ExitStack(), []
+        self.identity = {**checkpoint.identity, "tool": "ipython", "turns": TURNS, "seconds": SECONDS, "seeds": SEEDS}
+        self._checkpoint, self._width, self._sandboxes = checkpoint, width, Sandboxes()
 
     def __enter__(self) -> "Player":
         return self
@@ -40,32 +44,32 @@ class Player:
 
     def close(self):
         """End the sandboxes."""
-        self._stack.close()
+        self._sandboxes.close()
 
     def answer(self, requests: Iterable[Request]) -> Iterator[tuple[int, Answer]]:
-        """See `Answerer`."""
+        """See `Answerer`; all requests have the same settings."""
         engine, tokenizer = self._checkpoint.open()
-        ends, reader = (tokenizer.special["<|im_end|>"], *engine.config.eos_ids), MediaReader(engine.config)
-        numbered = enumerate(requests)
-        while part := list(itertools.islice(numbered, self._width)):
-            while len(self._sandboxes) < len(part):
-                self._sandboxes.append(self._stack.enter_context(Sandbox()))
-            asked, settings = [request for _, request in part], part[0][1].settings
-            episodes = [
-                begin(tokenizer, reader, box, _pictures(request), request.messages)
-                for request, box in zip(asked, self._sandboxes, strict=False)
-            ]
-            how = SampleConfig(settings.max_tokens, settings.temperature, settings.top_p, stop_ids=ends)
-            play(engine, episodes, how, TURNS, [request.seed for request in asked], settings.context)
-            yield from ((number, _answer(e)) for (number, _), e in zip(part, episodes, strict=True))
+        requests = iter(requests)
+        if (first := next(requests, None)) is None:
+            return
+        settings = first.settings
+        sampling = SampleConfig(temperature=settings.temperature, top_p=settings.top_p)
+        limits = limits_of(settings.max_tokens, settings.context)
+        episodes = map(self._episode, itertools.count(), itertools.chain([first], requests))
+        with AsyncEngine(engine) as running:
+            policy = EnginePolicy(running, tokenizer)
+            with contextlib.closing(play(episodes, policy, sampling, limits, self._width)) as ended:
+                for number, trace in ended:
+                    yield number, _answer(trace)
+
+    def _episode(self, number: int, request: Request) -> tuple[QuestionEnv, int]:
+        env = QuestionEnv("question", str(number), lambda: request.messages, lend=self._sandboxes.lend)
+        return env, request.seed
 
 
-def _pictures(request: Request) -> list:
-    return [part["image"] for message in request.messages for part in message["content"] if "image" in part]
-
-
-def _answer(episode: Episode) -> Answer:
-    return Answer(episode.answer, episode.sampled, FINISH[episode.ending], error=episode.problem)
+def _answer(trace: Trace) -> Answer:
+    finish = FINISH.get(trace.ending, "length")
+    return Answer(trace.answer, trace.length, finish, error=trace.problem if finish == "error" else "")
 
 
 def why_not(answerer: Answerer) -> str:

@@ -1,30 +1,28 @@
 """Pictures by program: does a model solve tasks with the tool `ipython`, and does it look at the pictures at all? (K2.5 §3.4)
 
-Three conditions. `shown`: the pictures are in the prompt and in the sandbox. `hidden`: in the sandbox only, as zero-vision
-SFT has them. `blank`: shown, but white in both places; whoever still answers right has guessed.
+Questions of tasks with programs under each of `agents.tasks.CONDITIONS`: shown, hidden, blank.
 """
 
+import contextlib
 import dataclasses
-from collections.abc import Callable, Sequence
+import math
+from collections.abc import Callable
 
 import numpy as np
 
-from k25_jax.agents.demonstrations import MODE
-from k25_jax.agents.loop import Episode, play
-from k25_jax.agents.pictures import Pictures
-from k25_jax.agents.tools import declaration
-from k25_jax.data.tasks import make_task
+from k25_jax.agents.env import Limits
+from k25_jax.agents.pictures import Sandboxes
+from k25_jax.agents.policy import EnginePolicy
+from k25_jax.agents.rollout import play
+from k25_jax.agents.tasks import SECONDS, TURNS, TaskEnv
+from k25_jax.agents.trace import Trace
+from k25_jax.data.tasks import Task, make_task
+from k25_jax.sampling.async_engine import AsyncEngine
 from k25_jax.sampling.engine import Engine
-from k25_jax.sampling.prompt import MediaReader
 from k25_jax.sampling.sample import SampleConfig
-from k25_jax.sandbox.kernel import Limits
-from k25_jax.sandbox.sandbox import Sandbox
-from k25_jax.text.conversation import Conversation
 from k25_jax.text.tokenizer import Tokenizer
 
-CONDITIONS = ("shown", "hidden", "blank")
-TURNS = 4
-SECONDS = 5.0  # of a call
+CALL_SECONDS = 600.0  # for a sandbox that does not keep its own deadline
 
 
 @dataclasses.dataclass(frozen=True)
@@ -43,21 +41,24 @@ class Outcome:
     ending: str
 
 
+def limits_of(turn_tokens: int, context: int | None = None) -> Limits:
+    """Of a question with the tool: TURNS turns, the last of which must be the answer; whatever the clock says."""
+    return Limits(
+        tokens=TURNS * turn_tokens,
+        turn_tokens=turn_tokens,
+        turns=TURNS,
+        call_seconds=CALL_SECONDS,
+        seconds=math.inf,
+        context=context,
+    )
+
+
 class Asker:
     """Asks a model in an engine, `width` questions at once, each with a sandbox of its own. Close it."""
 
     def __init__(self, engine: Engine, tokenizer: Tokenizer, width: int = 8, max_tokens: int = 256):
-        end = tokenizer.special["<|im_end|>"]
-        self._engine, self._tokenizer = engine, tokenizer
-        self._sampling = SampleConfig(max_tokens=max_tokens, temperature=0.0, stop_ids=(end, *engine.config.eos_ids))
-        self._reader = MediaReader(engine.config)
-        self._sandboxes: list[Sandbox] = []
-        try:
-            for _ in range(width):
-                self._sandboxes.append(Sandbox(Limits()))
-        except BaseException:
-            self.close()
-            raise
+        self._engine, self._tokenizer, self._width = engine, tokenizer, width
+        self._limits, self._sandboxes = limits_of(max_tokens), Sandboxes()
 
     def __enter__(self) -> "Asker":
         return self
@@ -67,49 +68,29 @@ class Asker:
 
     def close(self):
         """End the sandboxes."""
-        for sandbox in self._sandboxes:
-            sandbox.close()
+        self._sandboxes.close()
 
     def ask(
         self, spec: str, questions: int, condition: str = "shown", on_progress: Callable[[int], None] | None = None
     ) -> list[Outcome]:
         """Evenly spaced questions of a task with programs, answered greedily."""
-        task = make_task(spec)
+        task, outcomes = make_task(spec), {}
         indices = np.unique(np.linspace(0, len(task) - 1, min(questions, len(task))).astype(int)).tolist()
-        outcomes = []
-        for part in _parts(indices, len(self._sandboxes)):
-            episodes = [self._begin(task, i, condition, box) for i, box in zip(part, self._sandboxes, strict=False)]
-            play(self._engine, episodes, self._sampling, TURNS)
-            outcomes += [_outcome(spec, task, i, condition, e) for i, e in zip(part, episodes, strict=True)]
-            if on_progress:
-                on_progress(len(part))
-        return outcomes
-
-    def _begin(self, task, index: int, condition: str, sandbox: Sandbox) -> Episode:
-        pictures = list(task.media(index))
-        if condition == "blank":
-            pictures = [np.full_like(picture, 255) for picture in pictures]
-        parts = [{"type": "image", "image": picture} for picture in pictures] if condition != "hidden" else []
-        message = {"role": "user", "content": [*parts, {"type": "text", "text": task.question(index)}]}
-        return begin(self._tokenizer, self._reader, sandbox, pictures, [message])
+        envs = [TaskEnv(task, index, condition, self._sandboxes.lend, SECONDS) for index in indices]
+        with AsyncEngine(self._engine) as engine:
+            policy = EnginePolicy(engine, self._tokenizer)
+            greedy, episodes = SampleConfig(temperature=0.0), zip(envs, indices, strict=True)
+            with contextlib.closing(play(episodes, policy, greedy, self._limits, self._width)) as ended:
+                for place, trace in ended:
+                    outcomes[place] = _outcome(spec, task, indices[place], condition, envs[place], trace)
+                    if on_progress:
+                        on_progress(1)
+        return [outcomes[place] for place in range(len(indices))]
 
 
-def begin(tokenizer: Tokenizer, reader: MediaReader, sandbox: Sandbox, pictures, messages: Sequence[dict]) -> Episode:
-    """An episode of an instant mode with the tool `ipython` and these pictures in it, up to the model's first turn."""
-    tool = Pictures(sandbox, SECONDS)
-    tool.lay_out(pictures)
-    conversation = Conversation(tokenizer, [declaration(tool)], MODE, reader.load)
-    for message in messages:
-        conversation.add(message)
-    return Episode(conversation, [tool])
-
-
-def _parts(items: Sequence[int], size: int) -> list[Sequence[int]]:
-    return [items[start : start + size] for start in range(0, len(items), size)]
-
-
-def _outcome(spec: str, task, index: int, condition: str, episode: Episode) -> Outcome:
-    ran = any(observation.status == "ok" for observation in episode.observations)
-    score, gold = task.score(episode.answer, index), task.answer(index)
-    turns, sampled = len(episode.said), episode.sampled
-    return Outcome(spec, index, condition, episode.answer, gold, score, ran, turns, sampled, episode.ending)
+def _outcome(spec: str, task: Task, index: int, condition: str, env: TaskEnv, trace: Trace) -> Outcome:
+    ran = "ok" in env.tools[0].statuses
+    turns = sum(segment.turns for segment in trace.segments)
+    score = trace.rewards.get("outcome", 0.0)
+    gold = task.answer(index)
+    return Outcome(spec, index, condition, trace.answer, gold, score, ran, turns, trace.length, trace.ending)

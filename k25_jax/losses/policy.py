@@ -31,7 +31,7 @@ def policy_loss(logprobs_BL, old_BL, advantages_BL, weights_BL, config: RLConfig
     """
     total, tokens = totals(weights_BL) if whole is None else whole
     sampled_BL, low, high = weights_BL > 0, math.log(config.clip_low), math.log(config.clip_high)
-    log_ratio_BL = jnp.where(sampled_BL, logprobs_BL - jnp.where(sampled_BL, old_BL, 0), 0)
+    log_ratio_BL = jnp.where(sampled_BL, logprobs_BL - old_BL, 0)
     advantages_BL = jnp.where(sampled_BL, advantages_BL, 0)
     form = masked if config.loss == "k25" else clipped
     policy_BL = form(log_ratio_BL, advantages_BL, low, high)
@@ -54,7 +54,7 @@ def policy_loss(logprobs_BL, old_BL, advantages_BL, weights_BL, config: RLConfig
 
 def masked(log_ratio_BL, advantages_BL, low: float, high: float):
     """K2.5's policy term, ρ A where log ρ lies between the bounds, else 0."""
-    inside_BL = jax.lax.stop_gradient((low < log_ratio_BL) & (log_ratio_BL < high))
+    inside_BL = (low < log_ratio_BL) & (log_ratio_BL < high)
     return jnp.where(inside_BL, jnp.exp(jnp.where(inside_BL, log_ratio_BL, 0)) * advantages_BL, 0)
 
 
@@ -96,7 +96,7 @@ def mismatch_weights(trainer_BL, engine_BL, sampled_BL, how: str, low: float = 0
     it is unbounded, so "truncate" takes at most `high` (truncated importance sampling), "mask" takes 0 unless it lies between
     `low` and `high` (IcePop's), "none" takes 1. Multiply the advantages by it: τ's term and N stay those of all tokens.
     """
-    gap_BL = jnp.where(sampled_BL, trainer_BL - jnp.where(sampled_BL, engine_BL, 0), 0)
+    gap_BL = jnp.where(sampled_BL, trainer_BL - engine_BL, 0)
     ratio_BL = jnp.exp(jnp.minimum(gap_BL, math.log(high) + 1))  # beyond the bound it does not matter how far
     weights_BL = {
         "none": jnp.ones_like(ratio_BL),

@@ -1,7 +1,7 @@
 """How much better a trace was than the others of its group: A = r - mean r (K2.5 §3.5).
 
-Neither divided by the standard deviation nor by lengths. Traces that ended through no fault of the model's are left out of
-the mean; those that were cut count with what they were worth.
+Neither divided by the standard deviation nor by lengths. Traces that did not end by what the model did are left out
+of the mean; those that were cut count with what they were worth.
 """
 
 import dataclasses

@@ -8,8 +8,6 @@ from k25_jax.config import DataConfig, K25Config, RLConfig
 from k25_jax.data.packing import Batch, make_sample, pack_samples
 from k25_jax.rl.advantages import Group, advantages, rewards_of, unequal
 
-CUT = ("turns", "calls", "tokens", "context", "length", "seconds")  # endings of those that were not let go on
-
 
 def batch_of(
     groups: Sequence[Group], update: int, config: RLConfig, data: DataConfig, model: K25Config
@@ -46,7 +44,7 @@ def metrics_of(groups: Sequence[Group], config: RLConfig) -> dict[str, float]:
     valid = [trace for trace in traces if trace.valid]
     rewards = {id(group): rewards_of(group, config) for group in groups}
     out = {
-        "cut": _share(trace.ending in CUT for trace in valid),
+        "cut": _share(trace.ending != "answer" for trace in valid),
         "infrastructure": _share(not trace.valid for trace in traces),
         "dropped_groups": sum(not group.kept for group in groups),
         "length_max": max((trace.length for trace in valid), default=0),

@@ -6,14 +6,18 @@ appear whole or not at all and are never written again. Who consumes what follow
 missing. In a bucket as on a disk.
 
     WORKDIR/rl/identity.json            what the run samples: another configuration does not go on here
-               start.json               what the start model can do (rl/estimate.py)
+               start.json               what the start model can do (rl/start.py)
                groups/NAME.jsonl        the traces of a group; clips/ beside them, each once
                batches/NUMBER.json      names and hashes of its groups, of which weights they are, what they took
+               batches/NUMBER.npy       log-probabilities by the form that is trained, where those are wanted
 """
 
 import hashlib
+import io
 import json
 from collections.abc import Mapping, Sequence
+
+import numpy as np
 
 from k25_jax.agents import trace
 from k25_jax.agents.trace import Trace
@@ -62,15 +66,34 @@ class Ledger:
                 )
         return record
 
-    def commit_batch(self, number: int, names: Sequence[str], record: Mapping) -> dict:
-        """Commit a batch of committed groups, and return its record; raises LedgerError where it is committed."""
+    def commit_batch(
+        self, number: int, names: Sequence[str], record: Mapping, logprobs_BL: np.ndarray | None = None
+    ) -> dict:
+        """Commit a batch of committed groups, and return its record; raises LedgerError where it is committed.
+
+        `logprobs_BL` are log-probabilities of its tokens, beside those that its traces have.
+        """
         file = self._batch_file(number)
         self._refuse_twice(self.folder / file)
         whole = {"groups": {name: self._hash(name) for name in names}, **record}
         if missing := [name for name, found in whole["groups"].items() if found is None]:
             raise LedgerError(f"{self._group_file(missing[0])}: batch {number} needs it, and it is not committed")
+        if logprobs_BL is not None:
+            content = io.BytesIO()
+            np.save(content, logprobs_BL)
+            write(self._logprobs_file(number), content.getvalue())
         self._write(file, whole)
         return whole
+
+    def logprobs(self, number: int) -> np.ndarray | None:
+        """The log-probabilities that a batch was committed with, if it was."""
+        file = self._logprobs_file(number)
+        if not file.exists():
+            return None
+        try:
+            return np.load(io.BytesIO(file.read_bytes()), allow_pickle=False)
+        except ValueError as error:
+            raise LedgerError(f"{file}: is not as it was written ({error}); choose another --workdir") from error
 
     def start(self) -> dict | None:
         """What was found out about the start model; None before."""
@@ -92,6 +115,9 @@ class Ledger:
     @staticmethod
     def _batch_file(number: int) -> str:
         return f"batches/{number:06d}.json"
+
+    def _logprobs_file(self, number: int) -> AnyPath:
+        return self.folder / f"batches/{number:06d}.npy"
 
     def _hash(self, name: str) -> str | None:
         file = self._group_file(name)

@@ -71,8 +71,8 @@ def worth_asking(problems: Sequence[Problem], estimates: Mapping[str, Estimate],
         raise ConfigError(
             f"rl.problems: the start model passes none of {len(problems)} problems at a rate from rl.pass_low="
             f"{config.pass_low} to rl.pass_high={config.pass_high} ({np.mean(np.asarray(rates) < low):.0%} of them are too "
-            f"hard, {np.mean(np.asarray(rates) > high):.0%} too easy, of {config.estimate} answers each); choose other tasks, "
-            "give them more records, or start from another model"
+            f"hard, {np.mean(np.asarray(rates) > high):.0%} too easy, by {config.estimate} answers each); choose other "
+            "tasks, give them more records, or start from another model"
         )
     return kept
 

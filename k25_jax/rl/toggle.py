@@ -5,7 +5,7 @@
 
 t counts the learner's updates: the phase is that of the update, not of the sampling. mean_K r is of the present group, before
 Toggle. |y| counts sampled tokens with the end token. A problem's budget is estimated once, from the start model's answers
-(rl/estimate.py), and is infinite where none of those was correct. Two arms show what a budget without phases does.
+(rl/start.py), and is infinite where none of those was correct. Two arms show what a budget without phases does.
 """
 
 import math

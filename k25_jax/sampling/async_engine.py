@@ -8,8 +8,9 @@ import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future
 
+from k25_jax.config import K25Config
 from k25_jax.sampling.engine import Engine
-from k25_jax.sampling.requests import EngineError, Event, FinishEvent, Request
+from k25_jax.sampling.requests import EngineConfig, EngineError, Event, FinishEvent, Request
 
 logger = logging.getLogger(__name__)
 
@@ -67,8 +68,8 @@ class Stream(Iterator[Event]):
 class AsyncEngine:
     """Steps an engine as long as it has work. Nothing else may call that engine meanwhile.
 
-    All methods may be called from any thread, and wait for the step under way: in an event loop, await
-    asyncio.to_thread(loop.submit, request, on_event) with an on_event that goes through loop.call_soon_threadsafe.
+    All methods may be called from any thread, and wait for the step under way, except `submit_soon` and `abort_soon`: they
+    are for event loops, with asyncio.wrap_future and an on_event that goes through loop.call_soon_threadsafe.
     """
 
     def __init__(self, engine: Engine, room: int = 4096):
@@ -85,8 +86,32 @@ class AsyncEngine:
     def __exit__(self, *_):
         self.close()
 
+    @property
+    def config(self) -> K25Config:
+        """The model's."""
+        return self._engine.config
+
+    @property
+    def settings(self) -> EngineConfig:
+        """The engine's sizes."""
+        return self._engine.settings
+
+    @property
+    def max_length(self) -> int:
+        """Tokens of a prompt and its answer, at most."""
+        return self._engine.max_length
+
+    @property
+    def sees(self) -> bool:
+        """Whether it takes images."""
+        return self._engine.sees
+
     def submit(self, request: Request, on_event: Callable[[Event], None] | None = None) -> Stream:
         """`Engine.submit`; the events come through the stream, or to `on_event`."""
+        return self.submit_soon(request, on_event).result()
+
+    def submit_soon(self, request: Request, on_event: Callable[[Event], None] | None = None) -> Future:
+        """`submit` without waiting: the stream to come. Until the engine takes the request it may be cancelled."""
 
         def command():
             stream = Stream(request.n, self._room, on_event)
@@ -94,19 +119,23 @@ class AsyncEngine:
             self._streams[stream.id] = stream
             return stream
 
-        return self._call(command)
+        return self._post(command)
 
     def abort(self, stream: Stream) -> bool:
         """`Engine.abort`; finish events follow on the stream."""
-        return self._call(lambda: self._engine.abort(stream.id))
+        return self.abort_soon(stream).result()
+
+    def abort_soon(self, stream: Stream) -> Future:
+        """`abort` without waiting."""
+        return self._post(lambda: self._engine.abort(stream.id))
 
     def update_weights(self, params, version: int, latents: str = "keep") -> None:
         """`Engine.update_weights`, between two steps."""
-        self._call(lambda: self._engine.update_weights(params, version, latents))
+        self._post(lambda: self._engine.update_weights(params, version, latents)).result()
 
     def stats(self) -> dict[str, int]:
         """`Engine.stats`."""
-        return self._call(self._engine.stats)
+        return self._post(self._engine.stats).result()
 
     def close(self) -> None:
         """Stop; requests that are not done end with an error."""
@@ -115,13 +144,13 @@ class AsyncEngine:
                 self._commands.put(None)
         self._thread.join()
 
-    def _call(self, function):
+    def _post(self, function) -> Future:
         future: Future = Future()
         with self._lock:
             if self._closed:
                 raise EngineError(self._closed)
             self._commands.put((future, function))
-        return future.result()
+        return future
 
     def _run(self) -> None:
         reason = "the engine is closed"
@@ -146,6 +175,8 @@ class AsyncEngine:
             if command is None:
                 return False
             future, function = command
+            if not future.set_running_or_notify_cancel():
+                continue
             try:
                 future.set_result(function())
             except Exception as error:
@@ -173,5 +204,5 @@ class AsyncEngine:
                 stream.put(FinishEvent(stream.id, sample, "error", error=reason))
         while not self._commands.empty():
             command = self._commands.get()
-            if command is not None:
+            if command is not None and command[0].set_running_or_notify_cancel():
                 command[0].set_exception(EngineError(reason))

@@ -112,8 +112,8 @@ class Engine:
 
     def check(self, request: Request) -> None:
         """Raise PromptError for a request that this engine can never answer."""
-        finds_texts, sees = self.tokenizer is not None, self._runner.sees
-        check_request(request, self.config, self.settings, self.max_length, finds_texts, sees)
+        finds_texts = self.tokenizer is not None
+        check_request(request, self.config, self.settings, self.max_length, finds_texts, self.sees)
 
     def abort(self, number: int) -> bool:
         """End a request; its finish events come with the next step. False when it is not here (any more)."""
@@ -150,6 +150,11 @@ class Engine:
         for home in self._homes:
             home.pages.forget()
         self._features.forget()
+
+    @property
+    def sees(self) -> bool:
+        """Whether it takes images."""
+        return self._runner.sees
 
     @property
     def busy(self) -> bool:

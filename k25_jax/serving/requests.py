@@ -1,7 +1,8 @@
 """Bodies of OpenAI's chat and completions API to what the engine is asked. All that is wrong is an ApiError.
 
 Beyond OpenAI's fields: those for thinking (`serving.thinking`); `reasoning_content` in messages; `ignore_eos`;
-`return_token_ids`. What cannot be kept is refused: penalties, JSON on demand, echo. Strict tools are taken with a note.
+`stop_token_ids`; `return_token_ids`. What cannot be kept is refused: penalties, JSON on demand, echo. Strict tools are
+taken with a note.
 """
 
 import dataclasses
@@ -213,7 +214,7 @@ def _how(fields: Fields, served: Served, top_logprobs: int | None, ends: tuple[i
     fields.ignored(*IGNORED)
     fields.neutral(**NEUTRAL)
     stops, special = _stops(fields), served.tokenizer.special
-    stop_ids += tuple(special[stop] for stop in stops if stop in special)
+    stop_ids += (*(special[stop] for stop in stops if stop in special), *_stop_ids(fields))
     return _How(
         n,
         stops,
@@ -241,6 +242,13 @@ def _stops(fields: Fields) -> tuple[str, ...]:
         problem = f"must be up to {STOPS} texts of 1 to {STOP_LENGTH} characters"
         raise fields.error("stop", problem, "invalid_value")
     return tuple(dict.fromkeys(stops))
+
+
+def _stop_ids(fields: Fields) -> list[int]:
+    ids = fields.take("stop_token_ids", list, default=[])
+    if len(ids) > STOPS or not all(_is_id(token) for token in ids):
+        raise fields.error("stop_token_ids", f"must be up to {STOPS} token ids", "invalid_value")
+    return ids
 
 
 def _prompts(fields: Fields, served: Served) -> list[Prompt]:

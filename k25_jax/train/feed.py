@@ -1,5 +1,7 @@
 """Batches on their devices when a step asks for them: read, planned and placed while the step before runs (K2.5 §3.8).
 
+A batch of rollouts waits for the weights that it is sampled by, which the loop publishes after each step (K2.5 §3.5).
+
 `planned` is work of the host alone and runs in a thread. `placed` may launch programs of the devices. All processes must
 launch those in one order, so that of several it runs in the main thread; one process alone places in the thread too.
 """
@@ -16,6 +18,7 @@ from jax.sharding import Mesh
 from k25_jax.config import Experiment
 from k25_jax.data.packing import Batch
 from k25_jax.parallel import hosts
+from k25_jax.rl.source import RolloutSource
 from k25_jax.sharding import processes
 
 log = logging.getLogger(__name__)
@@ -65,7 +68,8 @@ class Feed:
             if self._ends and not any(processes.gathered(plan.some)):
                 log.info("all budgets and epochs of the data are spent after step %d", step - 1)
                 return
-            yield step, Ready(batch, plan.batch.metrics, plan.data_state, asked, waited)
+            metrics = plan.batch.metrics | plan.data_state["lanes"][0].get("metrics", {})
+            yield step, Ready(batch, metrics, plan.data_state, asked, waited)
 
     def planned(self) -> Planned:
         """The next batch, read, planned and, where no other process has a say in it, placed."""
@@ -74,7 +78,14 @@ class Feed:
         plan = hosts.planned(batch, self._mesh, self._experiment, self._name)
         return Planned(plan, state, some, hosts.placed(plan) if jax.process_count() == 1 else None)
 
+    def publish(self, step: int, params) -> None:
+        """The weights after `step`, for rollouts. They must live until the next batch is there, and no longer."""
+        if isinstance(self.pipeline, RolloutSource):
+            self.pipeline.publish(step, params)
+
     def close(self) -> None:
-        """Let the batch in hand be made, and end the threads."""
+        """Let the batch in hand be made, unless it is one of rollouts, and end the threads."""
+        if isinstance(self.pipeline, RolloutSource):
+            self.pipeline.cancel()
         self._thread.shutdown(cancel_futures=True)
         self.pipeline.close()

@@ -18,8 +18,9 @@ from k25_jax.runtime.waiting import first_call
 from k25_jax.sharding import peers
 from k25_jax.train.feed import Feed
 from k25_jax.train.interrupts import between_steps
-from k25_jax.train.layout import data_states, mesh_of, open_data
+from k25_jax.train.layout import data_states, mesh_of
 from k25_jax.train.profiling import ProfileWindow
+from k25_jax.train.rollouts import open_source
 from k25_jax.train.run import restore_or_init, save_run
 from k25_jax.train.saving import Saving
 from k25_jax.train.stages import loss_of
@@ -42,7 +43,7 @@ def train(experiment: Experiment, directory: str | AnyPath, on_step=None) -> dic
     with calm as stop, watch as watcher, contextlib.ExitStack() as stack, peers.leaving(watcher):
         together = watcher.together if watcher else lambda function: function
         mesh = mesh_of(experiment)
-        feed = stack.enter_context(contextlib.closing(Feed(open_data(experiment, mesh), experiment, mesh)))
+        feed = stack.enter_context(contextlib.closing(Feed(open_source(experiment, mesh, directory), experiment, mesh)))
         validate = stack.enter_context(contextlib.closing(Validation(experiment, mesh, together)))
         save_run(experiment, directory)
         store = stack.enter_context(
@@ -54,6 +55,7 @@ def train(experiment: Experiment, directory: str | AnyPath, on_step=None) -> dic
         log = stack.enter_context(StepLog(experiment, mesh, directory, start, bad, on_step, store.steps))
         profile = stack.enter_context(ProfileWindow(experiment.profile, directory, start))
         saving, saved, step = Saving(config), start, start
+        feed.publish(start, state.params)
 
         def save():
             data = {"pipelines": data_states(ready.data_state, mesh), "bad_in_a_row": log.bad_in_a_row}
@@ -77,6 +79,7 @@ def train(experiment: Experiment, directory: str | AnyPath, on_step=None) -> dic
                 stop.number = decision.stop  # it may have come to another process
                 if step < config.steps:
                     break
+            feed.publish(step, state.params)
         else:
             log.finish()
         if saved < step:

@@ -21,8 +21,9 @@ def make_step(experiment: Experiment, loss_fn, mesh: Mesh | None = None):
 
     On a mesh the state stays laid out as `state_shardings` says; call the step under jax.set_mesh(mesh).
 
-    A step whose loss or gradient is not finite changes nothing but the step number and reports `bad` = 1. Nothing moves
-    what train.trainable leaves out.
+    A step whose loss or gradient is not finite changes nothing but the step number and reports `bad` = 1. So does one of
+    samples without an advantage, `skipped` = 1: MuonClip makes an update as large as any other of however small a gradient.
+    Nothing moves what train.trainable leaves out.
     """
     layout, names = None if mesh is None else state_shardings(experiment, mesh), experiment.train.trainable
     trained_layout = layout and split(layout.params, names)[0]
@@ -39,22 +40,31 @@ def make_step(experiment: Experiment, loss_fn, mesh: Mesh | None = None):
         grad_squares = squares(grads)
         grad_norm = jnp.sqrt(optax.tree.sum(grad_squares))
         finite = jnp.isfinite(loss) & jnp.isfinite(grad_norm)
-        updates, opt_state = optimizer.update(grads, state.opt_state, trained, grad_norm=grad_norm, finite=finite)
+        moves = finite & teaches(batch)
+        updates, opt_state = optimizer.update(grads, state.opt_state, trained, grad_norm=grad_norm, finite=moves)
         metrics |= norms(grad_squares, experiment.model, "grad_norm")
         metrics |= norms(squares(updates), experiment.model, "update_norm")
         metrics |= {"learning_rate": rate(state.opt_state.count)}
         params = merged(optax.apply_updates(trained, updates), frozen)
-        params = with_balanced_router(params, jnp.where(finite, stats.load_YE, 0), experiment)
+        params = with_balanced_router(params, jnp.where(moves, stats.load_YE, 0), experiment)
         metrics |= {"grad_norm": grad_norm, "bad": 1 - finite.astype(jnp.int32), "max_logit": stats.max_logit_YH.max()}
+        metrics |= {} if batch.advantages_BL is None else {"skipped": (finite & ~moves).astype(jnp.int32)}
         metrics |= router_metrics(stats.load_YE)
         if experiment.optim.name == "muonclip" and trained.keys() & {"dense", "moe"}:
-            max_logit_YH = jnp.where(finite, stats.max_logit_YH, 0)
+            max_logit_YH = jnp.where(moves, stats.max_logit_YH, 0)
             params, clipped = qk_clip(params, max_logit_YH, experiment.model.text, experiment.optim.qk_clip)
             metrics |= {"heads_clipped": clipped}
         params = merged(params, frozen)
         return state.replace(step=state.step + 1, params=params, opt_state=opt_state), metrics
 
     return step
+
+
+def teaches(batch):
+    """Whether there is anything to learn from a batch: of samples, an advantage that is not 0."""
+    if batch.advantages_BL is None:
+        return True
+    return jnp.any((batch.loss_weights_BL > 0) & (batch.advantages_BL != 0))
 
 
 @jax.named_scope("optimizer.router_bias")

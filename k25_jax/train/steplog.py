@@ -96,8 +96,9 @@ class StepLog:
         metrics |= {"bad_in_a_row": self.bad_in_a_row, "tokens_per_second": metrics["tokens"] / seconds}
         metrics |= {"step_seconds": seconds, "data_seconds": ready.waited}
         metrics |= {"data_share": min(ready.waited / seconds, 1.0)} | more()
-        note = f"loss {metrics['loss']:.4f}  {metrics['tokens_per_second']:,.0f} tokens/s"
-        self._bar.update(self._task, completed=step, note=note)
+        if self._experiment.stage == "rl":
+            metrics |= of_rollouts(metrics)
+        self._bar.update(self._task, completed=step, note=note_of(metrics))
         self._read = step, metrics, ready
         if log_it or self.bad_in_a_row or step % config.log_every == 0:
             self._write(*self._read)
@@ -109,7 +110,7 @@ class StepLog:
         self._read = None
         states = data_states(ready.data_state, self._mesh)
         if self._writer:
-            metrics = metrics | realised(states, self._experiment.data)
+            metrics = metrics | (realised(states, self._experiment.data) if self._experiment.stage != "rl" else {})
             self._writer.write(step, metrics)
             if self._on_step:
                 self._on_step(step, metrics)
@@ -125,8 +126,24 @@ class StepLog:
             )
 
 
+def of_rollouts(metrics: dict) -> dict:
+    """Where the seconds of a step went that do not go into sampling: into learning, and waiting for anything else."""
+    learning = metrics["step_seconds"] - metrics["data_seconds"]
+    return {
+        "learning_seconds": max(learning, 0.0),
+        "waiting_seconds": max(metrics["data_seconds"] - metrics["sampling_seconds"], 0.0),
+    }
+
+
+def note_of(metrics: dict) -> str:
+    """What the progress bar says of a step."""
+    if "reward" in metrics:
+        return f"reward {metrics['reward']:.3f}  {metrics['length']:,.0f} tokens an answer"
+    return f"loss {metrics['loss']:.4f}  {metrics['tokens_per_second']:,.0f} tokens/s"
+
+
 def progress_bar(hidden: bool = False) -> Progress:
-    """Step, loss, tokens/s, elapsed and remaining time, on stderr."""
+    """Step, what `note_of` says, elapsed and remaining time, on stderr."""
     return Progress(
         TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[note]}"),
         TimeElapsedColumn(), TimeRemainingColumn(), console=Console(stderr=True), disable=hidden,

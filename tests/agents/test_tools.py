@@ -1,7 +1,7 @@
 import numpy as np
 import pytest
 
-from k25_jax.agents.tools import IPython, answer, check_arguments, declaration
+from k25_jax.agents.tools import IPython, check_arguments, declaration, reply, tool_for
 from k25_jax.sandbox.observation import InfrastructureError, Observation
 from k25_jax.text.conversation import Conversation
 from k25_jax.text.tokenizer import BYTE_SPECIAL, load_tokenizer
@@ -33,6 +33,12 @@ class Broken(Adder):
 
 
 TOOLS = [Adder(), Broken()]
+
+
+def answer(call, tools):
+    tool = tool_for(call, tools)
+    observation = tool if isinstance(tool, Observation) else tool.call(call.arguments)
+    return reply(call, observation), observation
 
 
 def test_a_call_is_answered():

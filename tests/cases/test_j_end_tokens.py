@@ -102,8 +102,12 @@ def test_whoever_draws_stops_at_all_of_them(console):
     checkpoint = Checkpoint(lambda: Model(model.params, config, model.tokenizer), {})
     engine, tokenizer = checkpoint.open()
     assert set(checkpoint._ends) == {258, 5, 257}
-    with Asker(engine, tokenizer, width=0) as asker:
-        assert set(asker._sampling.stop_ids) == {258, 5, 257}
+    asked = []
+    submit = engine.submit
+    engine.submit = lambda request: asked.append(request) or submit(request)
+    with Asker(engine, tokenizer, max_tokens=1) as asker:
+        asker.ask("dots:test", 1)
+    assert set(asked[0].sampling.stop_ids) == {258, 5, 257, config.media_pad_id}
 
 
 # ------------------------------------------------------------------------------------------------------- they are kept

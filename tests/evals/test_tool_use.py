@@ -4,6 +4,7 @@ import json
 
 import pytest
 
+from k25_jax.agents.rollout import turn_seed
 from k25_jax.cli import main
 from k25_jax.data.tasks import PROGRAMMED, make_task
 from k25_jax.evals.categories import SUITE, Rendered, default_suite
@@ -56,13 +57,15 @@ class Solver(Checkpoint):
 
 @pytest.mark.usefixtures("bwrap")
 def test_played_questions_are_scored_and_kept_like_others(tmp_path):
-    """Five windows of two episodes; after a kill, those that were finished are not played again."""
+    """Two episodes at once; after a kill, those that were finished are not played again."""
     task, indices, solver = Rendered(TASK), [0, 7, 3, 4, 9], Solver()
     with Player(solver, width=2) as player:
         whole = evaluate(player, task, SETTINGS, indices)
         assert [(r.score, r.answer, r.finish) for r in whole] == [(1.0, r.gold, "stop") for r in whole]
-        seeds = [sample_seed(0, i, sample) for i in indices for sample in range(2)]
-        assert sorted(r.sampling.seed for r in solver.engine.requests) == sorted(2 * seeds)
+        seeds = [
+            turn_seed(sample_seed(0, i, sample), turn) for i in indices for sample in range(2) for turn in range(2)
+        ]
+        assert sorted(r.sampling.seed for r in solver.engine.requests) == sorted(seeds)
         assert all(len(r.clips) == 1 for r in solver.engine.requests)
 
         file, left = tmp_path / "lengths.jsonl", iter(range(3))

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from k25_jax.losses.lm import cross_entropy
+from k25_jax.losses.lm import cross_entropy, vocabulary_scores
 
 CHUNKS = [100, 7, 3, 2]  # of 7 words: one, exactly one, and some that end in the middle of a chunk
 
@@ -51,3 +51,24 @@ def test_a_batch_without_targets_has_loss_and_gradient_zero():
     loss_of = lambda x: cross_entropy(x, jnp.ones((2, 4)), jnp.zeros((1, 3), jnp.int32), jnp.zeros((1, 3)))[0]  # noqa: E731
     value, grad = jax.value_and_grad(loss_of)(jnp.ones((1, 3, 2)))
     assert value == 0.0 and not np.asarray(grad).any()
+
+
+@pytest.mark.parametrize("chunk", CHUNKS)
+def test_the_entropy_is_that_of_the_distribution_and_changes_nothing_else(chunk):
+    """Scores of hundreds too, and words of which one alone is likely."""
+    rng = np.random.default_rng(1)
+    x, head = rng.standard_normal((2, 5, 3)).astype(np.float32), rng.standard_normal((3, 7)).astype(np.float32)
+    x[0] *= 300
+    targets = jnp.asarray(rng.integers(0, 7, (2, 5)))
+    scores = x.astype(np.float64) @ head
+    likely = np.exp(scores - scores.max(axis=-1, keepdims=True))
+    likely /= likely.sum(axis=-1, keepdims=True)
+    want = -(likely * np.log(np.maximum(likely, 1e-300))).sum(axis=-1)
+    *others, entropy = vocabulary_scores(x, head, targets, chunk, entropy=True)
+    np.testing.assert_allclose(entropy, want, rtol=1e-4, atol=1e-5)
+    for one, other in zip(others, vocabulary_scores(x, head, targets, chunk), strict=True):
+        np.testing.assert_array_equal(one, other)
+    sums = lambda x, entropy: sum(a.sum() for a in vocabulary_scores(x, head, targets, chunk, entropy)[:2])  # noqa: E731
+    np.testing.assert_array_equal(*(jax.grad(sums)(x, entropy) for entropy in (True, False)))
+    alone = jax.grad(lambda x: vocabulary_scores(x, head, targets, chunk, entropy=True)[3].sum())(x)
+    assert not np.asarray(alone).any()

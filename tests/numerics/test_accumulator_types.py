@@ -24,9 +24,9 @@ from k25_jax.config import (
     TrainConfig,
     VisionConfig,
 )
-from k25_jax.data.packing import make_example, pack_examples
+from k25_jax.data.packing import make_example, pack_examples, with_samples
 from k25_jax.models.k25 import abstract_params
-from k25_jax.train.pretrain import loss_fn
+from k25_jax.train.stages import loss_of
 from k25_jax.train.state import abstract_state
 from k25_jax.train.step import make_step
 from k25_jax.vision.patchpack import Clip
@@ -140,12 +140,15 @@ def batch_of(rows: int):
     return pack_examples(examples, data, MODEL)
 
 
-@pytest.mark.parametrize("accumulate, remat", [(1, "none"), (2, "full")])
-def test_a_bfloat16_step_scores_and_adds_up_in_float32(accumulate, remat):
+@pytest.mark.parametrize(
+    "accumulate, remat, stage", [(1, "none", "pretrain"), (2, "full", "pretrain"), (2, "full", "rl")]
+)
+def test_a_bfloat16_step_scores_and_adds_up_in_float32(accumulate, remat, stage):
     train = TrainConfig(compute_dtype="bfloat16", accumulate=accumulate, remat=remat)
-    experiment = Experiment(model=MODEL, optim=OptimConfig(name="muonclip", muon_dtype="float32"), train=train)
-    state = abstract_state(experiment)
-    traced = jax.make_jaxpr(make_step(experiment, loss_fn))(state, batch_of(4))
+    optim = OptimConfig(name="muonclip", muon_dtype="float32")
+    experiment = Experiment(model=MODEL, stage=stage, optim=optim, train=train)
+    batch = with_samples(batch_of(4)) if stage == "rl" else batch_of(4)
+    traced = jax.make_jaxpr(make_step(experiment, loss_of(experiment)))(abstract_state(experiment), batch)
     assert any(eqn.primitive.name == "dot_general" and eqn.outvars[0].aval.dtype == NARROW
                for eqn, _ in programs.equations(traced)), "nothing is computed in bfloat16"  # fmt: skip
     found = violations(traced, shapes_of_weights(abstract_params(MODEL)))

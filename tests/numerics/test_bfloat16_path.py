@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 
 from drawn import MINUTE, random_params
-from k25_jax.config import DataConfig, Experiment, TrainConfig
-from k25_jax.data.packing import make_example, pack_examples
+from k25_jax.config import DataConfig, Experiment, RLConfig, TrainConfig
+from k25_jax.data.packing import make_example, pack_examples, pack_samples
 from k25_jax.kernels.attention import attention
 from k25_jax.losses.lm import cross_entropy
 from k25_jax.models import decoder
@@ -17,6 +17,7 @@ from k25_jax.models.moe import route
 from k25_jax.models.moonvit3d import pool
 from k25_jax.optim.newton_schulz import newton_schulz
 from k25_jax.train.pretrain import loss_fn
+from k25_jax.train.rl import policy
 
 HALF_A_STEP = 2.0**-8  # of bfloat16, relative: the most that rounding a result once costs
 MODEL, MOE = MINUTE, MINUTE.text.moe
@@ -161,6 +162,21 @@ def test_the_loss_is_added_up_in_float32():
     loss, metrics = LOSS(x_BLD, head_DV, np.zeros((1, 4096), int), np.ones((1, 4096), np.float32))
     np.testing.assert_allclose(loss, np.log(3), rtol=1e-6)
     assert metrics["target_weight"] == 4096
+
+
+def test_ratios_and_the_policy_loss_are_float32():
+    """4,096 tokens whose probability rose by a thousandth: in bfloat16 none would have, and they would come to 256."""
+    batch = pack_samples([], DataConfig(batch_size=1, seq_len=4096, packs=0, pack_patches=16), MODEL)
+    filled = dict(loss_weights_BL=1.0, old_logprobs_BL=-np.log(3) - 1e-3, advantages_BL=1.0)
+    batch = batch.replace(**{name: np.full((1, 4096), value, np.float32) for name, value in filled.items()})
+    batch = batch.replace(targets_BL=np.zeros((1, 4096), np.int32))
+    x_BLD, head_DV = jnp.zeros((1, 4096, 4), jnp.bfloat16), jnp.zeros((4, 3), jnp.bfloat16)
+    experiment = Experiment(model=MODEL, stage="rl", rl=RLConfig(tau=0.0), train=TrainConfig(compute_dtype="bfloat16"))
+    loss, metrics = jax.jit(policy, static_argnums=4)(x_BLD, head_DV, batch, None, experiment)
+    assert loss.dtype == metrics["mismatch"].dtype == jnp.float32
+    np.testing.assert_allclose(loss, -np.exp(1e-3), rtol=1e-6)
+    np.testing.assert_allclose(metrics["mismatch"], 1e-3, rtol=1e-3)
+    np.testing.assert_allclose(metrics["entropy"], np.log(3), rtol=1e-6)
 
 
 # ----------------------------------------------------------------------------------------------------------- attention

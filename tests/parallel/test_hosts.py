@@ -41,8 +41,11 @@ def experiment(mesh=(1, 1, 1, 1), vision="dep") -> Experiment:
     return Experiment(model=MODEL, data=DATA, optim=optim, train=TrainConfig(steps=3, vision=vision), mesh=sizes)
 
 
-def batch_of(reader: int, count: int, images: bool = True) -> Batch:
-    """What reader `reader` of `count` reads: the more images the higher its number, of 1 to 4 x 1 to 4 tokens."""
+def batch_of(reader: int, count: int, images: bool = True, samples: bool = False) -> Batch:
+    """What reader `reader` of `count` reads: the more images the higher its number, of 1 to 4 x 1 to 4 tokens.
+
+    With `samples` every token was sampled, and its log-probability and advantage go by what it is.
+    """
     rng, rows = np.random.default_rng(reader), DATA.batch_size // count
     examples = []
     for row in range(rows):
@@ -54,6 +57,10 @@ def batch_of(reader: int, count: int, images: bool = True) -> Batch:
         tokens = [1, *[MODEL.media_pad_id] * len(clips), *rng.integers(0, 256, 7).tolist()]
         examples.append(make_example(tokens, [1.0] * len(tokens), clips, MODEL.media_pad_id))
     data = dataclasses.replace(DATA, batch_size=rows, packs=DATA.packs // count)
+    if samples:
+        examples = [
+            dataclasses.replace(e, old_logprobs=-np.sqrt(e.tokens), advantages=np.sin(e.tokens)) for e in examples
+        ]
     return pack_examples(examples, data, MODEL)
 
 
@@ -70,6 +77,11 @@ def read(params, batch: Batch, run: Experiment):
     """A number that depends on what the decoder reads at each place of each document, but not on the order of the rows."""
     x_BLD = inputs(params | {"features": features(params, batch, run)}, first_part(batch), run)
     return jnp.einsum("bld,bld,bl->", x_BLD, x_BLD, jnp.sqrt(1.0 + batch.positions_BL))
+
+
+def read_samples(batch: Batch):
+    """A number that depends on which token has which log-probability and advantage."""
+    return jnp.nansum(batch.old_logprobs_BL * batch.advantages_BL * batch.targets_BL)
 
 
 # ------------------------------------------------------------------------------------------------------ who reads what
@@ -121,13 +133,13 @@ from k25_jax.train.layout import mesh_of
 from k25_jax.train.pretrain import loss_fn
 from k25_jax.train.state import init_state
 from k25_jax.train.step import make_step
-from test_hosts import MODEL, batch_of, experiment, read
+from test_hosts import MODEL, batch_of, experiment, read, read_samples
 
-def placed(run, images=True):
+def placed(run, images=True, samples=False):
     mesh = mesh_of(run)
     everyone = readers(owners_of(mesh))
     number = own_reader(everyone)
-    batch = batch_of(number, len(everyone), images or number == 0)
+    batch = batch_of(number, len(everyone), images or number == 0, samples)
     with ThreadPoolExecutor(1) as thread:  # as a loop plans, while this thread tells and hears other things
         coming = thread.submit(hosts.planned, batch, mesh, run)
         numbers = [gathered([index, turn, "." * 10**turn]) for turn in range(7)]
@@ -147,7 +159,7 @@ with joined() as index:
             losses.append(metrics["loss"].item())
         everywhere = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
         params = jax.tree.map(np.asarray, jax.jit(lambda p: p, out_shardings=everywhere)(state.params))
-    out |= {"losses": losses, "figures": figures}
+    out |= {"losses": losses, "figures": figures, "samples": jax.jit(read_samples)(placed(run, samples=True)[1]).item()}
     for name, axes, vision, images in ARMS:
         run = experiment(axes, vision)
         mesh, whole, _ = placed(run, images)
@@ -193,6 +205,8 @@ def test_losses_and_parameters_equal_those_of_one_device(tmp_path, arms):
     for (path, ours), b in zip(jax.tree_util.tree_leaves_with_path(state.params), theirs, strict=True):
         error = np.abs(ours - b).max() / max(np.abs(ours).max(), 1e-12)
         assert error <= 1e-5, (jax.tree_util.keystr(path), error)
+    samples = joined([batch_of(reader, 2, samples=True) for reader in range(2)])
+    assert got["samples"] == pytest.approx(read_samples(samples).item(), rel=1e-5) and abs(got["samples"]) > 100
     assert got["figures"]["clips"] == sum(segments.max() for segments in whole.vision.segments_PN)
     assert got["figures"]["tokens"] == (whole.segments_BL > 0).sum()
     assert got["figures"]["waste_patches"] == pytest.approx((whole.vision.segments_PN == 0).mean())
