@@ -56,7 +56,7 @@ def trace(turns, id_="t0", group="g0", rewards=None, ending="answer", more=(), p
     """A trace of one segment, and of those in `more`, each (segment, clips)."""
     parts = [segment(turns, **settings), *more]
     clips = {key: clip for _, own in parts for key, clip in own.items()}
-    rewards = {"answer": 1.0} if rewards is None else rewards
+    rewards = {"outcome": 1.0} if rewards is None else rewards
     return Trace(id_, group, "sums", 0, tuple(one for one, _ in parts), clips, rewards, ending, problem)
 
 

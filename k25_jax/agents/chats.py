@@ -107,7 +107,7 @@ def harvest(
 def _rank(trace: Trace, min_reward: float, names: Sequence[str]) -> tuple:
     """The less, the better; raises Unfit."""
     if not trace.valid:
-        raise Unfit("infrastructure", trace.problem or "its tools failed")
+        raise Unfit(trace.ending, trace.problem or "it is not scored")
     if not trace.rewards:
         raise Unfit("unscored", "it has no rewards")
     if missing := [name for name in names if name not in trace.rewards]:

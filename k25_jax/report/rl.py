@@ -12,6 +12,7 @@ from k25_jax.agents.trace import Trace
 from k25_jax.agents.transcript import transcript
 from k25_jax.config import Experiment
 from k25_jax.report import html
+from k25_jax.report.trace import visible
 from k25_jax.rl.advantages import composed
 from k25_jax.rl.ledger import Ledger
 from k25_jax.runtime.paths import AnyPath
@@ -20,6 +21,7 @@ from k25_jax.vision.image import ImageError, unpatchify
 
 FOLDER = "rl"  # of the ledger, in that of the run
 SHOWN = 8  # problems whose samples are shown
+MOST = 300  # characters of a question or an answer on its card
 SHARE = 10  # the beginning and the end are a tenth of the updates each
 CURVES = (  # as report.run.CURVES
     (("reward", "reward/"), "Reward", "mean of the valid samples"),
@@ -89,15 +91,20 @@ def _firsts(ledger: Ledger, number: int) -> dict[str, Trace]:
 
 def sample_of(trace: Trace, tokenizer: Tokenizer, weights: Sequence[tuple[str, float]]) -> html.Sample:
     """A card: what was asked, the last thing that was said, its reward, the first picture."""
-    segment = trace.segments[0]
-    said = transcript(segment, tokenizer)
+    said = transcript(trace.segments[0], tokenizer) if trace.segments else []
     asked = "\n".join(text for kind, text in said if kind == "user")
     spoken = [text for kind, text in said if kind == "assistant"]
-    answer = f"{spoken[-1] if spoken else ''}\n{trace.length} tokens, {trace.ending}"
+    answer = f"{_short(spoken[-1] if spoken else '')}\n{trace.length} tokens, {trace.ending}"
     image = None
-    for key in segment.clips[:1]:
+    for key in trace.segments[0].clips[:1] if trace.segments else ():
         try:
             image = unpatchify(trace.clips[key])[0]
         except ImageError:  # patches that are no pixels
             image = None
-    return html.Sample(asked, answer, "", composed(trace.rewards, weights), image)
+    return html.Sample(_short(asked), answer, "", composed(trace.rewards, weights), image)
+
+
+def _short(text: str) -> str:
+    """As much as a card takes, with nothing hidden in it."""
+    text = visible(text.strip())
+    return text if len(text) <= MOST else text[: MOST - 1] + "…"

@@ -8,11 +8,19 @@ import pytest
 
 from episodes import END, TOKENIZER, Adder, asked, call, picture, returned, segment, trace
 from k25_jax.agents.chats import Unfit, check_picture, harvest, to_chat, trace_files, write_chats
+from k25_jax.agents.env import Limits
+from k25_jax.agents.policy import EnginePolicy
+from k25_jax.agents.rollout import play
+from k25_jax.agents.tasks import TaskEnv
 from k25_jax.agents.trace import TraceError, clip_key, save
 from k25_jax.agents.transcript import sampled_turns, transcript, turns
+from k25_jax.checkpoint.load import load_model
 from k25_jax.config import DataConfig, preset
 from k25_jax.data.forms import prepare
 from k25_jax.data.records import Record
+from k25_jax.sampling.async_engine import AsyncEngine
+from k25_jax.sampling.engine import Engine
+from k25_jax.sampling.sample import SampleConfig
 from k25_jax.vision.image import patchify, preprocess, unpatchify
 from k25_jax.vision.patchpack import Clip
 
@@ -260,3 +268,21 @@ def test_the_files_of_a_run_are_those_of_its_groups(tmp_path):
     foreign = dataclasses.replace(trace(SUM).segments[0], tokens=trace(SUM).segments[0].tokens + 1000)
     with pytest.raises(TraceError, match="--tokenizer=FOLDER"):
         harvest([dataclasses.replace(trace(SUM), segments=(foreign,))], TOKENIZER, 0.0)
+
+
+@pytest.mark.slow
+def test_what_the_base_model_says_comes_back_token_by_token(tmp_path):
+    """Rollouts of the real engine, with and without pictures: every trace is a record of its tokens, or has its reason."""
+    model, specs = load_model("base"), ("words:test", "digits:test", "puzzles:test")
+    envs = [(TaskEnv(spec, index), seed) for spec in specs for index in range(2) for seed in range(2)]
+    with AsyncEngine(Engine(model.params, model.config, tokenizer=model.tokenizer)) as engine:
+        policy, limits = EnginePolicy(engine, model.tokenizer), Limits(turn_tokens=64)
+        traces = [one for _, one in play(envs, policy, SampleConfig(temperature=1.0, top_p=1.0), limits)]
+    found = harvest(traces, model.tokenizer, 0.0)
+    assert len(found.records) + found.left_out.total() == len(traces) == 12 and found.records, found.examples
+    write_chats(found, tmp_path / "x.jsonl")
+    by_id = {one.id: one.segments[0] for one in traces}
+    for record in read_records(tmp_path / "x.jsonl"):
+        example, segment = prepare(record, model.tokenizer, DATA, model.config), by_id[record.data["trace"]]
+        assert example.tokens.tolist() == segment.tokens.tolist()
+        assert [clip_key(clip) for clip in example.clips] == list(segment.clips)

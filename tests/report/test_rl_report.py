@@ -22,7 +22,7 @@ def groups(number: int, problems, right: bool):
     for place, problem in enumerate(problems):
         turns = [asked(f"{problem}?", picture(place)), f"</think>{'right' if right else 'wrong'} {problem}{END}"]
         made = [
-            trace(turns, f"{problem}/{i}", problem, {"answer": float(right)}, tools=(), versions=(number,))
+            trace(turns, f"{problem}/{i}", problem, {"outcome": float(right)}, tools=(), versions=(number,))
             for i in range(3)
         ]
         made[0] = dataclasses.replace(made[0], ending="infrastructure", rewards={}, problem="a tool hung")
@@ -92,7 +92,7 @@ def test_a_run_that_has_committed_nothing_has_no_samples(tmp_path):
 
 def test_a_damaged_ledger_is_named(run):
     file = run / "rl/groups/000009-000.jsonl"
-    file.write_text(file.read_text().replace("answer", "anwser"))
+    file.write_text(file.read_text().replace("outcome", "outcame"))
     with pytest.raises((LedgerError, TraceError), match="000009-000.jsonl"):
         write_run_report(run)
 
@@ -113,7 +113,7 @@ def test_curves_name_what_a_run_logs():
     from k25_jax.rl.advantages import Group
     from k25_jax.rl.batches import metrics_of
 
-    traces = [trace([asked("?"), "</think>5" + END], str(i), rewards={"answer": float(i)}, tools=()) for i in range(2)]
+    traces = [trace([asked("?"), "</think>5" + END], str(i), rewards={"outcome": float(i)}, tools=()) for i in range(2)]
     logged = metrics_of([Group("p", "sums", "reasoning", np.inf, traces)], RLConfig())
     wanted = {name for names, _, _ in CURVES for name in names}
     assert {"reward", "length", "pass_rate", "cut", "infrastructure"} <= logged.keys() & wanted

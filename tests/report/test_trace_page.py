@@ -17,7 +17,7 @@ CALLS = "easy\nso</think>" + call('{"a": 2, "b": "x\\ny"}') + END
 SUM = [asked("what is 2+3?", picture()), CALLS, returned("5"), "é</think>5" + END]
 
 
-def page_of(one, group=(), weights=(("answer", 1.0),)) -> str:
+def page_of(one, group=(), weights=(("outcome", 1.0),)) -> str:
     return trace_page(one, TOKENIZER, group, weights)
 
 
@@ -27,7 +27,7 @@ def spans(text: str) -> list[tuple[str, str, str]]:
 
 
 def test_everything_of_a_trace_is_on_its_page():
-    one = trace(SUM, "the one", versions=(3, 4), rewards={"answer": 0.75, "form": 1.0})
+    one = trace(SUM, "the one", versions=(3, 4), rewards={"outcome": 0.75, "form": 1.0})
     text = page_of(one)
     page = Page(text)
     for part in (
@@ -105,9 +105,9 @@ def test_random_tokens_are_all_shown():
 # ------------------------------------------------------------------------------------------------------------- advantages
 def test_advantages_are_those_of_the_group():
     good, bad, lost = (
-        trace(SUM, name, rewards={"answer": r, "form": 1.0}) for name, r in (("a", 1.0), ("b", 0.0), ("c", 0.5))
+        trace(SUM, name, rewards={"outcome": r, "form": 1.0}) for name, r in (("a", 1.0), ("b", 0.0), ("c", 0.5))
     )
-    weights = (("answer", 1.0), ("form", 0.0))
+    weights = (("outcome", 1.0), ("form", 0.0))
     assert advantage(good, [good, bad], weights) == 0.5 and advantage(bad, [good, bad], weights) == -0.5
     assert advantage(good, [good], weights) is None
     assert advantage(dataclasses.replace(lost, rewards={}), [good, bad], weights) is None
@@ -115,7 +115,7 @@ def test_advantages_are_those_of_the_group():
     assert 'class="segment up a5"' in up and 'class="segment down a5"' in down and "+0.500" in up
     assert Page(up).tags.count("input") == 4
     helper = segment([asked("x"), "y" + END], agent="helper", parent=0, stage=0, trainable=False)
-    swarm = trace(SUM, "s", rewards={"answer": 1.0, "form": 1.0}, more=[helper])
+    swarm = trace(SUM, "s", rewards={"outcome": 1.0, "form": 1.0}, more=[helper])
     assert 'class="segment a0"' in page_of(swarm, [swarm, bad], weights)  # what is not trained has none
 
 
@@ -145,7 +145,7 @@ def test_agents_are_nested_where_they_were_started():
 
 # ----------------------------------------------------------------------------------------------------------- the command
 def test_the_command_finds_a_trace_by_name_or_place(k25, tmp_path):
-    traces = [trace(SUM, "sums:3:0"), trace(SUM, "sums:3:1", rewards={"answer": 0.0})]
+    traces = [trace(SUM, "sums:3:0"), trace(SUM, "sums:3:1", rewards={"outcome": 0.0})]
     save(tmp_path, "t", traces)
     for which, name in (("", "sums:3:0"), (":1", "sums:3:1"), (":-1", "sums:3:1"), (":sums:3:1", "sums:3:1")):
         status, out, err = k25("report", f"--trace={tmp_path}/t.jsonl{which}", f"--output={tmp_path}/p.html")
