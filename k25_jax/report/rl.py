@@ -1,10 +1,10 @@
 """What the report of a run has more where its stage is rl: curves, beginning and end, samples before and after (K2.5 §3.5).
 
-The samples are of the first and the last committed batch of the run's ledger (rl/ledger.py), of the same problems where the
-two have some in common: always the first valid trace of a group, so that nobody has chosen them.
+The samples after are of the last committed batch of the run's ledger (rl/ledger.py), those before of the same problems, by
+the start model or in an earlier batch: always the first valid trace of a group, so that nobody has chosen them.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 import numpy as np
 
@@ -58,20 +58,25 @@ def changes(metrics: Sequence[Mapping]) -> html.Table:
 
 
 def sample_sections(directory: AnyPath, experiment: Experiment) -> list[html.Section]:
-    """Samples of the first and the last committed batch; none where none is."""
+    """Samples of the last committed batch, and the earliest of the same problems; none where nothing is committed."""
     ledger = Ledger(directory / FOLDER)
     numbers = committed(ledger)
     if not numbers:
         return []
-    first, last = (_firsts(ledger, number) for number in (numbers[0], numbers[-1]))
-    shared = [group for group in first if group in last]
+    after = _firsts(ledger, ledger.batch(numbers[-1])["groups"])
+    before = earliest(ledger, after)
+    shared = [group for group in after if group in before]
+    words = "The same problems." if shared else "The run has no earlier sample of the same problems: these are others."
+    if not shared:
+        before = _firsts(ledger, ledger.batch(numbers[0])["groups"]) if len(numbers) > 1 else {}
     tokenizer, weights = load_tokenizer(experiment.data.tokenizer), experiment.rl.rewards
     sections = []
-    for title, number, traces in (("before", numbers[0], first), ("after", numbers[-1], last)):
+    for title, traces in (("before", before), ("after", after)):
+        if not traces:
+            continue
         shown = [traces[group] for group in shared or traces][:SHOWN]
-        version = max((int(s.versions.max(initial=0)) for trace in shown for s in trace.segments), default=0)
-        words = "The same problems." if shared else "The two batches have no problem in common: these are others."
-        caption = f"Batch {number}, after {version} updates; the first sample of each problem. {words}"
+        versions = sorted({int(s.versions.max()) for one in shown for s in one.segments if s.length})
+        caption = f"The first sample of each problem, after {' or '.join(map(str, versions)) or 'no'} updates. {words}"
         cards = [sample_of(trace, tokenizer, weights) for trace in shown]
         sections.append(html.Samples(f"Samples {title}", cards, caption))
     return sections
@@ -83,10 +88,23 @@ def committed(ledger: Ledger) -> list[int]:
     return sorted(int(file.stem) for file in folder.glob("*.json")) if folder.is_dir() else []
 
 
-def _firsts(ledger: Ledger, number: int) -> dict[str, Trace]:
-    """The first valid trace of each problem of a batch."""
-    traces = [trace for name in ledger.batch(number)["groups"] for trace in ledger.group(name) if trace.valid]
-    return {trace.group: trace for trace in reversed(traces)}
+def earliest(ledger: Ledger, wanted: Mapping[str, Trace]) -> dict[str, Trace]:
+    """The first valid sample of each of these problems: of the start model, else of a batch before the last one."""
+    groups = sorted(file.stem for file in (ledger.folder / "groups").glob("start-*.jsonl"))
+    found = _firsts(ledger, groups)
+    for number in committed(ledger)[:-1]:
+        if wanted.keys() <= found.keys():
+            break
+        found = _firsts(ledger, ledger.batch(number)["groups"]) | found
+    return {group: trace for group, trace in found.items() if group in wanted}
+
+
+def _firsts(ledger: Ledger, names: Iterable[str]) -> dict[str, Trace]:
+    """The first valid trace of each problem of these groups."""
+    found: dict[str, Trace] = {}
+    for trace in (trace for name in names for trace in ledger.group(name) or () if trace.valid):
+        found.setdefault(trace.group, trace)
+    return found
 
 
 def sample_of(trace: Trace, tokenizer: Tokenizer, weights: Sequence[tuple[str, float]]) -> html.Sample:

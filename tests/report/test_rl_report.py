@@ -10,7 +10,6 @@ import pytest
 from episodes import END, asked, picture, trace
 from k25_jax.agents.trace import TraceError
 from k25_jax.config import Experiment, to_dict
-from k25_jax.report.metrics import MetricsWriter
 from k25_jax.report.rl import CURVES, changes, committed, sample_sections
 from k25_jax.report.run import write_run_report
 from k25_jax.rl.ledger import Ledger, LedgerError
@@ -42,11 +41,11 @@ def run(tmp_path):
     experiment = Experiment(name="rl")
     values = json.loads(json.dumps(to_dict(experiment)))
     (tmp_path / "experiment.json").write_text(json.dumps(values))
-    with MetricsWriter(tmp_path) as writer:
-        for step in range(1, 21):
-            rising = {"reward": step / 20, "reward/sums": step / 20, "pass_rate": step / 20, "length": 100 - step}
-            writer.write(step, rising | {"entropy": 1.0, "clipped_low": 0.0, "clipped_high": 0.01, "mismatch": math.nan,
-                                         "skipped_updates": 1, "sampling_seconds": 2.0, "loss": 0.1})  # fmt: skip
+    logged = {"entropy": 1.0, "clipped_low": 0.0, "clipped_high": 0.01, "mismatch": "nan", "skipped_updates": 1}
+    logged |= {"sampling_seconds": 2.0, "learning_seconds": 1.0, "loss": 0.1}
+    rising = lambda step: {"reward": step / 20, "reward/sums": step / 20, "pass_rate": step / 20, "length": 100 - step}  # noqa: E731
+    lines = [json.dumps({"step": step} | rising(step) | logged) + "\n" for step in range(1, 21)]
+    (tmp_path / "metrics.jsonl").write_text("".join(lines))
     commit(tmp_path, 0, ["p0", "p1", "p2"], right=False)
     commit(tmp_path, 9, ["p1", "p3", "p2"], right=True)
     return tmp_path
@@ -68,8 +67,17 @@ def test_a_run_is_shown_from_beginning_to_end(k25, run):
         "Where the time goes",
     ):
         assert title in page.text, title
-    for part in ("✗ wrong p1", "✓ right p1", "✗ wrong p2", "✓ right p2", "[image]p1?", "Batch 9, after 9 updates"):
+    for part in (
+        "✗ wrong p1",
+        "✓ right p1",
+        "✗ wrong p2",
+        "✓ right p2",
+        "[image]p1?",
+        "after 0 updates. The same problems.",
+        "after 9 updates",
+    ):
         assert part in page.text, part
+    assert "after 9 updates" in page.text
     for part in ("wrong p0", "right p3", "hung"):  # problems of one batch alone, and what nobody scores
         assert part not in page.text, part
     figures = [value for tag, name, value in page.attributes if (tag, name) == ("img", "alt")]
@@ -80,9 +88,31 @@ def test_batches_without_a_common_problem_are_shown_as_they_are(tmp_path):
     commit(tmp_path, 0, ["p0"], right=False)
     commit(tmp_path, 1, ["p1"], right=True)
     before, after = sample_sections(tmp_path, Experiment(name="rl"))
-    assert "no problem in common" in before.caption
+    assert "no earlier sample of the same problems" in before.caption
     assert [s.question for s in (*before.samples, *after.samples)] == ["[image]p0?", "[image]p1?"]
     assert after.samples[0].image.shape == (28, 56, 3) and after.samples[0].right is True
+
+
+def test_the_start_models_answers_are_those_before(tmp_path):
+    commit(tmp_path, 0, ["p0", "p1"], right=False)
+    commit(tmp_path, 5, ["p2", "p1"], right=True)
+    assert [s.question for s in sample_sections(tmp_path, Experiment(name="rl"))[0].samples] == ["[image]p1?"]
+    ledger = Ledger(tmp_path / "rl")
+    for place, traces in enumerate(dict(groups(0, ["p1", "p2", "p3"], right=False)).values()):
+        ledger.commit_group(f"start-{place:06d}", traces)
+    before, after = sample_sections(tmp_path, Experiment(name="rl"))
+    assert [s.question for s in before.samples] == [s.question for s in after.samples] == ["[image]p2?", "[image]p1?"]
+    assert [s.right for s in (*before.samples, *after.samples)] == [False, False, True, True]
+
+
+def test_a_run_of_one_batch_has_nothing_before(tmp_path):
+    commit(tmp_path, 0, ["p0"], right=False)
+    (after,) = sample_sections(tmp_path, Experiment(name="rl"))
+    assert after.title == "Samples after"
+    nothing = dataclasses.replace(trace([asked("?"), "a" + END], tools=()), segments=(), clips={}, ending="seconds")
+    Ledger(tmp_path / "rl").commit_group("000001-000", [nothing])  # nothing was sampled before its time was over
+    Ledger(tmp_path / "rl").commit_batch(1, ["000001-000"], {"version": 1})
+    assert sample_sections(tmp_path, Experiment(name="rl"))[1].samples[0].answer == "\n0 tokens, seconds"
 
 
 def test_a_run_that_has_committed_nothing_has_no_samples(tmp_path):
