@@ -186,6 +186,7 @@ class EndpointPolicy:
         finally:
             asking.cancel()
             stopping.cancel()
+            await asyncio.gather(asking, return_exceptions=True)
 
     async def _asked(self, request) -> dict:
         """The JSON object that a server answers."""

@@ -45,7 +45,9 @@ async def in_thread(function: Callable, *arguments, seconds: float = math.inf):
             raise Late
         return done.result()
     finally:
-        if not done.done():
+        if done.done():
+            done.exception()  # if nobody waits for it any more, it is not to be complained of
+        else:
             done.cancel()
             _left.add(thread)
 

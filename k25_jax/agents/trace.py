@@ -26,7 +26,7 @@ KEY = re.compile("[0-9a-f]{32}")
 DAMAGED = (OSError, ValueError, KeyError, TypeError, IndexError, EOFError, MemoryError, RuntimeError, SyntaxError)
 DAMAGED += (AttributeError, OverflowError, struct.error, zipfile.BadZipFile, zlib.error)
 # answer: a turn without a call; turns: a call in the last turn; calls: one too many; tokens, context, length, seconds: the
-# limit of all turns, of the context, of a turn, of time; media: a <|media_pad|> without a picture. Not its doing: the last two.
+# limit of all turns, of the context, of a turn, of time; media: a <|media_pad|> without a picture. The last two: not by it.
 ENDINGS = ("answer", "turns", "calls", "tokens", "context", "length", "seconds", "media", "cancelled", "infrastructure")
 
 

@@ -9,7 +9,7 @@ launch those in one order, so that of several it runs in the main thread; one pr
 import concurrent.futures
 import logging
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 import jax
@@ -22,6 +22,8 @@ from k25_jax.rl.source import RolloutSource
 from k25_jax.sharding import processes
 
 log = logging.getLogger(__name__)
+
+LOOK = 0.2  # seconds between two looks at whether the run is ended
 
 
 class Planned(NamedTuple):
@@ -55,12 +57,17 @@ class Feed:
         self._ends = data.text_tokens or data.vision_tokens or any(source.max_epochs for source in data.sources)
         self._thread = concurrent.futures.ThreadPoolExecutor(1, thread_name_prefix="k25-feed")
 
-    def batches(self, start: int, last: int) -> Iterator[tuple[int, Ready]]:
-        """(step, what it takes) after step `start`, to `last` or until no process has a token left."""
+    def batches(self, start: int, last: int, ended: Callable[[], bool] = lambda: False) -> Iterator[tuple[int, Ready]]:
+        """(step, what it takes) after step `start`, to `last` or until no process has a token left.
+
+        Sampling takes long: a batch of rollouts is not waited for when the run is `ended`.
+        """
         coming = self._thread.submit(self.planned)
         for step in range(start + 1, last + 1):
             asked = time.perf_counter()
-            plan = coming.result()
+            plan = self._awaited(coming, ended)
+            if plan is None:
+                return
             batch = plan.placed or hosts.placed(plan.batch)
             waited = time.perf_counter() - asked
             if step < last:
@@ -70,6 +77,13 @@ class Feed:
                 return
             metrics = plan.batch.metrics | plan.data_state["lanes"][0].get("metrics", {})
             yield step, Ready(batch, metrics, plan.data_state, asked, waited)
+
+    def _awaited(self, coming: concurrent.futures.Future, ended: Callable[[], bool]) -> Planned | None:
+        while isinstance(self.pipeline, RolloutSource) and not coming.done():
+            if ended():
+                return None
+            concurrent.futures.wait([coming], timeout=LOOK)
+        return coming.result()
 
     def planned(self) -> Planned:
         """The next batch, read, planned and, where no other process has a say in it, placed."""

@@ -62,7 +62,7 @@ def train(experiment: Experiment, directory: str | AnyPath, on_step=None) -> dic
             log.publish()
             store.save(step, in_layers(state, experiment, mesh), data)
 
-        for step, ready in feed.batches(start, config.steps):
+        for step, ready in feed.batches(start, config.steps, lambda: stop.number):
             profile.before(step)
             state, on_device = step_fn(state, ready.batch)
             stop.arm()

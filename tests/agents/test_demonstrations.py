@@ -1,5 +1,6 @@
 """Trajectories: every program gives its answer in the sandbox, and what is written can be learnt from."""
 
+import contextlib
 import json
 
 import pytest
@@ -17,7 +18,7 @@ TOKENIZER = load_tokenizer()
 
 @pytest.fixture(scope="module")
 def tool(sandbox):
-    return Pictures(sandbox, seconds=20)
+    return Pictures(lambda: contextlib.nullcontext(sandbox), seconds=20)
 
 
 @pytest.mark.parametrize("name", PROGRAMMED)

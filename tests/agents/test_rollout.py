@@ -283,19 +283,17 @@ def test_an_episode_that_is_stopped_keeps_what_was_drawn(where, ending):
     """In the middle of a turn the trace has its first tokens; nothing of it stays in the engine."""
     if ending == "seconds" and where == "reset":
         pytest.skip("the clock begins with the first turn")
-    hang, engine = threading.Event(), Scripted(lambda p: "word " * 10**5 if where == "turn" else calling(), pace=1)
-    engine.max_length = 10**6
+    say = lambda p: "word " * 10**5 if where in ("turn", "queue") else calling()  # noqa: E731
+    hang, engine = threading.Event(), Scripted(say, max_length=10**6, pace=1)
     env = Asking(Does(lambda: hang.wait() or Observation("")))
     if where == "reset":
         env.reset = lambda seed: asyncio.sleep(600)
 
     async def work(policy):
-        stop, limits = (
-            asyncio.Event(),
-            Limits(tokens=10**6, turn_tokens=10**6, seconds=0.3 if ending == "seconds" else 600),
-        )
+        stop = asyncio.Event()
+        limits = Limits(tokens=10**6, turn_tokens=10**6, seconds=0.5 if ending == "seconds" else 600)
         if ending == "cancelled":
-            asyncio.get_running_loop().call_later(0.3, stop.set)
+            asyncio.get_running_loop().call_later(0.5, stop.set)
         trace = await rollout(env, policy, GREEDY, limits, stop=stop)
         assert [task for task in asyncio.all_tasks() if task is not asyncio.current_task()] == []
         return trace
@@ -304,7 +302,7 @@ def test_an_episode_that_is_stopped_keeps_what_was_drawn(where, ending):
         policy = EnginePolicy(running, TOKENIZER)
         if where == "queue":
             engine.settings = type(engine.settings)(queue=1)
-            full = running.submit(Request([65], (), SampleConfig(max_tokens=10**6, seed=1)))
+            full = running.submit(Request([65], (), SampleConfig(max_tokens=10**6, seed=1)), lambda event: None)
             trace = asyncio.run(work(policy))
             assert running.abort(full)
         else:
@@ -313,8 +311,8 @@ def test_an_episode_that_is_stopped_keeps_what_was_drawn(where, ending):
     hang.set()
     assert (trace.ending, trace.valid, bool(trace.rewards)) == (ending, ending == "seconds", ending == "seconds")
     assert env.closes == 1
-    wanted = [] if where in ("reset", "queue") else [engine.given[turn_seed(0, 0)].tokens]
-    assert runs_of(trace) == wanted and (where != "turn" or len(wanted[0]) < 10**5)
+    drawn = engine.given[turn_seed(0, 0)].tokens if where in ("turn", "call") else []
+    assert runs_of(trace) == [drawn] * bool(drawn) and len(drawn) < 10**5
 
 
 def test_a_task_that_is_cancelled_leaves_nothing_behind():
@@ -452,7 +450,7 @@ class Script:
 
 WORDS = {
     "answers": "the answer" + END, "nothing": END, "on and on": "on " * 500, "no picture": "see <|media_pad|> there" + END,
-    "ends otherwise": "the end[EOS]", "garbage": "\ud7ff\x00<|im_user|><think></think>" + END,
+    "ends otherwise": "the end[EOS]" + END, "garbage": "\ud7ff\x00<|im_user|><think></think>" + END,
     "malformed": call('{"a": '), "no such tool": call("{}", "other"), "bad arguments": call('{"\\ud800": 1}', "ok"),
     "empty section": f"<|tool_calls_section_begin|><|tool_calls_section_end|>{END}",
     "cut call": f"<|tool_calls_section_begin|><|tool_call_begin|>functions.ok:0{END}",
@@ -493,7 +491,8 @@ def check_script(script: Script, trace, engine: Scripted):
     given = [engine.given.get(turn_seed(script.seed, turn)) for turn in range(9)]
     given = [one for one in given if one is not None and one.tokens]
     assert turns == [one.tokens for one in given], (script.seed, trace.ending)
-    assert script.resets == script.closes == 1 + min(script.fails, 2, script.failing)
+    assert script.resets == script.closes <= 1 + min(script.fails, 2, script.failing)
+    assert trace.ending == "seconds" or script.stops or script.resets == 1 + min(script.fails, 2, script.failing)
     logprobs = [p for one in given for p in one.logprobs]
     if turns:
         (segment,) = trace.segments
@@ -508,11 +507,11 @@ def check_script(script: Script, trace, engine: Scripted):
         "calls": last not in ("answers", "nothing", "garbage"),
         "tokens": trace.length == limits.tokens,
         "length": turns and len(turns[-1]) == limits.turn_tokens,
-        "context": not turns or len(trace.segments[0].tokens) == limits.context or last != "answers",
+        "context": trace.problem.startswith("the prompt") or (turns and len(segment.tokens) == limits.context),
         "seconds": limits.seconds < 1,
         "media": turns and turns[-1][-1] == PAD,
         "cancelled": script.stops,
-        "infrastructure": script.fails == 3 and trace.problem == "broken",
+        "infrastructure": (script.fails == 3 or script.stops) and trace.problem == "broken",
     }
     assert holds[trace.ending], (script.seed, trace.ending, script.plan, limits)
     assert bool(trace.rewards) == trace.valid and bool(trace.answer) <= (trace.ending == "answer")

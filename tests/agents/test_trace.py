@@ -95,7 +95,8 @@ WRONG = {
     "a token that is none": ("tokens", [1, "x"]), "a token between two": ("tokens", [1, 1.5]),
     "a token of 40 bits": ("tokens", [2**40]), "tokens in tokens": ("tokens", [[1, 2]]), "no tokens": ("tokens", None),
     "a place behind the end": ("sampled", [2, 5, 9]), "a place before the beginning": ("sampled", [-1, 2, 5]),
-    "a place twice": ("sampled", [2, 2, 5]), "a place too few": ("sampled", [2, 5]), "NaN": ("logprobs", [-1, float("nan"), -2]),
+    "a place twice": ("sampled", [2, 2, 5]), "a place too few": ("sampled", [2, 5]),
+    "NaN": ("logprobs", [-1, float("nan"), -2]),
     "infinity": ("logprobs", [-1, float("-inf"), -2]), "a number too few": ("logprobs", [-1.0]),
     "a log-probability in words": ("logprobs", ["low", -1, -1]), "half a version": ("versions", [0.5, 1, 2]),
     "clips that are none": ("clips", 5), "another field": ("colour", "red"), "a name that is none": ("agent", 7),
@@ -168,7 +169,7 @@ def test_damaged_files_are_what_was_saved_or_an_error(tmp_path):
         0,
     )
     patches = {key: one.patches.tobytes() for key, one in trace().clips.items()}
-    for _ in range(600):
+    for _ in range(150):
         file = rng.choice(files)
         whole = file.read_bytes()
         place = rng.randrange(len(whole))
@@ -185,4 +186,4 @@ def test_damaged_files_are_what_was_saved_or_an_error(tmp_path):
         except TraceError:
             errors += 1
         file.write_bytes(whole)
-    assert errors > 300
+    assert errors > 75

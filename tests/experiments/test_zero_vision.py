@@ -7,12 +7,13 @@ import numpy as np
 import pytest
 
 import runs
+from k25_jax.agents.tasks import CONDITIONS
 from k25_jax.checkpoint.folders import BASE
 from k25_jax.checkpoint.load import load_model
 from k25_jax.config import import_file, load_experiment
 from k25_jax.data.tasks import PROGRAMMED
 from k25_jax.evals.local import identity_of
-from k25_jax.evals.tool_use import CONDITIONS, Outcome
+from k25_jax.evals.tool_use import Outcome
 
 FILE = str(runs.ROOT / "experiments/sft/zero_vision.py")
 STUDY = import_file(FILE)

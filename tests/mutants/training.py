@@ -7,13 +7,13 @@ MUTATIONS = [
         "train/step.py",
         (
             "QK-Clip applied in a bad step",
-            "jnp.where(finite, stats.max_logit_YH, 0)",
+            "jnp.where(moves, stats.max_logit_YH, 0)",
             "stats.max_logit_YH",
             "train/test_guards.py::test_qk_clip_leaves_a_bad_step_alone",
         ),
         (
             "the router's bias moves in a bad step",
-            "jnp.where(finite, stats.load_YE, 0)",
+            "jnp.where(moves, stats.load_YE, 0)",
             "stats.load_YE",
             "train/test_step.py::test_a_bad_step_changes_nothing_but_its_number",
         ),

@@ -149,9 +149,16 @@ def test_another_configuration_or_model_does_not_go_on(run, experiment, tmp_path
         train(other, tmp_path / "run")
 
 
-def test_a_group_that_was_lost_is_named(run, experiment, tmp_path):
-    shutil.copytree(run / "rl", tmp_path / "run" / "rl")
-    name = next(iter(rollouts.batches(run)[2]["groups"]))
-    (tmp_path / "run" / "rl" / "groups" / f"{name}.jsonl").unlink()
-    with pytest.raises(LedgerError, match=f"{name}.jsonl: missing"):
-        train(experiment, tmp_path / "run")
+def test_in_bfloat16_the_trainer_says_what_the_policy_was(run, experiment, tmp_path):
+    """Its first update begins with ratios of 1; what the engine had is corrected for, measured, and kept for a resumption."""
+    rl = dataclasses.replace(experiment.rl, old_logprobs="trainer", estimate=0)
+    settings = dataclasses.replace(experiment.train, compute_dtype="bfloat16", steps=2, checkpoint_every=1)
+    other = dataclasses.replace(experiment, rl=rl, train=settings)
+    train(other, tmp_path / "run")
+    first, second = runs.rows(tmp_path / "run")
+    assert first["mismatch"] < 1e-6 < 1e-4 < first["engine_mismatch"] < 0.1
+    assert first["engine_mismatch"] == second["engine_mismatch"] and 0 <= first["engine_corrected"] < 0.1
+    ended = rollouts.bits(tmp_path / "run")
+    shutil.rmtree(tmp_path / "run" / "checkpoints" / "2")
+    train(other, tmp_path / "run")
+    assert rollouts.bits(tmp_path / "run") == ended

@@ -65,7 +65,7 @@ def test_a_setting_that_means_nothing_is_refused(fields, named):
         (dict(rl=RLConfig()), "rl.problems is empty"),
         (dict(data=dataclasses.replace(GOOD.data, sources=(SourceConfig("x"),))), "data.sources"),
         (dict(data=dataclasses.replace(GOOD.data, text_tokens=9)), "data.text_tokens"),
-        (dict(data=dataclasses.replace(GOOD.data, lanes=2)), "data.lanes=2"),
+        (dict(data=dataclasses.replace(GOOD.data, lanes=2, packs=2)), "data.lanes=2"),
         (dict(data=dataclasses.replace(GOOD.data, batch_size=3)), "hold 12 traces.*are 16; raise data.batch_size to 4"),
         (dict(data=dataclasses.replace(GOOD.data, seq_len=31)), "rl.episode.context=32 exceeds data.seq_len=31"),
         (dict(train=TrainConfig(eval_every=5), data=dataclasses.replace(GOOD.data, validation=ValidationConfig(one_in=2))),
