@@ -1,6 +1,6 @@
 """The turns of a segment, found in its tokens by the marks that the chat template wrote (K2.5 §3.5, §4.4).
 
-Only marks that were not sampled begin a turn: whatever a model writes, its turn goes on to its <|im_end|>.
+A turn goes on to its <|im_end|>, whatever other marks a model writes in it.
 """
 
 from collections.abc import Sequence
@@ -36,17 +36,14 @@ class Turn:
 def turns(segment: Segment, tokenizer: Tokenizer) -> list[Turn]:
     """All turns, in order; every token is in one of them."""
     kinds = {tokenizer.special[f"<|im_{kind}|>"]: kind for kind in KINDS}
-    tokens, sampled, found, at = segment.tokens.tolist(), segment.sampled, [], 0
+    tokens, found, at = segment.tokens.tolist(), [], 0
     while at < len(tokens):
-        begun = tokens[at] in kinds and not sampled[at]
-        stop = _first(tokens, tokenizer.special[END], at)
-        if not begun:
-            heads = (i for i in range(at, len(tokens)) if tokens[i] in kinds and not sampled[i])
-            end = next(heads, len(tokens))
-            found.append(Turn("", "", at, at, end))
-        else:
-            end = min(stop + 1, len(tokens))
+        if tokens[at] in kinds:
+            end = min(_first(tokens, tokenizer.special[END], at) + 1, len(tokens))
             found.append(_turn(kinds[tokens[at]], segment, tokens, at, end, tokenizer))
+        else:
+            end = next((i for i in range(at, len(tokens)) if tokens[i] in kinds), len(tokens))
+            found.append(Turn("", "", at, at, end))
         at = end
     return found
 

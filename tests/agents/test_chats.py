@@ -103,12 +103,14 @@ def read_records(file) -> list[Record]:
     return [Record("r", json.loads(line), file.parent) for line in file.read_text().split("\n") if line]
 
 
+MARK = [TOKENIZER.special["</think>"]]
 BAD = {
     "cut off": [asked("hi"), "hm</think>and so on"],
     "calls": [asked("hi"), "</think>" + call('{"a": ') + END],
     "calls: id": [asked("hi"), "</think>" + call("{}", "add:0") + END],
     "spelling": [asked("hi"), "thought without its end" + call("{}") + END],
     "spelling: bytes": [asked("hi"), [TOKENIZER.special["</think>"], 0xC3, TOKENIZER.special[END]]],
+    "spelling: half a character, as long as its sign": [asked("hi"), [*MARK, 0xF0, 0x9F, 0x99, TOKENIZER.special[END]]],
     "spelling: marks": [asked("hi"), "</think>a<|im_user|>b" + END],
     "calls: text behind": [asked("hi"), "</think>" + call("{}") + "after" + END],
 }

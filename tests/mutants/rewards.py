@@ -18,7 +18,7 @@ MUTATIONS = [
             "a right answer counts whatever the exit status",
             "if type(status) is not int or status != 0:",
             "if type(status) is not int:",
-            "scoring/test_execution.py::test_no_trick_scores",
+            "scoring/test_execution.py::test_forged_results_score_nothing",
         ),
         (
             "results of a lost interpreter count",
@@ -84,9 +84,9 @@ MUTATIONS = [
     *of(
         "agents/transcript.py",
         (
-            "a mark that was sampled begins a turn",
-            "begun = tokens[at] in kinds and not sampled[at]",
-            "begun = tokens[at] in kinds",
+            "a turn ends where the next mark of one stands",
+            "end = min(_first(tokens, tokenizer.special[END], at) + 1, len(tokens))",
+            "end = next((i for i in range(at + 1, len(tokens)) if tokens[i] in kinds), len(tokens))",
             "agents/test_chats.py::test_turns_are_told_by_marks_that_nobody_sampled",
         ),
     ),

@@ -22,7 +22,7 @@ HOSTILE = {
     "builtins.str = All\njson.loads = lambda *_: All()\nprint(All('x'))",
     "asserts nothing": "assert True",
     "writes the judge's file": f"import glob\nfor p in ['/tmp/work/{RESULTS}', '../{RESULTS}']:\n"
-    ' open(p, \'w\').write(\'[[0, "3"], [0, "42"]]\')',
+    " open(p, 'w').write('[[0, \"3\"], [0, \"42\"]]')",
     "writes it when it is over": "import os, time\nif os.fork() == 0:\n os.setsid()\n time.sleep(0.2)\n"
     f" open('/tmp/work/{RESULTS}', 'w').write('[]')\n os._exit(0)",
     "ends the judge": "import os, signal; os.kill(os.getppid(), signal.SIGKILL)",
@@ -114,7 +114,7 @@ class Forging:
     "results",
     [None, b"", b"{", b"[]", b"{}", b"3", b"null", b'"right"', b"[[0]]", b"[[0, 3]]", b"[[0, null]]", b"[[true, \"3\"]]",
      b'[[0, "3"]]', b'[["ok", "3"], ["ok", "42"]]', b"[" * 100_000, b"\xff", b'{"passed": true}',
-     b'[[false, "3"], [0, "42"]]'],
+     b'[[false, "3"], [0, "42"]]', b'[[1, "3"], [1, "42"]]'],
 )  # fmt: skip
 def test_forged_results_score_nothing(results):
     verdict = SUMS.score(RIGHT, Forging(results))
