@@ -4,7 +4,7 @@ import json
 from collections.abc import Sequence
 
 from k25_jax.checkpoint.folders import read_experiment
-from k25_jax.report import html, plots, rl
+from k25_jax.report import html, plots
 from k25_jax.report.metrics import read_metrics
 from k25_jax.runtime.paths import AnyPath, to_path
 
@@ -59,7 +59,9 @@ def write_run_report(directory: str | AnyPath) -> AnyPath:
     """Write `report.html` into a run's folder. Raises MetricsError when it holds no metrics."""
     directory = to_path(directory)
     metrics, groups, sections = read_metrics(directory / "metrics.jsonl"), CURVES, []
-    if (directory / rl.FOLDER).is_dir():
+    if (directory / "rl").is_dir():
+        from k25_jax.report import rl  # brings JAX, which other reports do without
+
         groups = (*rl.CURVES, *CURVES)
         sections = rl.rl_sections(directory, read_experiment(directory), metrics)
     sections = [*sections, *curve_sections(metrics, groups), *config_sections(directory)]
