@@ -14,7 +14,7 @@ from k25_jax.agents.policy import EnginePolicy
 from k25_jax.agents.rollout import play, rollout
 from k25_jax.agents.tasks import QuestionEnv, TaskEnv
 from k25_jax.config import ConfigError
-from k25_jax.data.tasks import TASKS, make_task
+from k25_jax.data.tasks import TASKS, Task, make_task
 from k25_jax.sampling.async_engine import AsyncEngine
 from k25_jax.sampling.sample import SampleConfig
 from k25_jax.sandbox.observation import InfrastructureError
@@ -40,6 +40,23 @@ def test_every_task_is_an_env_whose_gold_answer_has_the_reward_1(name):
     assert bool(trace.clips) == (task.modality == "vision")
     cut = played(TaskEnv(f"{name}:train", 1), lambda prompt: task.answer(1) + "x" * 300)
     assert (cut.ending, cut.rewards) == ("length", {"outcome": 0.0})
+
+
+class Generous(Task):
+    """A task that finds something in every answer."""
+
+    category, modality = "text_knowledge", "text"
+
+    def question(self, index):
+        return "?"
+
+    def score(self, prediction, index):
+        return 0.5
+
+
+def test_without_an_answer_there_is_no_reward_whatever_the_task_says():
+    assert played(TaskEnv(Generous("train"), 0), lambda prompt: "no" + END).rewards == {"outcome": 0.5}
+    assert played(TaskEnv(Generous("train"), 0), lambda prompt: "no" * 999).rewards == {"outcome": 0.0}
 
 
 def test_lookups_are_played_with_their_table():
