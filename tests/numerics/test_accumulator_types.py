@@ -25,6 +25,7 @@ from k25_jax.config import (
     VisionConfig,
 )
 from k25_jax.data.packing import make_example, pack_examples
+from k25_jax.models import masters
 from k25_jax.models.k25 import abstract_params
 from k25_jax.train.pretrain import loss_fn
 from k25_jax.train.state import abstract_state
@@ -141,7 +142,8 @@ def batch_of(rows: int):
 
 
 @pytest.mark.parametrize("accumulate, remat", [(1, "none"), (2, "full")])
-def test_a_bfloat16_step_scores_and_adds_up_in_float32(accumulate, remat):
+def test_a_bfloat16_step_scores_and_adds_up_in_float32(monkeypatch, accumulate, remat):
+    monkeypatch.setattr(masters, "platform", lambda: "tpu")  # on a CPU gradients are products of float32 anyway
     train = TrainConfig(compute_dtype="bfloat16", accumulate=accumulate, remat=remat)
     experiment = Experiment(model=MODEL, optim=OptimConfig(name="muonclip", muon_dtype="float32"), train=train)
     state = abstract_state(experiment)
