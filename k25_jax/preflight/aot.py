@@ -19,7 +19,7 @@ from k25_jax.parallel import dep
 from k25_jax.preflight import hlo
 from k25_jax.preflight.cost import arrays_made, jaxpr_flops, live, model_flops, roofline, temporaries
 from k25_jax.preflight.exchange import axes_of, exchanged
-from k25_jax.preflight.topology import Topology, devices_of
+from k25_jax.preflight.topology import Topology, compiled, devices_of
 from k25_jax.sharding.mesh import platform
 from k25_jax.train.layout import idle_packs, mesh_of
 from k25_jax.train.stages import loss_of
@@ -163,17 +163,17 @@ def preflight(experiment: Experiment, topology: Topology, say=lambda text: None)
         say(f"{experiment.name} on {topology.name}: lowered in {report.lower_s:.0f} s; compiling, which takes minutes")
         start = time.perf_counter()
         try:
-            compiled = lowered.compile()
+            program = compiled(lowered, topology)
         except jax.errors.JaxRuntimeError as error:
             if "RESOURCE_EXHAUSTED" not in str(error):
                 raise
             _refused(report, str(error))
             report.largest = _with_asked(report.largest, traced.jaxpr, mesh.size)
-            compiled = None
+            program = None
         report.compile_s = time.perf_counter() - start
-    if compiled is not None:
-        _memory(report, compiled.memory_analysis(), topology.is_tpu)
-        _program(report, hlo.parse(compiled.as_text()), topology, asked.kernels, model_flops(experiment), mesh)
+    if program is not None:
+        _memory(report, program.memory_analysis(), topology.is_tpu)
+        _program(report, hlo.parse(program.as_text()), topology, asked.kernels, model_flops(experiment), mesh)
     report.rss_gb = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / GB
     return report
 

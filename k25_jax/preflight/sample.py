@@ -1,7 +1,8 @@
 """The engine's steps, compiled ahead of time for devices that need not be there: what fits beside its weights (K2.5 §4).
 
 Layers follow one another in a step, each in the place of the one before: two MoE layers beside the dense ones are
-compiled, which give the temporaries of all. Weights and pages of all layers count by their shapes.
+compiled. A little is held for every layer; decoding with two layers more says how much. Weights and pages of all layers
+count by their shapes.
 """
 
 import dataclasses
@@ -18,7 +19,7 @@ from k25_jax.config import ConfigError, K25Config
 from k25_jax.models.k25 import abstract_params
 from k25_jax.preflight import hlo
 from k25_jax.preflight.cost import temporaries
-from k25_jax.preflight.topology import Topology, devices_of, slices
+from k25_jax.preflight.topology import Topology, compiled, devices_of, slices
 from k25_jax.sampling.latent_cache import cache_bytes
 from k25_jax.sampling.layout import Layout, engine_mesh, tensors
 from k25_jax.sampling.model_runner import State, empty_plan, fresh_state, lower_step, state_layout
@@ -30,7 +31,7 @@ DTYPE = jnp.bfloat16
 ROWS = 8  # answers at once on a device, where nothing is asked for
 PIECE = 128  # tokens of a prompt that a device reads in a step
 LENGTH = 32768
-MOE_LAYERS = 2  # that are compiled
+MOE_LAYERS, MORE_LAYERS = 2, 4  # that are compiled; once, to see what each layer adds
 ROOM = 0.2  # of a device that weights should leave
 
 
@@ -39,8 +40,8 @@ class Program:
     """A step that was compiled, on one device: GB are 1e9 bytes."""
 
     name: str
-    temp_gb: float
-    code_gb: float  # of all layers
+    temp_gb: float  # of all layers, as is the next
+    code_gb: float
     sent_gb: float  # to other devices, of the layers that were compiled
     compile_s: float
 
@@ -95,7 +96,7 @@ def sample_preflight(
     if report.hbm_gb and report.weights_gb + report.features_gb > report.hbm_gb:
         report.fits, report.reason = False, f"weights alone take {report.weights_gb:.1f} GB of {report.hbm_gb:.0f} GB"
     else:
-        _compile(report, config, settings, layout, say)
+        _compile(report, config, settings, layout, topology, say)
         _judge(report, per_device, topology, config.text.max_length)
     if not report.fits and not report.nearest:
         report.nearest = _other_devices(config, topology, count)
@@ -124,28 +125,44 @@ def _settings(config: K25Config, requests: int, length: int, devices: int) -> En
     )  # fmt: skip
 
 
-def _compile(report: SampleReport, config: K25Config, settings: EngineConfig, layout: Layout, say) -> None:
+def _compile(
+    report: SampleReport, config: K25Config, settings: EngineConfig, layout: Layout, topology: Topology, say
+) -> None:
     """Both kinds of steps: decoding alone, and beside a piece of a prompt on each device."""
-    text = config.text
-    layers = text.dense_layers + min(MOE_LAYERS, text.moe_layers)
-    few = dataclasses.replace(config, text=dataclasses.replace(text, layers=layers))
-    count, width = layout.devices, -(-report.length // settings.page_size)
-    share = settings.share(count)
+    text, share = config.text, settings.share(layout.devices)
     if report.hbm_gb and report.cache_gb + report.weights_gb > report.hbm_gb:  # what the compiler would refuse
         share = dataclasses.replace(share, pages=share.rows[-1])
-    params = layout.abstract_weights(abstract_params(few), few, DTYPE)
-    state: State = state_layout(jax.eval_shape(functools.partial(fresh_state, few, share, count, True)), layout)
-    for name, pieces in (("decode", 0), ("decode and read", share.pieces[-1])):
+    few, more = (min(layers, text.moe_layers) for layers in (MOE_LAYERS, MORE_LAYERS))
+    wanted = [("decode", few, 0), ("decode and read", few, share.pieces[-1])]
+    if more > few:
+        wanted.append(("decode", more, 0))
+    for name, moe_layers, pieces in wanted:
+        layers = text.dense_layers + moe_layers
         say(f"{report.topology}: compiling {name}, {layers} of {text.layers} layers, which takes minutes")
         start = time.perf_counter()
-        plan = empty_plan(share, count, share.rows[-1], pieces, width)
-        compiled = lower_step(few, settings.alternatives, layout, params, state, plan).compile()
-        memory, program = compiled.memory_analysis(), hlo.parse(compiled.as_text())
-        times, _, _ = hlo.runs(program)
-        sent = sum(item.bytes * item.times for item in hlo.collectives(program, times, report.mesh))
+        step = _step(config, share, layout, settings, layers, pieces, -(-report.length // settings.page_size))
+        program = compiled(step, topology)
+        memory, parsed = program.memory_analysis(), hlo.parse(program.as_text())
+        times, _, _ = hlo.runs(parsed)
+        sent = sum(item.bytes * item.times for item in hlo.collectives(parsed, times, report.mesh))
         code = memory.generated_code_size_in_bytes * text.layers / layers
         seconds = time.perf_counter() - start
         report.programs.append(Program(name, temporaries(memory) / GB, code / GB, sent / GB, seconds))
+    if more > few:
+        each = max(0.0, report.programs.pop().temp_gb - report.programs[0].temp_gb) / (more - few)
+        for program in report.programs:
+            program.temp_gb += each * (text.moe_layers - few)
+
+
+def _step(
+    config: K25Config, share: EngineConfig, layout: Layout, settings: EngineConfig, layers: int, pieces: int, width
+):
+    """The engine's step with so many layers, lowered."""
+    few, count = dataclasses.replace(config, text=dataclasses.replace(config.text, layers=layers)), layout.devices
+    params = layout.abstract_weights(abstract_params(few), few, DTYPE)
+    state: State = state_layout(jax.eval_shape(functools.partial(fresh_state, few, share, count, True)), layout)
+    plan = empty_plan(share, count, share.rows[-1], pieces, width)
+    return lower_step(few, settings.alternatives, layout, params, state, plan)
 
 
 def _judge(report: SampleReport, share: EngineConfig, topology: Topology, longest: int) -> None:

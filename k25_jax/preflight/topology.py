@@ -16,6 +16,7 @@ import re
 from dataclasses import dataclass
 
 import jax
+from jax.experimental.compilation_cache.compilation_cache import reset_cache
 
 from k25_jax.config import ConfigError
 
@@ -159,3 +160,17 @@ def devices_of(topology: Topology) -> list:
         return list(topologies.get_topology_desc(topology.slice_name, platform="tpu", **settings).devices)
     except Exception as error:  # of several classes, as the compiler has it
         raise ConfigError(f"--topology={topology.name}: {str(error).splitlines()[0]}") from error
+
+
+def compiled(lowered, topology: Topology):
+    """`lowered.compile()`. What is for chips that are not here is not kept for the next time: JAX cannot read it again."""
+    if not topology.is_tpu:
+        return lowered.compile()
+    before = jax.config.jax_enable_compilation_cache
+    try:
+        jax.config.update("jax_enable_compilation_cache", False)
+        reset_cache()  # it remembers whether it is in use
+        return lowered.compile()
+    finally:
+        jax.config.update("jax_enable_compilation_cache", before)
+        reset_cache()

@@ -136,14 +136,15 @@ def test_the_source_that_lacks_most_is_next():
     mixture = Mixture(data, ["text", "text", "vision"], steps=10)
     mixture.begin(0)
     assert mixture.targets == [0.375, 0.125, 0.5]
-    given, order = np.zeros(3), []
-    for size in np.random.default_rng(0).integers(10, 900, 500):
+    given, generator = np.zeros(3), np.random.default_rng(0)
+    for size in generator.integers(10, 900, 500).tolist():
+        mixture.waiting = generator.integers(0, 1500, 3).tolist()  # what was read, and no batch has yet
+        counted = given[:2] + mixture.waiting[:2]
+        lacking = [0.75 * counted.sum() - counted[0], 0.25 * counted.sum() - counted[1]]
         source = mixture.next_source("text")
-        lacking = [0.75 * given.sum() - given[0], 0.25 * given.sum() - given[1]]
         assert source == int(np.argmax(lacking))
-        order.append(source)
         given[source] += size
-        mixture.hand_out(source, int(size))
+        mixture.hand_out(source, size)
     assert given[0] / given.sum() == pytest.approx(0.75, abs=0.01)
 
 

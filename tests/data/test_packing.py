@@ -165,6 +165,14 @@ def test_batch_against_brute_force(seed):
     assert len(set(used.tolist())) == len(used) == sum(clip.tokens for example in placed for clip in example.clips)
 
 
+def test_a_piece_has_the_weights_of_its_tokens():
+    whole = Example(np.arange(10, dtype=np.int32), np.arange(10, dtype=np.float32) / 2)
+    for start, length in ((0, 10), (0, 4), (3, 4), (9, 1)):
+        part = piece(whole, start, length)
+        assert part.tokens.tolist() == list(range(start, start + length))
+        assert part.loss_weights.tolist() == [token / 2 for token in range(start, start + length)] and not part.clips
+
+
 def test_small_batch_by_hand():
     data = DataConfig(batch_size=2, seq_len=6, packs=0, pack_patches=4)
     first = Example(np.array([1, 2, 3, 4], np.int32), np.array([1, 0, 2, 1], np.float32))

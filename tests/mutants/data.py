@@ -24,10 +24,10 @@ MUTATIONS = [
             "data/test_packing.py::test_small_batch_by_hand",
         ),
         (
-            "a piece is one token short",
+            "a piece has the weights of the tokens after its own",
             "example.loss_weights[start : start + length])",
             "example.loss_weights[start + 1 : start + 1 + length])",
-            "data/test_packing.py::test_batch_against_brute_force data/test_pipeline.py::test_long_documents_fill_rows",
+            "data/test_packing.py::test_a_piece_has_the_weights_of_its_tokens",
         ),
         (
             "the balance does not begin with what was planned",

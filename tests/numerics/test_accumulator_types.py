@@ -25,6 +25,7 @@ from k25_jax.config import (
     VisionConfig,
 )
 from k25_jax.data.packing import make_example, pack_examples, with_samples
+from k25_jax.models import masters
 from k25_jax.models.k25 import abstract_params
 from k25_jax.train.stages import loss_of
 from k25_jax.train.state import abstract_state
@@ -143,7 +144,8 @@ def batch_of(rows: int):
 @pytest.mark.parametrize(
     "accumulate, remat, stage", [(1, "none", "pretrain"), (2, "full", "pretrain"), (2, "full", "rl")]
 )
-def test_a_bfloat16_step_scores_and_adds_up_in_float32(accumulate, remat, stage):
+def test_a_bfloat16_step_scores_and_adds_up_in_float32(monkeypatch, accumulate, remat, stage):
+    monkeypatch.setattr(masters, "platform", lambda: "tpu")  # on a CPU gradients are products of float32 anyway
     train = TrainConfig(compute_dtype="bfloat16", accumulate=accumulate, remat=remat)
     optim = OptimConfig(name="muonclip", muon_dtype="float32")
     experiment = Experiment(model=MODEL, stage=stage, optim=optim, train=train)

@@ -82,6 +82,7 @@ def test_the_command_reports_what_it_compiled(capsys):
     assert report["cache_token_bytes"] == 4 * 40 * 2 and report["cache_gb"] * 1e9 == 3 * 112 * 320
     assert [program["name"] for program in report["programs"]] == ["decode", "decode and read"]
     assert all(program["temp_gb"] > 0 for program in report["programs"]) and said.count("3 of 4 layers") == 2
+    assert said.count("compiling decode, 4 of 4 layers") == 1
     assert main(["preflight", f"--config={DEMO}", "--what=sample", "--topology=cpu", "--length=9999"]) == 2
     assert "--length at most 1024" in capsys.readouterr().err
 
@@ -89,13 +90,18 @@ def test_the_command_reports_what_it_compiled(capsys):
 @pytest.mark.slow
 @TPU
 def test_an_engine_for_eight_chips_that_are_not_here(monkeypatch, capsys):
-    """Temporaries are those of one layer, however many there are."""
+    """Temporaries of all layers by a few of them are those of all; and a program is compiled anew, not read in vain."""
     flags = ["--what=sample", "--topology=v5e-8", "--rows=64", "--length=1024", "--json", *SMALL]
+    flags[-2] = "--config.model.text.layers=8"
     reports = []
-    for layers in (1, 3):
-        monkeypatch.setattr(sample, "MOE_LAYERS", layers)
+    for moe_layers in ((2, 4), (7, 7), (2, 4)):
+        monkeypatch.setattr(sample, "MOE_LAYERS", moe_layers[0])
+        monkeypatch.setattr(sample, "MORE_LAYERS", moe_layers[1])
         assert main(["preflight", f"--config={DEMO}", *flags]) == 0
-        reports.append(json.loads(capsys.readouterr().out))
-    few, more = reports
-    assert few["mesh"] == {"expert": 8, "tensor": 1} and few["hbm_gb"] == 16.0
-    assert few["programs"][1]["temp_gb"] == pytest.approx(more["programs"][1]["temp_gb"], rel=0.1, abs=1e-3)
+        out, said = capsys.readouterr()
+        assert "compilation cache" not in said
+        reports.append(json.loads(out))
+    by_few, by_all, again = reports
+    assert by_few["mesh"] == {"expert": 8, "tensor": 1} and by_few["hbm_gb"] == 16.0
+    for a, b, c in zip(*(report["programs"] for report in reports), strict=True):
+        assert a["name"] == b["name"] and a["temp_gb"] == pytest.approx(b["temp_gb"], rel=0.1) == c["temp_gb"]

@@ -98,6 +98,7 @@ def test_one_process_goes_on_with_the_data_of_two(undisturbed, tmp_path):
     np.testing.assert_allclose([row["loss"] for row in both[0]], [row["loss"] for row in both[1]], rtol=1e-4)
 
 
+@pytest.mark.slow
 def test_both_validate_and_save_by_the_clock_of_the_first(undisturbed, tmp_path):
     run, more = tmp_path / "run", ("data.validation.one_in=3", "train.eval_every=2", "train.steps=4")
     times = ("train.checkpoint_minutes=1e-6", "train.checkpoint_every=100", "train.keep=9", "profile.start=3")
