@@ -63,7 +63,7 @@ def batch(samples):
 
 
 # -------------------------------------------------------------------------------------------------------------- PyTorch
-@pytest.mark.parametrize("advantages", ["mixed", pytest.param("negative", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("advantages", ["mixed", "negative"])
 def test_every_gradient_is_that_of_pytorch(tmp_path, advantages):
     """Three pictures; log-ratios on both sides of both bounds, none so near that rounding decides."""
     logging.set_verbosity_error()
