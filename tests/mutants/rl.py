@@ -28,7 +28,7 @@ MUTATIONS = [
             "tokens that were not sampled have an advantage",
             "advantages_BL = jnp.where(sampled_BL, advantages_BL, 0)",
             "advantages_BL = advantages_BL * 1",
-            f"{STAGE}::test_what_was_not_sampled_changes_no_bit",
+            f"{LOSS}::test_what_was_not_sampled_changes_no_bit",
         ),
         (
             "tau inside of the bounds alone",
