@@ -46,9 +46,9 @@ def gradients(batch, experiment: Experiment | None = None):
 
 
 def assert_close(got, want, bound: float = 1e-5):
-    """Loss, metrics and each tensor, to its largest entry."""
+    """Each tensor, to its largest entry; loss and metrics, sums that may cancel, to themselves or a hundredth."""
     for (path, a), b in zip(jax.tree_util.tree_leaves_with_path(got), jax.tree.leaves(want), strict=True):
-        error = np.abs(a - b).max() / max(np.abs(b).max(), 1e-12)
+        error = np.abs(a - b).max() / max(np.abs(b).max(), 1e-12 if np.ndim(b) else 1e-2)
         assert error <= bound, (jax.tree_util.keystr(path), error)
 
 
@@ -80,7 +80,7 @@ def test_every_gradient_is_that_of_pytorch(tmp_path, advantages):
     old = np.where(sampled, logprobs_L.detach().numpy() - drift, np.nan).astype(np.float32)
     worth = rng.choice([-0.6, 0.4] if advantages == "mixed" else [-0.6, -0.1], len(tokens)).astype(np.float32)
 
-    ratio_L = torch.exp(logprobs_L - torch.from_numpy(old))[sampled]
+    ratio_L = torch.exp(logprobs_L[sampled] - torch.from_numpy(old)[sampled])
     inside = ((ratio_L > 0.5) & (ratio_L < 5.0)).detach()
     expected = -(inside * ratio_L * torch.from_numpy(worth)[sampled]).sum() + 0.01 * (torch.log(ratio_L) ** 2).sum()
     expected = expected / int(sampled.sum())
@@ -123,11 +123,10 @@ def test_log_probabilities_by_the_trained_form_replace_those_of_the_sampler(batc
     scores_BLV = jax.jit(forward, static_argnums=2)(PARAMS, batch, MINUTE)
     at_BL = np.take_along_axis(np.asarray(jax.nn.log_softmax(scores_BLV)), batch.targets_BL[..., None] % 64, -1)[..., 0]
     sampled_BL = batch.loss_weights_BL > 0
-    for parts in (1, 2):
-        found_BL = jax.jit(logprobs, static_argnums=2)(PARAMS, batch, run_of(parts))
-        np.testing.assert_allclose(found_BL[sampled_BL], at_BL[sampled_BL], atol=1e-5)
     (old_BL, advantages_BL), seen = jax.jit(recomputed, static_argnums=(2, 3))(PARAMS, batch, run_of(), "mask")
     weights_BL, want = mismatch_weights(at_BL, batch.old_logprobs_BL, sampled_BL, "mask")
+    for found_BL in (old_BL, jax.jit(logprobs, static_argnums=2)(PARAMS, batch, run_of(2))):
+        np.testing.assert_allclose(found_BL[sampled_BL], at_BL[sampled_BL], atol=1e-5)
     assert_close(seen, want, 1e-4)
     assert 0 < seen["engine_corrected"] < 1 and seen["engine_mismatch"] > 0.1
     np.testing.assert_allclose(
@@ -139,18 +138,16 @@ def test_log_probabilities_by_the_trained_form_replace_those_of_the_sampler(batc
 
 
 # --------------------------------------------------------------------------------------------------------------- invariance
-@pytest.mark.parametrize("form", ["k25", "grpo", "ppo"])
+@pytest.mark.parametrize("form", ["k25", *(pytest.param(form, marks=pytest.mark.slow) for form in ("grpo", "ppo"))])
 def test_parts_rows_and_order_change_nothing(samples, batch, form):
-    """Four rows of 64 places, or eight of 48 in another order, in one, two or four parts."""
+    """Four rows of 64 places, in two parts; eight of 48 in another order, in four."""
     want = gradients(batch, run_of(form=form))
     assert want[1]["clipped_low"] > 0.05 and want[1]["clipped_high"] > 0.05 and want[1]["entropy"] > 1
-    for parts in (2, 4):
-        assert_close(gradients(batch, run_of(parts, form)), want)
+    assert_close(gradients(batch, run_of(2, form)), want)
     wide = dataclasses.replace(DATA, batch_size=8, seq_len=48, packs=4, pack_patches=32)
     other = pack_examples(samples[::-1], wide, MINUTE)
     assert other.tokens_BL.shape != batch.tokens_BL.shape
-    for parts in (1, 4):
-        assert_close(gradients(other, run_of(parts, form, wide)), want)
+    assert_close(gradients(other, run_of(4, form, wide)), want)
 
 
 def test_what_was_not_sampled_changes_no_bit(batch):
@@ -179,18 +176,20 @@ def test_finite_differences(batch):
     model = dataclasses.replace(MINUTE, text=dataclasses.replace(MINUTE.text, moe=moe))
     experiment = dataclasses.replace(run_of(clip_low=1e-9, clip_high=1e9, tau=0.1), model=model)
     (_, _), grads = GRAD(PARAMS, batch, experiment)
-    loss_along = jax.jit(
-        lambda direction, step: loss_fn(jax.tree.map(lambda a, d: a + step * d, PARAMS, direction), batch, experiment)[
-            0
-        ]
-    )
+
+    @jax.jit
+    def slope(params, direction, step):
+        at = lambda n: loss_fn(jax.tree.map(lambda a, d: a + n * step * d, params, direction), batch, experiment)[0]  # noqa: E731
+        near_1, far_1, near_2, far_2 = jax.lax.map(at, jnp.array([-1.0, -2.0, 1.0, 2.0]))
+        return (8 * (near_2 - near_1) - (far_2 - far_1)) / (12 * step)
+
+    nowhere = jax.tree.map(np.zeros_like, PARAMS)
     for part in PARAMS:
-        norm = float(jnp.sqrt(sum((g**2).sum() for g in jax.tree.leaves(grads[part]))))
+        norm = np.sqrt(sum((np.asarray(g) ** 2).sum() for g in jax.tree.leaves(grads[part])))
         assert norm > 0, part
-        direction = jax.tree.map(jnp.zeros_like, PARAMS) | {part: jax.tree.map(lambda g: g / norm, grads[part])}  # noqa: B023
-        step = 3e-2 / max(norm, 1.0)
-        near, far = (float(loss_along(direction, n * step) - loss_along(direction, -n * step)) for n in (1, 2))
-        np.testing.assert_allclose((8 * near - far) / (12 * step), norm, rtol=1e-4, err_msg=part)
+        unit = jax.tree.map(lambda g: np.asarray(g) / norm, grads[part])  # noqa: B023
+        found = slope(PARAMS, nowhere | {part: unit}, 1e-2 / max(norm, 1.0))
+        np.testing.assert_allclose(found, norm, rtol=1e-4, err_msg=part)
 
 
 # ------------------------------------------------------------------------------------------------------------------ packing
@@ -256,10 +255,12 @@ def test_a_sample_that_does_not_fit_is_named_and_never_cut(samples):
         pack_samples([make_example([1, 2], [1.0, 1.0], [], PAD)], DATA, MINUTE)
 
 
-def test_the_stage_takes_samples_and_says_so_where_there_are_none():
+def test_the_stage_takes_samples_and_says_so_where_there_are_none(batch):
     assert loss_of(run_of()) is loss_fn
     text = make_example([1, 2, 3], [1.0] * 3, [], PAD)
     with pytest.raises(ConfigError, match="stage='rl' needs sampled answers, not data.sources"):
         loss_fn(PARAMS, pack_examples([text], DATA, MINUTE), run_of())
-    loss, metrics, grads = gradients(pack_samples([], DATA, MINUTE))
+    nothing = pack_samples([], DATA, MINUTE)
+    assert np.isnan(nothing.old_logprobs_BL).all() and not nothing.loss_weights_BL.any()
+    loss, metrics, grads = gradients(batch.replace(loss_weights_BL=nothing.loss_weights_BL))
     assert loss == 0 and metrics["sampled_tokens"] == 0 and not any(g.any() for g in jax.tree.leaves(grads))
