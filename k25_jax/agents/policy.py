@@ -81,7 +81,7 @@ class EnginePolicy:
         try:
             await first_of(ended, stop)
             if not ended.is_set():
-                self._engine.abort_soon(stream)
+                self._abort(stream)
                 await ended.wait()
         finally:
             if not ended.is_set():

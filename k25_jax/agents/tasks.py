@@ -2,6 +2,7 @@
 
 env = TaskEnv("scenes:train", index)
 env = TaskEnv("dots:train", index, lend=pool.sandbox)  # of a sandbox.pool.KernelPool
+env = TaskEnv("lookups:train", index)  # with the table as its tool
 """
 
 import contextlib
@@ -12,9 +13,12 @@ import numpy as np
 from k25_jax.agents.demonstrations import MODE
 from k25_jax.agents.pictures import Lend, Pictures
 from k25_jax.agents.threads import Late, in_thread
+from k25_jax.agents.tools import Tool
 from k25_jax.agents.trace import Trace
 from k25_jax.config import ConfigError
 from k25_jax.data.tasks import Task, make_task
+from k25_jax.data.tasks.lookups import Lookups, Table
+from k25_jax.sandbox.observation import Observation
 from k25_jax.text.tool_calls import Said
 
 CONDITIONS = ("shown", "hidden", "blank")
@@ -43,17 +47,24 @@ class QuestionEnv:
         if condition not in CONDITIONS:
             raise ConfigError(f"{task}: condition={condition!r} must be one of {', '.join(CONDITIONS)}")
         self.task, self.group, self.mode = task, group, mode or (MODE if lend else "plain")
-        self.tools: list[Pictures] = []
+        self.tools: list[Tool] = []
+        self._pictures: Pictures | None = None
         self._messages, self._condition, self._lend, self._seconds = messages, condition, lend, seconds
 
     async def reset(self, seed: int) -> Sequence[Mapping]:
         """The messages, whatever the seed."""
         pictures: list[np.ndarray] = []
         messages = [self._shown(message, pictures) for message in self._messages()]
-        self.tools = [Pictures(self._lend, self._seconds)] if self._lend else []
-        for tool in self.tools:
-            tool.lay_out(pictures)
+        if self._lend:
+            self._pictures = Pictures(self._lend, self._seconds)
+            self._pictures.lay_out(pictures)
+            self.tools = [self._pictures]
         return messages
+
+    @property
+    def ran(self) -> bool:
+        """Whether a call of the last episode ran without an error."""
+        return self._pictures is not None and "ok" in self._pictures.statuses
 
     def _shown(self, message: Mapping, pictures: list[np.ndarray]) -> Mapping:
         """A message under the condition; the pictures for the sandbox are appended."""
@@ -80,9 +91,25 @@ class QuestionEnv:
 
     async def close(self) -> None:
         """Give the sandbox back; one whose call hangs comes back when it ends."""
-        for tool in self.tools:
+        if self._pictures:
             with contextlib.suppress(Late):
-                await in_thread(tool.close, seconds=CLOSE_SECONDS)
+                await in_thread(self._pictures.close, seconds=CLOSE_SECONDS)
+
+
+class LookUp:
+    """The tool of a record of `lookups`: a table."""
+
+    def __init__(self, table: Table):
+        (self.name, self._field, self.description), self.parameters = table.tool, table.parameters
+        self._table = table
+
+    def call(self, arguments: Mapping) -> Observation:
+        """Look a name up."""
+        name = arguments[self._field]
+        found = self._table.look_up(name)
+        return (
+            Observation(f"Error: {name} is not in the table", status="error") if found is None else Observation(found)
+        )
 
 
 class TaskEnv(QuestionEnv):
@@ -99,7 +126,15 @@ class TaskEnv(QuestionEnv):
     ):
         spec = task if isinstance(task, str) else f"{task.name}:{task.split}"
         self._task, self._index = make_task(task) if isinstance(task, str) else task, index
-        super().__init__(spec, f"{spec}[{index}]", lambda: self._task.prompt(index), condition, lend, seconds, mode)
+        table = LookUp(self._task.scene(index)) if isinstance(self._task, Lookups) else None
+        mode = mode or (MODE if table else "")
+        super().__init__(spec, f"{spec}[{index}]", self._prompt, condition, lend, seconds, mode)
+        self.tools = [table] if table else []
+
+    def _prompt(self) -> Sequence[Mapping]:
+        if isinstance(self._task, Lookups):  # which has no prompt without its tool
+            return self._task.record(self._index)["messages"][:1]
+        return self._task.prompt(self._index)
 
     def score(self, trace: Trace, answer: str) -> Mapping[str, float]:
         """By the task."""

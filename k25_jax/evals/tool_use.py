@@ -89,8 +89,7 @@ class Asker:
 
 
 def _outcome(spec: str, task: Task, index: int, condition: str, env: TaskEnv, trace: Trace) -> Outcome:
-    ran = "ok" in env.tools[0].statuses
     turns = sum(segment.turns for segment in trace.segments)
     score = trace.rewards.get("outcome", 0.0)
     gold = task.answer(index)
-    return Outcome(spec, index, condition, trace.answer, gold, score, ran, turns, trace.length, trace.ending)
+    return Outcome(spec, index, condition, trace.answer, gold, score, env.ran, turns, trace.length, trace.ending)

@@ -321,8 +321,9 @@ def test_a_task_that_is_cancelled_leaves_nothing_behind():
     async def work(policy):
         limits = Limits(tokens=10**6, turn_tokens=10**6)
         task = asyncio.ensure_future(rollout(env, policy, GREEDY, limits))
-        while not engine.requests:
+        while not engine.given or not engine.given[turn_seed(0, 0)].tokens:
             await asyncio.sleep(0.01)
+        await asyncio.sleep(0.01)
         task.cancel()
         with pytest.raises(asyncio.CancelledError):
             await task
@@ -333,6 +334,7 @@ def test_a_task_that_is_cancelled_leaves_nothing_behind():
         assert env.closes == 1
         while running.stats()["running"]:
             pass
+    assert len(engine.given[turn_seed(0, 0)].tokens) < 4 * 10**5
 
 
 # ------------------------------------------------------------------------------------------------------------ many episodes
@@ -403,7 +405,7 @@ class Script:
             context=int(self.rng.choice([120, 400, 4000])),
         )
         self.plan = [str(self.rng.choice(list(WORDS))) for _ in range(5)]
-        self.stops = self.rng.random() < 0.05
+        self.stops = self.rng.random() < 0.1
         names = ("ok", "crash", "slow", "fail")
         self.tools = [Does(getattr(self, name), name) for name in names] + [Does(self.coroutine, "coroutine")]
         self.resets = self.closes = self.fails = 0
@@ -436,6 +438,8 @@ class Script:
 
     def say(self):
         self.turn += 1
+        if self.stops and self.turn == self.seed % 3:
+            self.loop.call_soon_threadsafe(self.stop.set)  # in the middle of the turn, or at its end
         return WORDS[self.plan[self.turn - 1]]
 
     async def step(self, said):
@@ -465,11 +469,11 @@ def test_a_thousand_random_scripts_each_have_one_ending_and_the_tokens_of_the_en
 
     async def one(script, policy, width):
         async with width:
-            stop = asyncio.Event()
-            if script.stops:
-                asyncio.get_running_loop().call_later(0.01 * script.rng.random(), stop.set)
+            script.stop, script.loop = asyncio.Event(), asyncio.get_running_loop()
+            if script.stops and script.seed % 3 == 0:
+                script.loop.call_later(0.01 * script.rng.random(), script.stop.set)
             how = SampleConfig(temperature=1.0)
-            return await rollout(script, policy, how, script.limits, script.seed, stop=stop)
+            return await rollout(script, policy, how, script.limits, script.seed, stop=script.stop)
 
     async def work(policy):
         width = asyncio.Semaphore(32)

@@ -14,14 +14,14 @@ from k25_jax.agents.policy import EnginePolicy
 from k25_jax.agents.rollout import play, rollout
 from k25_jax.agents.tasks import QuestionEnv, TaskEnv
 from k25_jax.config import ConfigError
-from k25_jax.data.tasks import TASKS, make_task
+from k25_jax.data.tasks import TASKS, Task, make_task
 from k25_jax.sampling.async_engine import AsyncEngine
 from k25_jax.sampling.sample import SampleConfig
 from k25_jax.sandbox.observation import InfrastructureError
 from scripted import END, TOKENIZER, Scripted, call
 
 LIMITS = Limits(turn_tokens=256, turns=4)
-UNASKED = ("library", "lookups")  # nothing to ask, or a tool that is only written down
+UNASKED = ("library", "lookups")  # nothing to ask, or a tool in between
 
 
 def played(env, say, **options):
@@ -40,6 +40,42 @@ def test_every_task_is_an_env_whose_gold_answer_has_the_reward_1(name):
     assert bool(trace.clips) == (task.modality == "vision")
     cut = played(TaskEnv(f"{name}:train", 1), lambda prompt: task.answer(1) + "x" * 300)
     assert (cut.ending, cut.rewards) == ("length", {"outcome": 0.0})
+
+
+class Generous(Task):
+    """A task that finds something in every answer."""
+
+    category, modality = "text_knowledge", "text"
+
+    def question(self, index):
+        return "?"
+
+    def score(self, prediction, index):
+        return 0.5
+
+
+def test_without_an_answer_there_is_no_reward_whatever_the_task_says():
+    assert played(TaskEnv(Generous("train"), 0), lambda prompt: "no" + END).rewards == {"outcome": 0.5}
+    assert played(TaskEnv(Generous("train"), 0), lambda prompt: "no" * 999).rewards == {"outcome": 0.0}
+
+
+def test_lookups_are_played_with_their_table():
+    """Names are looked up until a value is no name of the table; unknown ones are told so."""
+    task = make_task("lookups:train")
+    for index in range(40):
+        scene, record = task.scene(index), task.record(index)
+        tool, field, _ = scene.tool
+        asked = iter(["nobody", *scene.names])
+
+        def say(prompt, asked=asked, tool=tool, field=field, scene=scene):
+            name = next(asked, None)
+            return scene.value + END if name is None else call(json.dumps({field: name}), tool)
+
+        trace = played(TaskEnv(task, index), say)
+        assert (trace.rewards, trace.segments[0].turns) == ({"outcome": 1.0}, 2 + len(scene.names))
+        text = TOKENIZER.decode(trace.segments[0].tokens)
+        assert "Error: nobody is not in the table" in text
+        assert all(message["content"] in text for message in record["messages"] if message["role"] == "tool")
 
 
 def test_pictures_are_shown_hidden_or_blank():
@@ -64,7 +100,7 @@ def test_sandboxes_serve_one_episode_after_the_other_and_nothing_is_left_in_them
         how = SampleConfig(temperature=0.0), LIMITS, 2
         found = dict(play(((env, 0) for env in envs), policy, *how))
         assert {found[i].answer.strip() for i in range(6)} == {"NoneType (56, 56, 3)"}
-        assert len(sandboxes._idle) == 2 and all(env.tools[0].statuses == ["ok"] for env in envs)
+        assert len(sandboxes._idle) == 2 and all(env.ran for env in envs)
         kernels = [sandbox._kernel for sandbox in sandboxes._idle]
         quiet = played(TaskEnv("dots:train", 0, "hidden", lambda: 1 / 0), lambda p: "3" + END)
         assert quiet.ending == "answer"

@@ -70,6 +70,22 @@ def test_an_event_loop_gets_events_as_they_come(engine):
     assert [one.tokens for one in got] == [expected.tokens, other.tokens]
 
 
+def test_what_is_cancelled_before_the_engine_takes_it_is_not_done(engine):
+    """The engine waits in a callback meanwhile; whoever asked before and after is answered."""
+    ((expected,),) = engine.generate([ask(1)])
+    held, go, drawn = threading.Event(), threading.Event(), engine.stats()["drawn"]
+    with AsyncEngine(engine) as loop:
+        loop.submit(ask(3), lambda event: held.set() or go.wait())
+        held.wait()
+        gone, kept = loop.submit_soon(ask(6)), loop.submit_soon(ask(1))
+        assert gone.cancel()
+        go.set()
+        (found,) = put_together(kept.result())
+        assert found.tokens == expected.tokens and not kept.cancel()
+        assert loop.abort_soon(kept.result()).result() is False
+    assert not engine.busy and engine.stats()["drawn"] == drawn + 2 * 6
+
+
 def test_a_reader_who_does_not_read_loses_its_request_and_nobody_else_waits(engine):
     (expected,) = engine.generate([ask(1, 30)])
     with AsyncEngine(engine, room=4) as loop:

@@ -47,6 +47,7 @@ def test_everything_that_can_be_said():
     assert (request.n, request.stop, request.alternatives) == (3, ("a", "bc"), 4)
     assert (ask.stream, ask.include_usage, ask.top_logprobs, ask.return_token_ids) == (True, True, 4, True)
     assert chat(logprobs=True).top_logprobs == 0 and chat(ignore_eos=True).requests[0].sampling.stop_ids == ()
+    assert chat(stop_token_ids=[9, 258, 9]).requests[0].sampling.stop_ids == (258, 9)
 
 
 def test_without_a_seed_each_request_has_its_own():
@@ -167,6 +168,8 @@ CHAT_MISTAKES = {
     "a longer answer than there is room for": ({"max_tokens": 380}, "messages"),
     "a seed of 65 bits": ({"seed": 2**63}, "seed"),
     "an empty stop text": ({"stop": ""}, "stop"),
+    "a stop token that is none": ({"stop_token_ids": ["a"]}, "stop_token_ids"),
+    "too many stop tokens": ({"stop_token_ids": [1] * 17}, "stop_token_ids"),
     "stop texts that are none": ({"stop": [1]}, "stop"),
     "too many stop texts": ({"stop": list("abcdefghijklmnopq")}, "stop"),
     "a long prompt": ({"messages": [{"role": "user", "content": "x" * 400}]}, "messages"),

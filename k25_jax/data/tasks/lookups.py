@@ -1,6 +1,7 @@
 """Answer with what a tool gives back: conversations with calls, without pictures (tool use in text, K2.5 §3.4).
 
-The tool looks a name up in a table that only it knows. It is not run: what it gives follows from the table.
+The tool looks a name up in a table that only it knows. In a record it is not run: what it gives follows from the table.
+`agents.tasks` makes it a tool that is called.
 """
 
 import json
@@ -33,6 +34,19 @@ class Table:
     value: str
     beside: tuple[tuple[str, str], ...]
 
+    @property
+    def parameters(self) -> dict:
+        """The JSON schema of the tool's arguments."""
+        return {"type": "object", "properties": {self.tool[1]: {"type": "string"}}, "required": [self.tool[1]]}
+
+    def look_up(self, name: str) -> str | None:
+        """What the tool gives: the value, or lines of names and values among which it is; None for an unknown name."""
+        values = dict(self.beside) | dict(zip(self.names, (*self.names[1:], self.value), strict=True))
+        if name not in values or not self.beside:
+            return values.get(name)
+        rows = dict(self.beside) | {name: values[name]}
+        return "\n".join(f"{each}: {rows[each]}" for each in sorted(rows))
+
 
 @dataclass(frozen=True)
 class Lookups(Endless):
@@ -59,27 +73,18 @@ class Lookups(Endless):
         return self.scene(index).value
 
     def prompt(self, index: int) -> list[dict]:
-        raise TaskError("lookups cannot be asked: its tool is a table that is only written down; train on it")
+        raise TaskError("lookups cannot be asked without its tool, a table: train on it, or play agents.tasks.TaskEnv")
 
     def record(self, index: int) -> dict:
         """The whole conversation, and the tool."""
         scene = self.scene(index)
         name, field, told = scene.tool
         messages = [{"role": "user", "content": [{"type": "text", "text": self.question(index)}]}]
-        for number, (asked, found) in enumerate(zip(scene.names, (*scene.names[1:], scene.value), strict=True)):
+        for number, asked in enumerate(scene.names):
             call = {"id": f"functions.{name}:{number}", "type": "function"}
             call["function"] = {"name": name, "arguments": json.dumps({field: asked})}
             messages.append({"role": "assistant", "content": "", "tool_calls": [call]})
-            messages.append({"role": "tool", "tool_call_id": call["id"], "content": _returned(scene, asked, found)})
+            messages.append({"role": "tool", "tool_call_id": call["id"], "content": scene.look_up(asked)})
         messages.append({"role": "assistant", "content": scene.value})
-        parameters = {"type": "object", "properties": {field: {"type": "string"}}, "required": [field]}
-        function = {"name": name, "description": told, "parameters": parameters}
+        function = {"name": name, "description": told, "parameters": scene.parameters}
         return {"messages": messages, "tools": [{"type": "function", "function": function}], "mode": "instant"}
-
-
-def _returned(scene: Table, asked: str, found: str) -> str:
-    """The value, or lines of names and values among which it is."""
-    if not scene.beside:
-        return found
-    rows = dict(scene.beside) | {asked: found}
-    return "\n".join(f"{name}: {rows[name]}" for name in sorted(rows))
