@@ -51,4 +51,4 @@ def test_problems_with_a_tool_have_a_sandbox_and_leave_none(tmp_path, params, bw
     traces = own.groups({"a": problems_of(own._config)[0]}, 2, lambda name, traces: None)["a"]
     assert all(trace.valid and trace.segments for trace in traces)
     own.close()
-    assert not [thread.name for thread in threading.enumerate() if thread.name.startswith("k25-kernel")]
+    assert not [thread for thread in threading.enumerate() if thread.name in ("k25-engine", "k25-kernel-pool")]
