@@ -54,6 +54,21 @@ def data(args) -> None:
         _writable("--output", args.output)
 
 
+def traces(args) -> None:
+    """`k25 data traces`."""
+    if not args.source:
+        raise _error("give files of traces: k25 data traces FILE .. --min_reward=R --output=FILE.jsonl")
+    for path in args.source:
+        if not _is_there("FILE", path):
+            raise _error(f"{path}: there is nothing at that path; give a file of traces, a folder of them, or a run")
+    if not 0 <= args.min_reward <= 1:
+        raise _error(f"min_reward={args.min_reward} must lie in [0, 1]; change --min_reward")
+    if args.tokenizer:
+        _folder("--tokenizer", args.tokenizer)
+    _at_least(args, per_group=0)
+    _writable("--output", to_path(args.output, "--output").parent)
+
+
 def sampling(args) -> None:
     """`k25 chat`, and what `k25 generate` has of it."""
     _checkpoint(args.checkpoint)
@@ -125,6 +140,12 @@ def evaluate(args) -> None:
 
 def report(args) -> None:
     """`k25 report`."""
+    if args.trace is not None:
+        _writable("--output", to_path(args.output or "trace.html", "--output").parent)
+        return
+    for name in ("output", "tokenizer"):
+        if getattr(args, name) is not None:
+            raise _error(f"--{name} goes with --trace=FILE; the report of a run is written into its folder")
     file = _reached("--workdir", args.workdir) / "metrics.jsonl"
     if not file.is_file():
         raise _error(f"no metrics at {file}; a run writes metrics.jsonl into its directory")

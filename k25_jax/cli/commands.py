@@ -162,8 +162,27 @@ def run_convert(args) -> None:
         print(line)
 
 
+def run_data_traces(args) -> int:
+    """Records, and what was left out and why. Status 1 when nothing was good enough."""
+    from k25_jax.agents.chats import harvest, read_traces, summary, trace_files, write_chats
+    from k25_jax.agents.transcript import tokenizer_of
+
+    files, output = trace_files([to_path(path, "FILE") for path in args.source]), to_path(args.output, "--output")
+    tokenizer = tokenizer_of(files[0], args.tokenizer)
+    found = harvest(read_traces(files), tokenizer, args.min_reward, args.reward, args.per_group)
+    if found.records:
+        write_chats(found, output)
+    print(json.dumps(found.counts()) if args.json else summary(found, args.output))
+    return 0 if found.records else 1
+
+
 def run_report(args) -> None:
-    """Curves and configuration of a run."""
+    """Curves and configuration of a run, or a trace."""
+    if args.trace is not None:
+        from k25_jax.report.trace import write_trace_page
+
+        print(f"wrote {write_trace_page(args.trace, args.output or 'trace.html', args.tokenizer)}")
+        return
     from k25_jax.report.run import write_run_report
 
     print(f"wrote {write_run_report(args.workdir)}")

@@ -107,11 +107,12 @@ def build_parser() -> Parser:
     experiments.add_argument("--copy", metavar="NAME", help="one to start from, such as pretrain/demo")
     experiments.add_argument("--output", metavar="FILE", help="where to; default: the same name, here")
 
-    data = below.add_parser("data", help="build, inspect or check a data set", allow_abbrev=False)
+    data = below.add_parser("data", help="build, inspect or check a data set; good traces as one", allow_abbrev=False)
     data.set_defaults(parser=data)
     console.add_commands(data)
     for action in data.commands.values():
         action.set_defaults(check=checks.data, overrides=True)
+    data.commands["traces"].set_defaults(run=commands.run_data_traces, check=checks.traces, overrides=False)
 
     params = command("params", commands.run_params, "count parameters by component; allocates nothing", overrides=True)
     what = params.add_mutually_exclusive_group(required=True)
@@ -130,10 +131,8 @@ def build_parser() -> Parser:
     ask = "ask a checkpoint or a server the questions of tasks, and score its answers"
     add_eval(command("eval", commands.run_eval, ask, checks.evaluate))
 
-    report = command(
-        "report", commands.run_report, "write report.html of a run: curves and configuration", checks.report
-    )
-    report.add_argument("--workdir", required=True, help="the run's folder")
+    page = "write report.html of a run: curves and configuration; or one trace as a page"
+    add_report(command("report", commands.run_report, page, checks.report))
     demo = command("demo", commands.run_demo, "train a tiny K2.5, kill and resume it, evaluate it, write a report")
     demo.add_argument("--workdir", default="runs/demo")
     demo.add_argument("--steps", type=int, default=0, help="training steps; default: those of the experiment")
@@ -142,6 +141,17 @@ def build_parser() -> Parser:
     text = command("help", None, "what a command does, and its flags")
     text.add_argument("topic", nargs="*", metavar="command", help="such as: data build")
     return parser
+
+
+def add_report(parser: Parser) -> None:
+    """The flags of `k25 report`."""
+    what = parser.add_mutually_exclusive_group(required=True)
+    what.add_argument("--workdir", help="the run's folder")
+    trace = "one trace instead, by its id or its place in the file, from 0 on; default the first"
+    what.add_argument("--trace", metavar="FILE[:ID]", help=trace)
+    parser.add_argument("--output", metavar="FILE", help="of --trace: the page to write; default trace.html")
+    vocabulary = "of --trace: folder of the vocabulary; default that of the run that the file lies in, else bytes"
+    parser.add_argument("--tokenizer", metavar="DIR", help=vocabulary)
 
 
 def add_train(parser: Parser) -> None:

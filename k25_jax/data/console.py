@@ -1,4 +1,4 @@
-"""`k25 data build|inspect|check`: their flags, progress bars, tables and exit statuses."""
+"""`k25 data build|inspect|check|traces`: their flags, progress bars, tables and exit statuses."""
 
 import argparse
 import contextlib
@@ -24,7 +24,7 @@ class _Paths(argparse.ArgumentParser):
 
 
 def add_commands(parser: argparse.ArgumentParser) -> None:
-    """The three commands below `k25 data`."""
+    """The commands below `k25 data`."""
     records = "\n".join(f"  {form:13s} {json.dumps(record)}" for form, record in EXAMPLES.items())
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     parser.epilog = f"one record of each form, as a line of a .jsonl file:\n\n{records}\n\n{NOTE}"
@@ -32,7 +32,7 @@ def add_commands(parser: argparse.ArgumentParser) -> None:
     class Parser(_Paths, type(parser)):
         """A command below `k25 data`."""
 
-    actions = parser.add_subparsers(dest="action", metavar="build|inspect|check", parser_class=Parser)
+    actions = parser.add_subparsers(dest="action", metavar="build|inspect|check|traces", parser_class=Parser)
 
     def action(name: str, run, text: str) -> argparse.ArgumentParser:
         added = actions.add_parser(name, help=text, description=text[0].upper() + text[1:] + ".", allow_abbrev=False)
@@ -61,6 +61,26 @@ def add_commands(parser: argparse.ArgumentParser) -> None:
     check.add_argument(
         "--allow", type=float, default=0.0, metavar="SHARE", help="share of bad records that is tolerated"
     )
+    add_traces(actions)
+
+
+def add_traces(actions) -> None:
+    """The flags of `k25 data traces`; what it does is in `cli.commands`."""
+    text = "good traces as chats to learn from, which render to exactly the tokens of the traces"
+    added = actions.add_parser("traces", help=text, description=text[0].upper() + text[1:] + ".", allow_abbrev=False)
+    added.set_defaults(parser=added, source=[])
+    where = "lines of JSON as rollouts are saved, a folder of such files, or a run of the stage rl"
+    added.add_argument("paths", nargs="*", metavar="FILE", help=where)
+    least = "the least that each reward of a trace must be, from 0 to 1"
+    added.add_argument("--min_reward", type=float, required=True, metavar="R", help=least)
+    named = "look at this reward alone; may be repeated; default all that a trace has"
+    added.add_argument("--reward", action="append", default=[], metavar="NAME", help=named)
+    most = "traces of one problem, the best and then the shortest; default all"
+    added.add_argument("--per_group", type=int, default=0, metavar="N", help=most)
+    added.add_argument("--output", required=True, metavar="FILE.jsonl", help="file to write; pictures lie beside it")
+    vocabulary = "folder of the vocabulary; default that of the run that the first file lies in, else bytes"
+    added.add_argument("--tokenizer", metavar="DIR", help=vocabulary)
+    added.add_argument("--json", action="store_true", help="print JSON")
 
 
 # ------------------------------------------------------------------------------------------------------------- commands

@@ -101,10 +101,14 @@ Section = Text | KeyFigures | Table | Figure | Samples | Code | Config
 def write_report(path: str | os.PathLike, title: str, sections: Sequence[Section]) -> AnyPath:
     """Write the report as one HTML file and return its path. The file appears whole or not at all."""
     body = "\n".join(
-        f"<section>\n<h2>{_escape(section.title)}</h2>\n{_render(section)}\n</section>" for section in sections
+        f"<section>\n<h2>{escape(section.title)}</h2>\n{render(section)}\n</section>" for section in sections
     )
-    page = _PAGE.format(title=_escape(title), style=_STYLE, body=body)
-    return _replace(path, page.encode())
+    return replace(path, page(title, body).encode())
+
+
+def page(title: str, body: str, style: str = "") -> str:
+    """A whole page; `body` is HTML in which everything is escaped, `style` more rules for it."""
+    return _PAGE.format(title=escape(title), style=_STYLE + style, body=body)
 
 
 def report_png(
@@ -128,28 +132,29 @@ def report_png(
         if shown:
             images, captions = [sample.image for sample in shown], [_caption(sample) for sample in shown]
             plots.draw_images(bands[2], images, captions, [sample.right for sample in shown], columns=8)
-        return _replace(path, plots.png_bytes(canvas, dpi=110))
+        return replace(path, plots.png_bytes(canvas, dpi=110))
 
 
 # ------------------------------------------------------------------------------------------------------------- sections
-def _render(section: Section) -> str:
+def render(section: Section) -> str:
+    """A section without its title, as HTML."""
     match section:
         case Text(text=text):
-            return "\n".join(f"<p>{_escape(part.strip())}</p>" for part in text.split("\n\n") if part.strip())
+            return "\n".join(f"<p>{escape(part.strip())}</p>" for part in text.split("\n\n") if part.strip())
         case KeyFigures(values=values):
-            tiles = (f"<div><dt>{_escape(name)}</dt><dd>{_escape(value)}</dd></div>" for name, value in values.items())
+            tiles = (f"<div><dt>{escape(name)}</dt><dd>{escape(value)}</dd></div>" for name, value in values.items())
             return f'<dl class="key">{"".join(tiles)}</dl>'
         case Table():
             return _table(section)
         case Figure(png=png, caption=caption):
-            image = f'<img src="{_data_uri(png)}" alt="{_escape(caption)}">'
-            return f'<figure class="plot">{image}<figcaption>{_escape(caption)}</figcaption></figure>'
+            image = f'<img src="{data_uri(png)}" alt="{escape(caption)}">'
+            return f'<figure class="plot">{image}<figcaption>{escape(caption)}</figcaption></figure>'
         case Samples(samples=samples, caption=caption):
-            return f'<p>{_escape(caption)}</p><div class="cards">{"".join(map(_card, samples))}</div>'
+            return f'<p>{escape(caption)}</p><div class="cards">{"".join(map(_card, samples))}</div>'
         case Code(code=code):
-            return f"<pre><code>{_escape(code)}</code></pre>"
+            return f"<pre><code>{escape(code)}</code></pre>"
         case Config(values=values):
-            text = _escape(json.dumps(values, indent=2, default=str, ensure_ascii=False))
+            text = escape(json.dumps(values, indent=2, default=str, ensure_ascii=False))
             return f"<details><summary>Show the configuration</summary><pre><code>{text}</code></pre></details>"
     raise TypeError(f"a report has no section of type {type(section).__name__}; use one of {Section}")
 
@@ -160,15 +165,15 @@ def _table(table: Table) -> str:
             raise ValueError(
                 f"table {table.title!r}: a row has {len(row)} cells under {len(table.columns)} columns: {row}"
             )
-    head = "".join(f'<th scope="col">{_escape(column)}</th>' for column in table.columns)
+    head = "".join(f'<th scope="col">{escape(column)}</th>' for column in table.columns)
     rows = "\n".join(f"<tr>{''.join(map(_cell, row))}</tr>" for row in table.rows)
-    caption = f"<caption>{_escape(table.caption)}</caption>" if table.caption else ""
+    caption = f"<caption>{escape(table.caption)}</caption>" if table.caption else ""
     return f'<div class="wide"><table>{caption}<thead><tr>{head}</tr></thead><tbody>{rows}</tbody></table></div>'
 
 
 def _cell(value: str | int | float) -> str:
     if isinstance(value, str):
-        return f"<td>{_escape(value)}</td>"
+        return f"<td>{escape(value)}</td>"
     return f'<td class="number">{value if isinstance(value, int) else format(value, ".4g")}</td>'
 
 
@@ -177,14 +182,11 @@ def _card(sample: Sample) -> str:
     sign = {True: "✓ ", False: "✗ ", None: ""}[sample.right]
     image = ""
     if sample.image is not None:
-        buffer = io.BytesIO()
-        Image.fromarray(sample.image).save(buffer, format="PNG")
-        pixels = ' class="pixels"' if max(sample.image.shape) <= 128 else ""
-        image = f'<img{pixels} src="{_data_uri(buffer.getvalue())}" alt="{_escape("image of: " + sample.question)}">'
-    lines = [f'<p class="question">{_escape(sample.question)}</p>']
-    lines.append(f'<p class="answer">{sign}{_escape(sample.answer) or "(nothing)"}</p>')
+        image = picture(sample.image, "image of: " + sample.question)
+    lines = [f'<p class="question">{escape(sample.question)}</p>']
+    lines.append(f'<p class="answer">{sign}{escape(sample.answer) or "(nothing)"}</p>')
     if sample.gold and not sample.right:
-        lines.append(f'<p class="gold">right: {_escape(sample.gold)}</p>')
+        lines.append(f'<p class="gold">right: {escape(sample.gold)}</p>')
     if sample.score is not None and 0 < sample.score < 1:
         lines.append(f'<p class="gold">score {sample.score:.2f}</p>')
     return f'<div class="card {kind}">{image}{"".join(lines)}</div>'
@@ -205,15 +207,26 @@ def _caption(sample: Sample) -> str:
     return answer if sample.right or not sample.gold else f"{answer}\nright: {sample.gold}"
 
 
-def _escape(text: str) -> str:
+def escape(text: str) -> str:
+    """Text as it may stand in a page, between tags or in quotes."""
     return html.escape(str(text), quote=True)
 
 
-def _data_uri(png: bytes) -> str:
+def data_uri(png: bytes) -> str:
+    """A PNG as an address that holds it."""
     return "data:image/png;base64," + base64.b64encode(png).decode()
 
 
-def _replace(path: str | os.PathLike, content: bytes) -> AnyPath:
+def picture(image: np.ndarray, words: str) -> str:
+    """uint8 [h, w, 3] as a tag; a small one keeps its pixels."""
+    buffer = io.BytesIO()
+    Image.fromarray(image).save(buffer, format="PNG")
+    pixels = ' class="pixels"' if max(image.shape) <= 128 else ""
+    return f'<img{pixels} src="{data_uri(buffer.getvalue())}" alt="{escape(words)}">'
+
+
+def replace(path: str | os.PathLike, content: bytes) -> AnyPath:
+    """Write a file, whole or not at all, and return its path."""
     path = to_path(path)
     write(path, content)
     return path

@@ -1,7 +1,9 @@
-"""The report of one run: curves from metrics.jsonl, configuration, versions."""
+"""The report of one run: curves from metrics.jsonl, configuration, versions; with the stage rl also samples."""
 
 import json
+from collections.abc import Sequence
 
+from k25_jax.checkpoint.folders import read_experiment
 from k25_jax.report import html, plots
 from k25_jax.report.metrics import read_metrics
 from k25_jax.runtime.paths import AnyPath, to_path
@@ -18,13 +20,13 @@ CURVES = (  # names of metrics in one figure, a name with / at its end for all t
 )
 
 
-def curve_sections(metrics: list[dict]) -> list[html.Figure]:
+def curve_sections(metrics: list[dict], groups: Sequence = CURVES) -> list[html.Figure]:
     """One figure for each group of metrics of which the run has one."""
     logged = dict.fromkeys(name for row in metrics for name in row)
     figures = []
-    for wanted, title, unit in CURVES:
+    for wanted, title, unit in groups:
         names = [name for name in logged if name in wanted or name.startswith(tuple(w for w in wanted if w[-1] == "/"))]
-        curves = {name.removeprefix(wanted[0]) or name: _curve(metrics, name) for name in names}
+        curves = {_label(name, wanted): _curve(metrics, name) for name in names}
         if curves:
             steps, values = next(iter(curves.values()))
             rows = max(len(steps) for steps, _ in curves.values())
@@ -33,6 +35,11 @@ def curve_sections(metrics: list[dict]) -> list[html.Figure]:
                 html.Figure(title, plots.loss_curves(curves, title, unit), f"{title} over {rows} logged steps{last}.")
             )
     return figures
+
+
+def _label(name: str, wanted: Sequence[str]) -> str:
+    """A name without the beginning that it was wanted for."""
+    return next((name.removeprefix(one) for one in wanted if one[-1] == "/" and name.startswith(one)), name)
 
 
 def _curve(metrics: list[dict], name: str) -> tuple[list[int], list[float]]:
@@ -51,6 +58,11 @@ def config_sections(directory: AnyPath) -> list[html.Config]:
 def write_run_report(directory: str | AnyPath) -> AnyPath:
     """Write `report.html` into a run's folder. Raises MetricsError when it holds no metrics."""
     directory = to_path(directory)
-    metrics = read_metrics(directory / "metrics.jsonl")
-    sections = [*curve_sections(metrics), *config_sections(directory)]
+    metrics, groups, sections = read_metrics(directory / "metrics.jsonl"), CURVES, []
+    if (directory / "rl").is_dir():
+        from k25_jax.report import rl  # brings JAX, which other reports do without
+
+        groups = (*rl.CURVES, *CURVES)
+        sections = rl.rl_sections(directory, read_experiment(directory), metrics)
+    sections = [*sections, *curve_sections(metrics, groups), *config_sections(directory)]
     return html.write_report(directory / "report.html", f"Run {directory.name}", sections)

@@ -1,4 +1,4 @@
-"""Scores in [0, 1] of an answer against a gold answer (K2.5 §3.5): text, counts, boxes, points and polygons.
+"""Scores in [0, 1] of an answer against a gold answer (K2.5 §3.5): text, counts, lengths, boxes, points and polygons.
 
 An answer is whatever a model wrote: no function here raises, or takes long, on any string. Coordinates are whole
 numbers from 0 to 1000, shares of the image's width and height in thousandths.
@@ -51,6 +51,20 @@ def count(prediction: str, gold: int) -> float:
     if not re.fullmatch("[0-9]{1,9}", prediction):
         return 0.0
     return max(0.0, 1 - abs(int(prediction) - gold) / max(gold, 1))
+
+
+def within(length: int, budget: float, slack: float = 0.0) -> float:
+    """Budget control: 1 up to `budget` tokens, which may be infinite, 0 beyond; with `slack` a line between the two.
+
+    It then falls to 0 at budget * (1 + slack), so that an answer which is a little too long is told from a long one.
+    Both lengths are ours, not a model's: ValueError where one is negative or no number.
+    """
+    if not (length >= 0 and budget >= 0 and 0 <= slack < math.inf):
+        raise ValueError(f"length={length}, budget={budget} and slack={slack} must be numbers that are not negative")
+    if length <= budget:
+        return 1.0
+    room = budget * slack
+    return max(0.0, 1 - (length - budget) / room) if room else 0.0
 
 
 # -------------------------------------------------------------------------------------------------------------- writing

@@ -229,6 +229,19 @@ def patchify(image: np.ndarray, config: VisionConfig) -> tuple[np.ndarray, tuple
     return cut.reshape(rows * columns, config.patch_dim), (rows, columns)
 
 
+def unpatchify(clip: Clip) -> np.ndarray:
+    """The frames that a clip was cut from, uint8 [t, h, w, 3], with the padding of whole groups; the inverse of `patchify`.
+
+    Raises ImageError where the patches are no pixels.
+    """
+    (frames, rows, columns), patch = clip.grid, math.isqrt(clip.patches.shape[1] // 3)
+    if clip.patches.dtype != np.uint8 or clip.patches.shape[1] != 3 * patch**2:
+        kind = f"{clip.patches.shape[1]} values of {clip.patches.dtype}"
+        raise ImageError(f"{clip.source}: patches of {kind} cannot be turned back into pixels; give uint8 RGB")
+    cut = clip.patches.reshape(frames, rows, columns, 3, patch, patch).transpose(0, 1, 4, 2, 5, 3)
+    return cut.reshape(frames, rows * patch, columns * patch, 3)
+
+
 def preprocess(image: np.ndarray, config: VisionConfig, max_patches: int = 16384, source: str = "image") -> Clip:
     """Resize, pad and cut one uint8 RGB image [h, w, 3] to a clip of one frame (K2.5 §3.2); raises ImageError."""
     if image.ndim != 3 or image.shape[2] != 3 or image.dtype != np.uint8:

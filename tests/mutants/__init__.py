@@ -4,7 +4,7 @@ Of each numerical module those that would train, or answer, and be wrong: a mask
 that is not taken over all devices. Tests are named as narrowly as can be, since each entry costs their time.
 """
 
-from mutants import agents, data, kernels, models, rl, rollouts, sampling, training
+from mutants import agents, data, kernels, models, rewards, rl, rollouts, sampling, training
 
-ALL = models, kernels, training, data, sampling, agents, rl, rollouts
+ALL = models, kernels, training, data, sampling, agents, rl, rollouts, rewards
 MUTATIONS = [mutation for part in ALL for mutation in part.MUTATIONS]

@@ -1,5 +1,4 @@
 import base64
-import html.parser
 import io
 import json
 import re
@@ -11,34 +10,10 @@ from PIL import Image
 
 from k25_jax.report import html as report
 from k25_jax.report import plots
+from pages import Page
 
 CURVES = {"train": (range(50), np.linspace(3, 1, 50)), "test": (range(50), np.linspace(3, 2, 50))}
 NASTY = "<script>alert(\"1\")</script> & 'quotes' {braces} %s 中文"
-
-
-class _Page(html.parser.HTMLParser):
-    """Collects tags, attributes and text, and checks that tags are closed in order."""
-
-    VOID = {"meta", "img", "link", "br", "!doctype"}
-
-    def __init__(self, text):
-        super().__init__()
-        self.tags, self.attributes, self.text, self._open = [], [], "", []
-        self.feed(text)
-        assert self._open == []
-
-    def handle_starttag(self, tag, attrs):
-        self.tags.append(tag)
-        self.attributes += [(tag, name, value) for name, value in attrs]
-        if tag not in self.VOID:
-            self._open.append(tag)
-
-    def handle_endtag(self, tag):
-        assert self._open.pop() == tag
-
-    def handle_data(self, data):
-        if self._open[-1:] != ["style"]:
-            self.text += data
 
 
 def _image(value=200):
@@ -65,7 +40,7 @@ def _sections(text="fine"):
 
 def test_a_report_holds_every_section(tmp_path):
     path = report.write_report(tmp_path / "new/report.html", "A run", _sections())
-    page = _Page(path.read_text())
+    page = Page(path.read_text())
     assert page.tags.count("h1") == 1 and page.tags.count("h2") == len(_sections())
     for part in (
         "A run",
@@ -85,7 +60,7 @@ def test_a_report_holds_every_section(tmp_path):
 
 def test_a_report_needs_nothing_else(tmp_path):
     text = report.write_report(tmp_path / "r.html", "A run", _sections()).read_text()
-    page = _Page(text)
+    page = Page(text)
     assert not {"script", "link", "iframe", "object", "base"} & set(page.tags)
     sources = [value for _, name, value in page.attributes if name in ("src", "href", "srcset", "data", "action")]
     assert len(sources) == 3 and all(source.startswith("data:image/png;base64,") for source in sources)
@@ -97,9 +72,9 @@ def test_a_report_needs_nothing_else(tmp_path):
 
 def test_everything_is_escaped(tmp_path):
     text = report.write_report(tmp_path / "r.html", NASTY, _sections(NASTY)).read_text()
-    page = _Page(text)
+    page = Page(text)
     assert "script" not in page.tags
-    assert page.tags == _Page(report.write_report(tmp_path / "s.html", "fine", _sections()).read_text()).tags
+    assert page.tags == Page(report.write_report(tmp_path / "s.html", "fine", _sections()).read_text()).tags
     assert page.text.count(NASTY) >= 12
     assert json.loads(page.text[page.text.index('{\n  "') :].rpartition("}")[0] + "}")[NASTY]["layers"] == 3
 

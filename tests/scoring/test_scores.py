@@ -212,3 +212,26 @@ def test_random_bytes_do_not_break_a_score():
         for score in (scores.boxes(text, [(1, 1, 9, 9)]), scores.points(text, [(1, 9)]), scores.edit(text, "1")):
             assert 0.0 <= score <= 1.0
         assert 0.0 <= scores.polygon(text, [(0, 0), (99, 0), (9, 99)]) <= 1.0
+
+
+# ---------------------------------------------------------------------------------------------------------------- length
+def test_lengths_within_a_budget():
+    assert [scores.within(length, 10) for length in (0, 10, 11, 10**9)] == [1.0, 1.0, 0.0, 0.0]
+    assert [scores.within(length, 10, 0.5) for length in (10, 11, 12, 15, 16)] == pytest.approx([1, 0.8, 0.6, 0, 0])
+    assert scores.within(10**9, math.inf) == scores.within(0, 0) == scores.within(0, 0, 1.0) == 1.0
+    assert scores.within(1, 0) == scores.within(1, 0, 5.0) == 0.0
+
+
+def test_longer_is_never_better_and_always_bounded():
+    generator = np.random.default_rng(5)
+    for _ in range(200):
+        budget, slack = int(generator.integers(0, 50)), float(generator.choice([0.0, 0.1, 1.0, 7.0]))
+        found = [scores.within(length, budget, slack) for length in range(500)]
+        assert all(0.0 <= b <= a <= 1.0 for a, b in zip(found, found[1:], strict=False))
+        assert found[: budget + 1] == [1.0] * (budget + 1) and found[-1] == 0.0
+
+
+@pytest.mark.parametrize("given", [(-1, 5), (5, -1), (5, 5, -0.1), (math.nan, 5), (5, math.nan), (5, 5, math.inf)])
+def test_lengths_that_are_none_are_refused(given):
+    with pytest.raises(ValueError, match="must be numbers that are not negative"):
+        scores.within(*given)
