@@ -25,7 +25,10 @@ def run(tmp_path_factory):
     """The folder of a run that nothing disturbed."""
     folder = tmp_path_factory.mktemp("rl")
     train(load_experiment(str(rollouts.write_experiment(folder))), folder / "run")
-    assert not [thread.name for thread in threading.enumerate() if thread.name.startswith("k25-")], "all is closed"
+    names = [thread.name for thread in threading.enumerate()]
+    assert not [name for name in names if name.startswith(("k25-engine", "k25-feed", "k25-kernel-pool"))], (
+        "all is closed"
+    )
     return folder / "run"
 
 

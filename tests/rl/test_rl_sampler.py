@@ -7,7 +7,7 @@ import pytest
 
 import rollouts
 from k25_jax.checkpoint.load import load_model
-from k25_jax.config import ProblemsConfig, load_experiment
+from k25_jax.config import EpisodeConfig, ProblemsConfig, load_experiment
 from k25_jax.rl.problems import problems_of
 from k25_jax.rl.sampler import Cancelled, Sampler, seed_of
 
@@ -19,7 +19,10 @@ def params():
 
 def sampler(tmp_path, *problems: ProblemsConfig) -> Sampler:
     experiment = load_experiment(str(rollouts.write_experiment(tmp_path)))
-    return Sampler(dataclasses.replace(experiment, rl=dataclasses.replace(experiment.rl, problems=problems)))
+    episode = EpisodeConfig(tokens=12, turn_tokens=12, context=512)  # a tool is declared in so many tokens
+    return Sampler(
+        dataclasses.replace(experiment, rl=dataclasses.replace(experiment.rl, problems=problems, episode=episode))
+    )
 
 
 def test_a_group_is_committed_when_it_is_done_and_is_the_same_again(tmp_path, params):
@@ -48,4 +51,4 @@ def test_problems_with_a_tool_have_a_sandbox_and_leave_none(tmp_path, params, bw
     traces = own.groups({"a": problems_of(own._config)[0]}, 2, lambda name, traces: None)["a"]
     assert all(trace.valid and trace.segments for trace in traces)
     own.close()
-    assert not [thread.name for thread in threading.enumerate() if thread.name.startswith("k25-kernel")]
+    assert not [thread for thread in threading.enumerate() if thread.name in ("k25-engine", "k25-kernel-pool")]
