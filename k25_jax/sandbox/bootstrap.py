@@ -44,6 +44,21 @@ def pack(content: object) -> bytes:
     return text.encode("utf-8", "surrogatepass")
 
 
+class Pipe:
+    """What children of one call write to; `ended` when its end has been read, which is once."""
+
+    def __init__(self, descriptor: int, parent: dict):
+        self.descriptor, self.parent, self.ended = descriptor, parent, False
+        self.decoder = codecs.getincrementaldecoder("utf-8")("replace")
+
+    def readable(self) -> bool:
+        """Whether there is anything to read now."""
+        try:
+            return bool(select.select([self.descriptor], [], [], 0)[0])
+        except OSError:  # another thread has closed it
+            return False
+
+
 class Stream(OutStream):
     """Sends what is printed in pieces, and waits for each to be sent: a loop of prints does not fill the memory.
 
@@ -71,7 +86,7 @@ class Stream(OutStream):
         os.set_blocking(reading, False)
         os.dup2(writing, self._descriptor)
         os.close(writing)
-        self._pipe = (reading, self.parent_header, codecs.getincrementaldecoder("utf-8")("replace"))
+        self._pipe = Pipe(reading, self.parent_header)
         loop, take = self.pub_thread.io_loop, functools.partial(self._take, self._pipe)
         loop.add_callback(loop.add_handler, reading, lambda *_: take(False), loop.READ)
 
@@ -98,7 +113,7 @@ class Stream(OutStream):
     def _drain(self):
         """What children have written comes before what is written now."""
         for stream in Stream.every if self._is_master_process() else ():
-            while stream._pipe and select.select([stream._pipe[0]], [], [], 0)[0] and stream._take(stream._pipe):
+            while (pipe := stream._pipe) and pipe.readable() and stream._take(pipe):
                 pass
 
     def _take_turn(self):
@@ -106,37 +121,38 @@ class Stream(OutStream):
         if before is not None and before is not self:
             OutStream.flush(before)
 
-    def _take(self, pipe: tuple, wait: bool = True) -> bool:
+    def _take(self, pipe: Pipe, wait: bool = True) -> bool:
         """Pass on what is in the pipe, as printed by the call that the pipe is of.
 
         Who holds the lock may wait for the thread that sends: that one never waits for the lock.
         """
-        descriptor, parent, decoder = pipe
         if not self._reading.acquire(blocking=wait):
             return False
         try:
+            if pipe.ended:  # its descriptor may be another one's by now
+                return False
             try:
-                data = os.read(descriptor, 2**16)
+                data = os.read(pipe.descriptor, 2**16)
             except OSError:  # another thread has read it
                 return False
             self._take_turn()
-            token = self._parent_header.set(parent)
+            token = self._parent_header.set(pipe.parent)
             try:
-                super().write(decoder.decode(data, final=not data))
+                super().write(pipe.decoder.decode(data, final=not data))
             finally:
                 self._parent_header.reset(token)
             if not data:
-                loop = self.pub_thread.io_loop
+                pipe.ended, loop = True, self.pub_thread.io_loop
                 loop.add_callback(self._end, loop, pipe)
             return bool(data)
         finally:
             self._reading.release()
 
-    def _end(self, loop, pipe: tuple):
-        loop.remove_handler(pipe[0])
+    def _end(self, loop, pipe: Pipe):
+        loop.remove_handler(pipe.descriptor)
         if self._pipe is pipe:
             self._pipe = None
-        os.close(pipe[0])
+        os.close(pipe.descriptor)
 
 
 class SharedMemory(mmap.mmap):

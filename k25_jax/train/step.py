@@ -40,7 +40,8 @@ def make_step(experiment: Experiment, loss_fn, mesh: Mesh | None = None):
         grad_squares = squares(grads)
         grad_norm = jnp.sqrt(optax.tree.sum(grad_squares))
         finite = jnp.isfinite(loss) & jnp.isfinite(grad_norm)
-        moves = finite & teaches(batch)
+        taught = teaches(batch)
+        moves = finite if taught is None else finite & taught
         updates, opt_state = optimizer.update(grads, state.opt_state, trained, grad_norm=grad_norm, finite=moves)
         metrics |= norms(grad_squares, experiment.model, "grad_norm")
         metrics |= norms(squares(updates), experiment.model, "update_norm")
@@ -48,7 +49,7 @@ def make_step(experiment: Experiment, loss_fn, mesh: Mesh | None = None):
         params = merged(optax.apply_updates(trained, updates), frozen)
         params = with_balanced_router(params, jnp.where(moves, stats.load_YE, 0), experiment)
         metrics |= {"grad_norm": grad_norm, "bad": 1 - finite.astype(jnp.int32), "max_logit": stats.max_logit_YH.max()}
-        metrics |= {} if batch.advantages_BL is None else {"skipped": (finite & ~moves).astype(jnp.int32)}
+        metrics |= {} if taught is None else {"skipped": (finite & ~moves).astype(jnp.int32)}
         metrics |= router_metrics(stats.load_YE)
         if experiment.optim.name == "muonclip" and trained.keys() & {"dense", "moe"}:
             max_logit_YH = jnp.where(moves, stats.max_logit_YH, 0)
@@ -61,10 +62,9 @@ def make_step(experiment: Experiment, loss_fn, mesh: Mesh | None = None):
 
 
 def teaches(batch):
-    """Whether there is anything to learn from a batch: of samples, an advantage that is not 0."""
-    if batch.advantages_BL is None:
-        return True
-    return jnp.any((batch.loss_weights_BL > 0) & (batch.advantages_BL != 0))
+    """Whether there is anything to learn from a batch of samples: an advantage that is not 0. None for other batches."""
+    advantages_BL = getattr(batch, "advantages_BL", None)
+    return None if advantages_BL is None else jnp.any((batch.loss_weights_BL > 0) & (advantages_BL != 0))
 
 
 @jax.named_scope("optimizer.router_bias")

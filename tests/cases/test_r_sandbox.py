@@ -134,6 +134,14 @@ LEFT_BEHIND = {
 }
 
 
+def test_the_end_of_what_children_write_is_taken_once(box):
+    """Several threads may read it, each before the first has closed the pipe."""
+    code = "import os, sys\npipe = sys.stdout._pipe\nos.dup2(os.open(os.devnull, os.O_WRONLY), 1)\n"
+    assert box.run(code + "for _ in range(300): sys.stdout._take(pipe)").text == ""
+    for _ in range(3):
+        assert box.run("print('mine')\n2").text == "mine\n2"
+
+
 @pytest.mark.parametrize("kind", LEFT_BEHIND)
 def test_threads_left_behind_are_not_heard_later(box, kind):
     body = "".join(f"    {line}\n" for line in LEFT_BEHIND[kind].splitlines())

@@ -2,7 +2,7 @@
 
 from mutants.mutation import of
 
-LOSS, STAGE = "losses/test_policy.py", "rl/test_policy_loss.py"
+LOSS, STAGE = "losses/test_policy_forms.py", "rl/test_policy_loss.py"
 MUTATIONS = [
     *of(
         "losses/policy.py",

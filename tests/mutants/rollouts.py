@@ -82,7 +82,7 @@ MUTATIONS = [
         "train/step.py",
         (
             "an update without an advantage moves",
-            "moves = finite & teaches(batch)",
+            "moves = finite if taught is None else finite & taught",
             "moves = finite",
             "rl/test_rl_step.py",
         ),
