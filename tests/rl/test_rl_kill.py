@@ -51,6 +51,7 @@ def check(tmp_path, kills: int, steps: int, seed: int):
     assert rollouts.untimed(tmp_path / "again") == rollouts.untimed(run)
 
 
+@pytest.mark.slow
 def test_a_run_that_is_killed_three_times(tmp_path):
     check(tmp_path, kills=3, steps=4, seed=1)
 

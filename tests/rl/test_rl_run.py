@@ -24,7 +24,7 @@ from k25_jax.train.run import restore_or_init
 def run(tmp_path_factory):
     """The folder of a run that nothing disturbed."""
     folder = tmp_path_factory.mktemp("rl")
-    train(load_experiment(str(rollouts.write_experiment(folder))), folder / "run")
+    train(load_experiment(str(rollouts.write_experiment(folder, every=5))), folder / "run")
     names = [thread.name for thread in threading.enumerate()]
     assert not [name for name in names if name.startswith(("k25-engine", "k25-feed", "k25-kernel-pool"))], (
         "all is closed"
@@ -134,7 +134,7 @@ def test_a_run_that_goes_on_takes_up_the_batch_where_it_stopped(run, experiment,
     """Its last checkpoint but one lies within a batch."""
     shutil.copytree(run, tmp_path / "run")
     shutil.rmtree(tmp_path / "run" / "checkpoints" / "8")
-    assert [int(folder.name) % 2 for folder in (tmp_path / "run" / "checkpoints").glob("[0-9]")] == [0]
+    assert [int(folder.name) % 2 for folder in (tmp_path / "run" / "checkpoints").glob("[0-9]")] == [1]
     train(experiment, tmp_path / "run")
     assert rollouts.bits(tmp_path / "run") == rollouts.bits(run)
     assert rollouts.untimed(tmp_path / "run") == rollouts.untimed(run)
@@ -153,13 +153,16 @@ def test_another_configuration_or_model_does_not_go_on(run, experiment, tmp_path
 
 
 def test_in_bfloat16_the_trainer_says_what_the_policy_was(run, experiment, tmp_path):
-    """Its first update begins with ratios of 1; what the engine had is corrected for, measured, and kept for a resumption."""
+    """Its first update begins nearer to ratios of 1; what the engine had is corrected for, measured, kept for a resumption.
+
+    Not at 1: in bfloat16 the program without gradients rounds otherwise than that of the training step.
+    """
     rl = dataclasses.replace(experiment.rl, old_logprobs="trainer", estimate=0)
     settings = dataclasses.replace(experiment.train, compute_dtype="bfloat16", steps=2, checkpoint_every=1)
     other = dataclasses.replace(experiment, rl=rl, train=settings)
     train(other, tmp_path / "run")
     first, second = runs.rows(tmp_path / "run")
-    assert first["mismatch"] < 1e-6 < 1e-4 < first["engine_mismatch"] < 0.1
+    assert 1e-4 < 2 * first["mismatch"] < first["engine_mismatch"] < 0.1
     assert first["engine_mismatch"] == second["engine_mismatch"] and 0 <= first["engine_corrected"] < 0.1
     ended = rollouts.bits(tmp_path / "run")
     shutil.rmtree(tmp_path / "run" / "checkpoints" / "2")

@@ -119,6 +119,7 @@ def kill_while_writing(command, run) -> bool:
     return bool(unfinished(run))
 
 
+@pytest.mark.slow
 def test_a_run_that_is_stopped_again_and_again_ends_as_if_nothing_had_happened(finished, tmp_path):
     run = tmp_path / "run"
     command = ("train", f"--config={finished.file}", f"--workdir={run}")
@@ -182,6 +183,7 @@ def small_disk(tmp_path):
         subprocess.run(["umount", "-l", str(folder)], check=True)
 
 
+@pytest.mark.slow
 def test_a_full_disk_ends_the_run_with_its_name_and_costs_no_checkpoint(finished, small_disk):
     folder, fill, empty = small_disk
     run = folder / "run"

@@ -91,6 +91,7 @@ def get_hyper():
 """
 
 
+@pytest.mark.slow
 def test_a_sweep_that_is_stopped_saves_its_runs_and_goes_on(tmp_path):
     file, folder = runs.write_experiment(tmp_path), tmp_path / "runs"
     file.write_text(file.read_text() + SWEEP)

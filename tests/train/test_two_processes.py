@@ -111,6 +111,7 @@ def test_both_validate_and_save_by_the_clock_of_the_first(undisturbed, tmp_path)
     assert all(list((run / "profile" / f"process_{index}").rglob("*.xplane.pb")) for index in range(2))
 
 
+@pytest.mark.slow
 def test_a_signal_to_one_saves_the_step_in_hand_of_both(undisturbed, tmp_path):
     """As when one host of a pod is to be maintained; in the middle, between checkpoints. Then both go on."""
     run, more = tmp_path / "run", ("train.steps=400", "train.checkpoint_every=1000")
