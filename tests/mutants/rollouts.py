@@ -88,15 +88,6 @@ MUTATIONS = [
         ),
     ),
     *of(
-        "sampling/layout.py",
-        (
-            "the engine shares its weights' memory with the trainer",
-            "jax.tree.map(jnp.copy, cast(params, dtype))",
-            "cast(params, dtype)",
-            "sampling/test_versions_and_epochs.py::test_the_engine_has_a_copy_of_weights_that_are_given_away",
-        ),
-    ),
-    *of(
         "sampling/engine.py",
         (
             "latents of old weights are read on",

@@ -17,7 +17,7 @@ def killed(file, run, kills: int, seed: int) -> int:
     rng, done, before = random.Random(seed), 0, {}
     while True:
         process, since = runs.start("train", f"--config={file}", f"--workdir={run}"), rollouts.events(run)
-        wait = rng.randint(0, 4)
+        wait = rng.randint(0, 2)
         alive = runs.wait_for(process, lambda: rollouts.events(run) >= since + wait or done == kills)  # noqa: B023
         if done == kills or not alive:
             out, err = process.communicate(timeout=600)
@@ -58,4 +58,4 @@ def test_a_run_that_is_killed_three_times(tmp_path):
 
 @pytest.mark.slow
 def test_a_run_that_is_killed_twenty_times(tmp_path):
-    check(tmp_path, kills=20, steps=16, seed=2)
+    check(tmp_path, kills=20, steps=20, seed=2)
