@@ -28,6 +28,6 @@ def test_sampler_and_learner_agree_on_a_mesh(tmp_path, old):
     rows = runs.rows(tmp_path / "run")
     assert [row["batch"] for row in rows] == [0, 0, 1, 1]
     for row in rows[::2]:
-        assert row["mismatch"] <= (1e-5 if old == "engine" else 1e-7)
+        assert row["mismatch"] <= (1e-5 if old == "engine" else 1e-6)
         assert old == "engine" or row["engine_mismatch"] <= 1e-5
     assert any(not row["skipped"] for row in rows[::2])
