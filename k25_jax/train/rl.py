@@ -10,7 +10,7 @@ import jax.numpy as jnp
 
 from k25_jax.config import ConfigError, Experiment
 from k25_jax.losses.lm import vocabulary_scores
-from k25_jax.losses.policy import mismatch_weights, policy_loss, token_weights, totals
+from k25_jax.losses.policy import policy_loss, token_weights, totals
 from k25_jax.train.accumulate import whole_rows
 from k25_jax.train.pretrain import batch_loss, over_parts, part_loss
 
@@ -41,16 +41,3 @@ def logprobs(params, batch, experiment: Experiment):
 def _target_logprobs(x_BLD, head_DV, part, whole, experiment: Experiment):
     normaliser_BL, target_BL, _ = vocabulary_scores(x_BLD, head_DV, part.targets_BL)
     return jnp.zeros(()), target_BL - normaliser_BL
-
-
-def recomputed(params, batch, experiment: Experiment, how: str = "mask", low: float = 0.5, high: float = 5.0):
-    """((old_logprobs_BL, advantages_BL) for `batch`, metrics): the policy that sampled, as the learner's form sees it.
-
-    `batch` has the engine's log-probabilities. Where the two forms differ, as in bfloat16, ρ should not begin with their
-    difference: π_old becomes that of `params`, and the advantages take the factor of losses/policy.py `mismatch_weights`,
-    which says what `how`, `low` and `high` are. Once for a batch, before its first update.
-    """
-    trainer_BL = logprobs(params, batch, experiment)
-    sampled_BL = batch.loss_weights_BL > 0
-    weights_BL, metrics = mismatch_weights(trainer_BL, batch.old_logprobs_BL, sampled_BL, how, low, high)
-    return (trainer_BL, batch.advantages_BL * weights_BL), metrics
